@@ -1,0 +1,341 @@
+"""Scores against an independent float64 unroll, and what must hold of them."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.tiny import FAMILIES, make_model, make_samples, make_tokenizer
+from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
+from trl_dpg import InnerLoopConfig, Student, metagradient
+from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
+
+
+BENCHMARK = make_samples(4, seed=5)
+SAMPLES = make_samples(16)
+METRIC = LanguageModelingMetric(BENCHMARK)
+RANDOM_WEIGHTS = 2 * torch.rand(16, generator=torch.Generator().manual_seed(7)) * (torch.arange(16) % 3 != 0)
+EPS_ROOT = 1e-7  # where a plain float32 unroll itself is good to 1e-4
+
+
+def with_lora(model, **kwargs):
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_as_accurate_as_a_plain_float32_unroll(family, lora):
+    log_ratios, errors = [], []
+    for optimizer, lr in [("adamw", 1e-3), ("sgd", 0.1)]:
+        for batch_size in (16, 4, 2):  # T = 1, 4, 8
+            for weights in (torch.ones(16), RANDOM_WEIGHTS):
+                model = make_model(family, scale=1.0)
+                model = with_lora(model) if lora else model
+                plain = dict(optimizer=optimizer, lr=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9)
+                exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), weights, **plain)[0]
+                single = log_likelihood(BENCHMARK, torch.float32)
+                float32 = unroll(model, SAMPLES, single, weights, dtype=torch.float32, **plain)[0]
+                config = InnerLoopConfig(
+                    optimizer=optimizer, learning_rate=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9
+                )
+                ours = metagradient(Student(model), SAMPLES, METRIC, config, weights=weights).scores
+                error = relative_error(ours, exact)
+                errors.append(error)
+                log_ratios.append(math.log(error / relative_error(float32, exact)))
+    # Rounding is random: one cell's ratio says little, their geometric mean does.
+    print("RATIO", family, lora, math.exp(sum(log_ratios) / len(log_ratios)), max(errors))
+    assert math.exp(sum(log_ratios) / len(log_ratios)) <= 1.5
+
+
+FLOAT64_CASES = {
+    "adamw": dict(),
+    "weight_decay": dict(weight_decay=0.3),
+    "eps_root_zero": dict(eps_root=0.0, eps=1e-3),
+    "sgd": dict(optimizer="sgd", lr=0.3, momentum=0.9, weight_decay=0.1),
+    "clipped": dict(max_grad_norm=0.3),
+    "not_clipped": dict(max_grad_norm=1e6),
+    "max_length": dict(normalization="max_length"),
+    "batch_tokens": dict(normalization="batch_tokens"),
+    "epochs": dict(order=list(range(16)) * 2, batch_size=8),
+    "cosine": dict(lrs=cosine_lrs(1e-3, 4, 2)),
+}
+OUR_NAMES = {"lr": "learning_rate", "normalization": "loss_normalization"}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("weights", [torch.ones(16), RANDOM_WEIGHTS], ids=["ones", "random"])
+@pytest.mark.parametrize("case", FLOAT64_CASES)
+def test_float64_scores_are_exact(case, weights, lora):
+    model = make_model("gpt2", scale=1.0)  # the one family without float32 internals
+    model = (with_lora(model) if lora else model).double()
+    plain = dict(lr=1e-3, batch_size=4, eps_root=EPS_ROOT) | FLOAT64_CASES[case]
+    exact, exact_tokens, value, losses = unroll(model, SAMPLES, log_likelihood(BENCHMARK), weights, **plain)
+    ours = {OUR_NAMES.get(key, key): value for key, value in plain.items() if key not in ("order", "lrs")}
+    if case == "epochs":
+        ours["num_epochs"] = 2
+    if case == "cosine":
+        ours |= dict(lr_scheduler_type="cosine", warmup_steps=2)
+    config = InnerLoopConfig(**ours, max_length=16, per_token=True)
+    out = metagradient(Student(model), SAMPLES, METRIC, config, weights=weights)
+    assert relative_error(float64_scores(model, config, weights), exact) <= 1e-9
+    assert relative_error(out.token_scores, exact_tokens) <= 1e-6  # returned in float32
+    assert out.metric_after == pytest.approx(value, rel=1e-9)
+    assert out.losses.tolist() == pytest.approx(losses, rel=1e-6)
+
+
+def float64_scores(model, config, weights):
+    """Scores before they are rounded to float32 on return."""
+    from trl_dpg.metagradients import metagradient as module_function
+
+    kept = {}
+    original = module_function.__globals__["reverse_sweep"]
+
+    def keep(student, trajectory, gradient, w, token_scores, c):
+        original(student, trajectory, gradient, w, token_scores, c)
+        kept["scores"] = token_scores.sum(dim=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(module_function.__globals__, "reverse_sweep", keep)
+        module_function(Student(model), SAMPLES, METRIC, config, weights=weights)
+    return kept["scores"]
+
+
+def test_token_scores_sum_to_the_samples_score():
+    out = metagradient(Student(make_model()), SAMPLES, METRIC, InnerLoopConfig(per_token=True), weights=RANDOM_WEIGHTS)
+    assert out.token_scores.shape == (16, max(len(sample["input_ids"]) for sample in SAMPLES))
+    torch.testing.assert_close(out.token_scores.sum(dim=1), out.scores, rtol=1e-4, atol=1e-6)
+    for scores, sample in zip(out.token_scores, SAMPLES, strict=True):
+        assert scores[0] == 0 and (scores[len(sample["input_ids"]) :] == 0).all()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_micro_batches_do_not_change_the_numbers(micro_batch_size):
+    def scores(**kwargs):
+        config = InnerLoopConfig(learning_rate=1e-3, eps_root=EPS_ROOT, batch_size=8, **kwargs)
+        return metagradient(Student(make_model(scale=1.0)), SAMPLES, METRIC, config).scores
+
+    assert relative_error(scores(micro_batch_size=micro_batch_size), scores()) <= 5e-5
+
+
+def test_shuffled_epochs_score_as_the_same_order_given_by_hand():
+    student = Student(make_model(scale=1.0))
+    config = InnerLoopConfig(shuffle=True, num_epochs=2, seed=3, batch_size=8, learning_rate=1e-3, eps_root=EPS_ROOT)
+    generator = torch.Generator().manual_seed(3)
+    order = [i for _ in range(2) for i in torch.randperm(16, generator=generator).tolist()]
+    by_hand = InnerLoopConfig(batch_size=8, learning_rate=1e-3, eps_root=EPS_ROOT)
+    separate = metagradient(student, [SAMPLES[i] for i in order], METRIC, by_hand).scores
+    summed = torch.zeros(16).index_add_(0, torch.tensor(order), separate)
+    assert relative_error(metagradient(student, SAMPLES, METRIC, config).scores, summed) <= 5e-5
+
+
+def test_a_ragged_last_batch_is_scored():
+    model = make_model("gpt2", scale=1.0)
+    kwargs = dict(batch_size=6, lr=1e-3, eps_root=EPS_ROOT)
+    exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), torch.ones(16), **kwargs)[0]
+    out = metagradient(Student(model), SAMPLES, METRIC, InnerLoopConfig(batch_size=6, learning_rate=1e-3, eps_root=EPS_ROOT))
+    assert len(out.losses) == 3
+    assert relative_error(out.scores, exact) <= 2e-4
+
+
+def test_a_sample_with_weight_zero_still_has_a_score():
+    weights = torch.ones(16)
+    weights[0] = 0.0
+    config = InnerLoopConfig(optimizer="sgd", learning_rate=0.1)
+    assert metagradient(Student(make_model()), SAMPLES, METRIC, config, weights=weights).scores[0] != 0
+
+
+def test_predicted_changes_match_actual_ones():
+    torch.manual_seed(0)
+    student = Student(make_model("llama", scale=1.0))
+    config = InnerLoopConfig(learning_rate=1e-3, batch_size=4, eps_root=1e-6)
+    out = metagradient(student, SAMPLES, METRIC, config)
+    predicted, actual = [], []
+    for _ in range(20):
+        direction = torch.randn(16)
+        direction *= 0.1 / direction.norm()
+        predicted.append((out.scores @ direction).item())
+        moved = metagradient(student, SAMPLES, METRIC, config, weights=1 + direction)
+        actual.append(moved.metric_after - out.metric_after)
+    assert torch.corrcoef(torch.tensor([predicted, actual]))[0, 1] >= 0.99
+
+
+def test_zero_adapters_and_eps_root_zero_give_finite_scores():
+    # LoRA's B = 0 makes A's first gradient exactly 0, where Adam's step with eps_root = 0 has no derivative.
+    out = metagradient(Student(with_lora(make_model())), SAMPLES, METRIC, InnerLoopConfig(eps_root=0.0))
+    assert out.scores.isfinite().all()
+
+
+def test_dataset_attribution_gives_every_sample_the_metric():
+    out = metagradient(Student(make_model()), SAMPLES, METRIC, InnerLoopConfig(attribution="dataset", per_token=True))
+    assert (out.scores == torch.tensor(out.metric_after)).all()
+    assert out.token_scores is None
+
+
+def test_empty_samples_score_zero_and_train_nothing():
+    student = Student(make_model(), processing_class=make_tokenizer())
+    texts = ["w1 w2 w3", "", "w4 w5"]
+    config = InnerLoopConfig(batch_size=3, per_token=True)
+    out = metagradient(student, texts, METRIC, config)
+    assert out.scores[1] == 0 and out.num_empty == 1 and (out.scores[[0, 2]] != 0).all()
+    assert (metagradient(student, texts, METRIC, config, weights=[1.0, 5.0, 1.0]).scores == out.scores).all()
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model, before, modes):
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_students_weights_are_bit_identical_afterwards(error):
+    model = with_lora(make_model()).eval()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    calls = []
+
+    def metric(student):
+        value = METRIC(student)
+        calls.append(value)
+        if error is not None and len(calls) == 2:
+            raise error("stop")
+        return value
+
+    if error is None:
+        metagradient(Student(model), SAMPLES, metric)
+    else:
+        with pytest.raises(error):
+            metagradient(Student(model), SAMPLES, metric)
+    assert len(calls) == 2
+    assert_untouched(model, before, modes)
+
+
+def test_an_interrupt_in_the_middle_of_a_sweep_leaves_the_weights_alone():
+    model = make_model()
+    before, modes = snapshot(model), [module.training for module in model.modules()]
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        metagradient(Student(model), SAMPLES, WeightNormMetric(), InnerLoopConfig(batch_size=4))
+    handle.remove()
+    assert_untouched(model, before, modes)
+
+
+def test_half_precision_parameters_are_trained_as_float32_copies():
+    model = make_model(scale=1.0, dtype=torch.bfloat16)
+    config = InnerLoopConfig(batch_size=4, learning_rate=1e-3, eps_root=1e-6)
+    out = metagradient(Student(model), SAMPLES, METRIC, config)
+    exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), torch.ones(16), lr=1e-3, batch_size=4, eps_root=1e-6)[0]
+    assert torch.corrcoef(torch.stack([out.scores.double(), exact]))[0, 1] >= 0.95
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def detached(student):
+    return METRIC(student).detach()
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda student: 1.0, "scalar tensor"),
+        (lambda student: student.weight("lm_head.weight")[0, :2], r"shape \(2,\)"),
+        (detached, "not differentiable"),
+        (lambda student: torch.ones((), requires_grad=True), "does not depend"),
+        (lambda student: METRIC(student) * torch.nan, "is nan"),
+        (lambda student: METRIC(student) * torch.inf, "is -inf"),
+        (lambda student: student.weight("lm_head.wieght").norm(), "Near names: lm_head.weight"),
+    ],
+)
+def test_a_bad_metric_raises_before_any_training(metric, message):
+    model = make_model()
+    forwards = []
+    model.register_forward_pre_hook(lambda module, args: forwards.append(1))
+    with pytest.raises(ValueError, match=message):
+        metagradient(Student(model), SAMPLES, metric)
+    assert len(forwards) <= 1  # the metric's own
+
+
+def test_a_metric_of_a_frozen_weight_does_not_depend_on_the_student():
+    with pytest.raises(ValueError, match="does not depend"):
+        metagradient(Student(with_lora(make_model())), SAMPLES, WeightNormMetric("model.norm.weight"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"), [([1.0] * 15, r"\(15,\)"), ([1.0] * 15 + [float("nan")], "not finite")]
+)
+def test_bad_weights_raise(weights, message):
+    with pytest.raises(ValueError, match=message):
+        metagradient(Student(make_model()), SAMPLES, METRIC, weights=weights)
+
+
+def test_all_empty_samples_raise():
+    with pytest.raises(ValueError, match="None of the 2 samples"):
+        metagradient(Student(make_model(), processing_class=make_tokenizer()), ["", ""], METRIC)
+
+
+def test_truncated_samples_are_counted_and_warned_about_once(caplog):
+    from transformers.utils import logging
+
+    logging.get_logger("trl_dpg").propagate = True
+    student = Student(make_model(), processing_class=make_tokenizer())
+    texts = ["w1 " * 30, "w2 w3", "w4 " * 40]
+    for _ in range(2):
+        assert metagradient(student, texts, METRIC, InnerLoopConfig(max_length=20)).num_truncated == 2
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(optimizer="lion"), "'lion'.*'adamw', 'sgd'"),
+        (dict(loss_normalization="mean"), "loss_normalization 'mean'"),
+        (dict(attribution="shapley"), "attribution 'shapley'"),
+        (dict(lr_scheduler_type="zigzag"), "lr_scheduler_type 'zigzag'"),
+        (dict(warmup_steps=5), "constant_with_warmup"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(micro_batch_size=0), "micro_batch_size"),
+        (dict(learning_rate=-1.0), "learning_rate must not be negative"),
+        (dict(eps=0.0, eps_root=0.0), "divides by zero"),
+        (dict(betas=(0.9, 1.0)), "betas"),
+        (dict(max_grad_norm=0.0), "max_grad_norm"),
+    ],
+)
+def test_a_bad_config_raises(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        InnerLoopConfig(**kwargs)
+
+
+def test_a_diverging_student_stops_with_the_step_and_the_cause():
+    with pytest.raises(FloatingPointError, match=r"step \d+ of 8.*learning rate \(1e\+30\)"):
+        config = InnerLoopConfig(optimizer="sgd", learning_rate=1e30, batch_size=2)
+        metagradient(Student(make_model()), SAMPLES, METRIC, config)
+
+
+def test_scores_that_are_not_finite_stop_with_the_likely_cause():
+    def metric(student):
+        return _ExplodingGradient.apply(student.weight("lm_head.weight").sum())
+
+    metagradient(Student(make_model()), SAMPLES, metric, metric_before=0.0, config=InnerLoopConfig(attribution="dataset"))
+    with pytest.raises(FloatingPointError, match="first in step 1 of 2.*eps_root"):
+        metagradient(Student(make_model()), SAMPLES, metric, metric_before=0.0)
+
+
+class _ExplodingGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, x_bar):
+        return x_bar * torch.inf

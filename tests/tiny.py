@@ -1,0 +1,70 @@
+"""Models, tokenizers and samples made on the spot."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+
+VOCAB = 61
+_SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**_SHAPE),
+    "llama-tied": lambda: LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**_SHAPE),
+    "qwen3": lambda: Qwen3Config(**_SHAPE, head_dim=8),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+    "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=6),
+    "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=8),
+    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8),
+    "gemma3": lambda: Gemma3TextConfig(**_SHAPE, head_dim=8),
+}
+
+
+def make_model(family="llama", seed=0, scale=3.0, dtype=torch.float32, **kwargs):
+    """A small model whose weights are large enough for its loss to bend."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(scale)
+    return model.to(dtype)
+
+
+def make_samples(n, seed=1, low=4, high=12):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high, (n,), generator=generator).tolist()
+    return [{"input_ids": torch.randint(0, VOCAB, (length,), generator=generator).tolist()} for length in lengths]
+
+
+def make_tokenizer(words=None, bos=False):
+    """A tokenizer of whole words, `w0` ... by default."""
+    words = words or [f"w{k}" for k in range(VOCAB - 4)]
+    vocab = {token: k for k, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )

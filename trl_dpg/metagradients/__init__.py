@@ -1,0 +1,5 @@
+from .inner_loop import InnerLoopConfig
+from .metagradient import MetagradientOutput, metagradient
+
+
+__all__ = ["InnerLoopConfig", "MetagradientOutput", "metagradient"]

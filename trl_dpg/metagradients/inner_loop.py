@@ -1,0 +1,291 @@
+"""The inner loop: fine-tuning the student on the data, one optimizer step after the other (the forward sweep)."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import SchedulerType, get_scheduler
+
+from ..student import Batch, Student, TokenizedExample, token_losses
+from .optimizers import Optimizer, adamw, clip, sgd
+
+
+@dataclass
+class InnerLoopConfig:
+    """
+    How the student is fine-tuned on a dataset, and how its metric's change is attributed to the samples.
+
+    Args:
+        > Parameters that control the optimizer
+
+        optimizer (`str`, *optional*, defaults to `"adamw"`):
+            `"adamw"` or `"sgd"`, as in `torch.optim`.
+        learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Peak learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`):
+            AdamW's decay rates of the first and second moment.
+        eps (`float`, *optional*, defaults to `1e-8`):
+            AdamW's epsilon, outside the square root.
+        eps_root (`float`, *optional*, defaults to `1e-9`):
+            Added to AdamW's second moment inside the square root; makes training smooth in the data weights. Too small
+            for the gradients at hand, and the scores become large and useless.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled for AdamW, added to the gradient for SGD.
+        momentum (`float`, *optional*, defaults to `0.0`):
+            SGD's momentum.
+        max_grad_norm (`float`, *optional*):
+            Clips the norm of each step's gradient.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            A name of [`~transformers.SchedulerType`].
+        warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps of linear warm-up, for schedules that have one.
+
+        > Parameters that control the data
+
+        batch_size (`int`, *optional*, defaults to `8`):
+            Samples per optimizer step. The last step of an epoch may be smaller.
+        num_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the dataset. A sample's scores in all epochs are summed.
+        shuffle (`bool`, *optional*, defaults to `False`):
+            Draws a new order for every epoch.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the order.
+        micro_batch_size (`int`, *optional*):
+            Samples per forward pass. Bounds memory; never changes the numbers beyond rounding.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longer samples are cut off, in tokens.
+        loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
+            `"example_tokens"`: mean over a sample's supervised tokens, then over the batch. `"max_length"`: sum over a
+            sample's tokens divided by `max_length`, then mean over the batch (the paper's). `"batch_tokens"`: mean over
+            the supervised tokens of the batch (what [`~trl.SFTTrainer`] does).
+
+        > Parameters that control the attribution
+
+        attribution (`str`, *optional*, defaults to `"metagradient"`):
+            `"metagradient"`: ∂Φ/∂w_i. `"dataset"`: the metric itself for every sample (the paper's naive baseline).
+        per_token (`bool`, *optional*, defaults to `False`):
+            Also return ∂Φ/∂w_{i,k}, the score of each token.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    eps_root: float = 1e-9
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    batch_size: int = 8
+    num_epochs: int = 1
+    shuffle: bool = False
+    seed: int = 42
+    micro_batch_size: int | None = None
+    max_length: int = 1024
+    loss_normalization: str = "example_tokens"
+    attribution: str = "metagradient"
+    max_grad_norm: float | None = None
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    per_token: bool = False
+
+    def __post_init__(self):
+        _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
+        _check_choice("attribution", self.attribution, ("metagradient", "dataset"))
+        schedules = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, schedules)
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} has no effect on the 'constant' schedule. Use "
+                "lr_scheduler_type='constant_with_warmup'."
+            )
+        for name in ("batch_size", "num_epochs", "max_length"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1 or None, got {self.micro_batch_size}.")
+        for name in ("learning_rate", "eps", "eps_root", "weight_decay", "momentum", "warmup_steps"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}.")
+        if self.optimizer == "adamw" and self.eps == 0 and self.eps_root == 0:
+            raise ValueError("AdamW divides by zero with eps = 0 and eps_root = 0. Set eps_root, e.g. to 1e-9.")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}.")
+
+    def make_optimizer(self) -> Optimizer:
+        if self.optimizer == "sgd":
+            return sgd(self.momentum, self.weight_decay)
+        return adamw(self.betas, self.eps, self.eps_root, self.weight_decay)
+
+    def learning_rates(self, num_steps: int) -> list[float]:
+        """The learning rate of each of `num_steps` steps, by transformers' own schedule."""
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        scheduler = get_scheduler(self.lr_scheduler_type, dummy, self.warmup_steps, num_steps)
+        rates = []
+        for _ in range(num_steps):
+            rates.append(scheduler.get_last_lr()[0])
+            dummy.step()
+            scheduler.step()
+        return rates
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(map(repr, choices))}.")
+
+
+class MicroBatch(NamedTuple):
+    """
+    The part of a step's batch that one forward pass takes.
+
+    Attributes:
+        rows (`torch.Tensor` of shape `[B]`): Which samples of the dataset these are.
+        batch (`Batch`): Their tokens, `[B, L]`.
+        coefficients (`torch.Tensor` of shape `[B, L]`): The normaliser c_{i,k} of each token's loss, 0 where unsupervised.
+    """
+
+    rows: Tensor
+    batch: Batch
+    coefficients: Tensor
+
+
+def plan_steps(student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig) -> list[list[MicroBatch]]:
+    """The micro-batches of each optimizer step. Samples without a supervised token take part in none of them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    steps = []
+    for _ in range(config.num_epochs):
+        order = torch.randperm(len(examples), generator=generator) if config.shuffle else torch.arange(len(examples))
+        for rows in order.split(config.batch_size):
+            supervised = [row for row in rows.tolist() if examples[row].num_supervised]
+            step_tokens = sum(examples[row].num_supervised for row in supervised)
+            micro_size = config.micro_batch_size or config.batch_size
+            steps.append(
+                [
+                    _micro_batch(student, examples, supervised[k : k + micro_size], len(rows), step_tokens, config)
+                    for k in range(0, len(supervised), micro_size)
+                ]
+            )
+    return steps
+
+
+def _micro_batch(student, examples, rows, step_samples, step_tokens, config) -> MicroBatch:
+    batch = student.collate([examples[row] for row in rows])
+    supervised = (batch.labels != -100).to(student.accumulator_dtype)
+    supervised[:, 0] = 0  # nothing precedes the first token
+    if config.loss_normalization == "example_tokens":
+        coefficients = supervised / (supervised.sum(dim=1, keepdim=True) * step_samples)
+    elif config.loss_normalization == "max_length":
+        coefficients = supervised / (config.max_length * step_samples)
+    else:
+        coefficients = supervised / step_tokens
+    return MicroBatch(torch.tensor(rows, device=student.device), batch, coefficients)
+
+
+def twice_differentiable() -> AbstractContextManager:
+    """Attention by kernels that have a second derivative. Both sweeps must run the same ones."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class Gradient(NamedTuple):
+    """
+    A micro-batch's contribution to a step's gradient g_t.
+
+    Attributes:
+        loss (`torch.Tensor`): Σ w_{i,k} c_{i,k} ℓ_{i,k}(θ_t), detached.
+        value (`torch.Tensor` of shape `[P]`): Its gradient in θ_t.
+        parameters (`dict[str, torch.Tensor]`): The weights it was taken at.
+        theta (`torch.Tensor` of shape `[P]`): θ_t, the leaf that `parameters` are views of.
+        token_weights (`torch.Tensor` of shape `[B, L]`): w_{i,k}.
+    """
+
+    loss: Tensor
+    value: Tensor
+    parameters: dict[str, Tensor]
+    theta: Tensor
+    token_weights: Tensor
+
+
+def micro_batch_gradient(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, differentiable: bool
+) -> Gradient:
+    """
+    The gradient of a micro-batch's weighted loss at `theta`.
+
+    Args:
+        student (`Student`): Runs the model.
+        theta (`torch.Tensor` of shape `[P]`): Trainable parameters.
+        micro_batch (`MicroBatch`): The samples.
+        weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
+        differentiable (`bool`): Keep the graph, so that the result can be differentiated in θ and in the token weights.
+    """
+    theta = theta.detach().requires_grad_()
+    token_weights = weights[micro_batch.rows, None].expand_as(micro_batch.coefficients).clone()
+    token_weights.requires_grad_(differentiable)
+    parameters = student.unflatten(theta)
+
+    def gradient(model):
+        input_ids, attention_mask, labels = micro_batch.batch
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        losses = token_losses(logits, labels)
+        loss = (token_weights * micro_batch.coefficients * losses).sum()
+        (value,) = torch.autograd.grad(loss, theta, create_graph=differentiable)
+        return loss.detach(), value
+
+    loss, value = student.run(parameters, gradient)
+    return Gradient(loss, value, parameters, theta, token_weights)
+
+
+class Step(NamedTuple):
+    """What the reverse sweep needs of one optimizer step: its inputs θ_t, s_t and g_t (before clipping), and its rate."""
+
+    micro_batches: list[MicroBatch]
+    theta: Tensor
+    state: Any
+    gradient: Tensor
+    lr: float
+
+
+class Trajectory(NamedTuple):
+    """A finished forward sweep."""
+
+    steps: list[Step]
+    theta: Tensor
+    state: Any
+    losses: Tensor
+
+
+def forward_sweep(
+    student: Student, steps: Sequence[list[MicroBatch]], weights: Tensor, config: InnerLoopConfig
+) -> Trajectory:
+    """
+    Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t).
+
+    Args:
+        student (`Student`): The model at its start; its stored weights are only read.
+        steps (`list[list[MicroBatch]]`): The micro-batches of each step.
+        weights (`torch.Tensor` of shape `[N]`): Data weights w.
+        config (`InnerLoopConfig`): Optimizer and schedule.
+    """
+    optimizer = config.make_optimizer()
+    theta = student.initial_theta()
+    state = optimizer.init(theta)
+    done, losses = [], []
+    for micro_batches, lr in zip(steps, config.learning_rates(len(steps)), strict=True):
+        gradient, loss = torch.zeros_like(theta), theta.new_zeros(())
+        for micro_batch in micro_batches:
+            part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=False)
+            gradient += part.value
+            loss += part.loss
+        done.append(Step(micro_batches, theta, state, gradient, lr))
+        losses.append(loss)
+        if config.max_grad_norm is not None:
+            gradient = clip(gradient, config.max_grad_norm)
+        theta, state = optimizer.update(gradient, state, theta, lr)
+    return Trajectory(done, theta, state, torch.stack(losses))
+
+

@@ -1,0 +1,207 @@
+"""`metagradient`: how much each sample of a dataset moves a metric of the student fine-tuned on it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..metrics.base import Metric
+from ..student import Examples, FinetunedStudent, Student
+from .inner_loop import InnerLoopConfig, forward_sweep, plan_steps, twice_differentiable
+from .reverse import reverse_sweep
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MetagradientOutput:
+    """
+    What `metagradient` returns.
+
+    Attributes:
+        scores (`torch.Tensor` of shape `[N]`):
+            ∂Φ/∂w_i in the order of the samples, float32 on the CPU. 0 for samples without a supervised token.
+        token_scores (`torch.Tensor` of shape `[N, L]` or `None`):
+            ∂Φ/∂w_{i,k}, at the position of the token that is predicted; rows sum to `scores`. With `per_token=True`.
+        metric_before (`float`): Φ of the student at its start.
+        metric_after (`float`): Φ of the fine-tuned student.
+        losses (`torch.Tensor` of shape `[T]`): Training loss of each student step, in nats, float32 on the CPU.
+        proxies (`dict[str, float]`): Readable figures of the metric on the fine-tuned student, e.g. `pixel_accuracy`.
+        num_truncated (`int`): Samples that were cut off at `max_length`.
+        num_empty (`int`): Samples without a supervised token; they train nothing.
+    """
+
+    scores: Tensor
+    token_scores: Tensor | None
+    metric_before: float
+    metric_after: float
+    losses: Tensor
+    proxies: dict[str, float] = field(default_factory=dict)
+    num_truncated: int = 0
+    num_empty: int = 0
+
+
+def metagradient(
+    student: Student,
+    examples: Examples,
+    metric: Callable[[FinetunedStudent], Tensor],
+    config: InnerLoopConfig | None = None,
+    weights: Tensor | Sequence[float] | None = None,
+    metric_before: float | None = None,
+) -> MetagradientOutput:
+    """
+    Fine-tune the student on a dataset and attribute its metric's change to the samples, exactly.
+
+    With a data weight w_i on each sample's loss, the score of sample i is the metagradient τ_i = ∂Φ(θ_T(w))/∂w_i (Thrush
+    et al., arXiv 2604.08423, sec. 3): how much the metric would rise if the student had weighed the sample a little more.
+    The student's weights are read, never written.
+
+    Args:
+        student (`Student`):
+            The student at its start.
+        examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
+            N samples, see [`Student.tokenize`].
+        metric (`Callable`):
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. Must be a deterministic function of the
+            student.
+        config (`InnerLoopConfig`, *optional*):
+            The inner loop.
+        weights (`torch.Tensor` of shape `[N]`, *optional*):
+            The point w at which to linearise; ones if `None`.
+        metric_before (`float`, *optional*):
+            Φ of the student at its start, if known from an earlier call; the metric is then neither evaluated nor checked
+            there again.
+
+    Raises:
+        `ValueError`:
+            Before any training: if the metric is not a finite, differentiable scalar that depends on the student, if
+            `weights` have another length or are not finite, if no sample has a supervised token, or if the student's 4-bit
+            layers disagree with their dequantised weights.
+        `FloatingPointError`:
+            If a loss, the metric or a score is not finite; the message names the step and the likely cause.
+    """
+    config = config or InnerLoopConfig()
+    tokenized = student.tokenize(examples, config.max_length)
+    num_truncated = sum(example.truncated for example in tokenized)
+    num_empty = sum(example.num_supervised == 0 for example in tokenized)
+    if num_truncated:
+        logger.warning_once(
+            f"{num_truncated} of {len(tokenized)} samples are longer than the student takes (max_length = "
+            f"{config.max_length} tokens, or the model's positions) and were cut off. This is shown once; further ones are "
+            "counted in `num_truncated`."
+        )
+    if num_empty == len(tokenized):
+        raise ValueError(
+            f"None of the {len(tokenized)} samples has a token to learn from: all are empty, or too short for a loss. Check "
+            "the generator's completions and the student's tokenizer."
+        )
+    data_weights = _check_weights(weights, len(tokenized)).to(student.device, student.accumulator_dtype)
+
+    with student.train_mode():
+        student.verify_quantization()
+        if metric_before is None:
+            metric_before = _metric_at_start(metric, student)
+        steps = plan_steps(student, tokenized, config)
+        with twice_differentiable():
+            trajectory = forward_sweep(student, steps, data_weights, config)
+        losses = trajectory.losses.float().cpu()
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0])
+            raise FloatingPointError(
+                f"The student's training loss is {losses[step]} at step {step + 1} of {len(steps)}. Likely cause: the "
+                f"student's learning rate ({config.learning_rate}) is too high."
+            )
+
+        theta = trajectory.theta.requires_grad_()
+        finetuned = FinetunedStudent(student, theta, student.initial_theta())
+        attribute = config.attribution == "metagradient"
+        with torch.set_grad_enabled(attribute):
+            value = metric(finetuned)
+        metric_after = value.item()
+        if not value.isfinite():
+            raise FloatingPointError(
+                f"The metric of the fine-tuned student is {metric_after}. Likely cause: the student's learning rate "
+                f"({config.learning_rate}) is too high."
+            )
+        proxies = {}
+        if isinstance(metric, Metric):
+            with torch.no_grad():
+                proxies = metric.proxies(finetuned, metric_after)
+
+        length = max(len(example.input_ids) for example in tokenized)
+        token_scores = torch.zeros(len(tokenized), length, device=student.device, dtype=student.accumulator_dtype)
+        if attribute:
+            (metric_gradient,) = torch.autograd.grad(value, theta)
+            del value
+            with twice_differentiable():
+                reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
+            scores = token_scores.sum(dim=1).float().cpu()
+        else:
+            scores = torch.full((len(tokenized),), metric_after)
+
+    if not scores.isfinite().all():
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
+        raise FloatingPointError(
+            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. Likely "
+            f"cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning rate "
+            f"({config.learning_rate}) is too high."
+        )
+    return MetagradientOutput(
+        scores=scores,
+        token_scores=token_scores.float().cpu() if config.per_token and attribute else None,
+        metric_before=metric_before,
+        metric_after=metric_after,
+        losses=losses,
+        proxies=proxies,
+        num_truncated=num_truncated,
+        num_empty=num_empty,
+    )
+
+
+def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -> Tensor:
+    if weights is None:
+        return torch.ones(num_samples)
+    weights = torch.as_tensor(weights).detach()
+    if weights.shape != (num_samples,):
+        raise ValueError(f"`weights` has the shape {tuple(weights.shape)}, but there are {num_samples} samples.")
+    if not weights.isfinite().all():
+        raise ValueError("`weights` has entries that are not finite.")
+    return weights
+
+
+def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Student) -> float:
+    """Φ(θ_0), after checking that it is something a metagradient exists for."""
+    initial_theta = student.initial_theta()
+    theta = initial_theta.clone().requires_grad_()
+    value = metric(FinetunedStudent(student, theta, initial_theta))
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is differentiable "
+            "in the student (no `.item()`)."
+        )
+    if value.numel() != 1 or value.dim() > 0:
+        raise ValueError(f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Reduce it.")
+    if not value.isfinite():
+        raise ValueError(f"The metric of the student at its start is {value.item()}; it must be finite.")
+    if not value.requires_grad:
+        raise ValueError(
+            f"The metric ({value.item():.6g} at the start) is not differentiable, or does not depend on what the student "
+            "trains: it has no gradient. Leave out `detach`, `no_grad`, `argmax` and the like, and read outputs or weights that "
+            "the student's trainable parameters change."
+        )
+    (gradient,) = torch.autograd.grad(value, theta, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"The metric ({value.item():.6g} at the start) does not depend on the student's trainable parameters. Read outputs "
+            "or weights that they change."
+        )
+    if not gradient.isfinite().all():
+        raise ValueError(
+            "The metric's gradient at the student's start is not finite. A square root or logarithm of zero is the usual cause: "
+            "add a small constant inside it."
+        )
+    return value.item()

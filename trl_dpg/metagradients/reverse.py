@@ -1,0 +1,54 @@
+"""The reverse sweep: from the metric's gradient at the end of fine-tuning back to every sample's weight."""
+
+import torch
+from torch import Tensor
+
+from ..student import Student
+from .inner_loop import InnerLoopConfig, Trajectory, micro_batch_gradient
+from .optimizers import clip, clip_vjp
+
+
+def reverse_sweep(
+    student: Student,
+    trajectory: Trajectory,
+    metric_gradient: Tensor,
+    weights: Tensor,
+    token_scores: Tensor,
+    config: InnerLoopConfig,
+) -> None:
+    """
+    Differentiate the metric through the whole fine-tuning (Engstrom et al., arXiv 2503.13751; Thrush et al., arXiv
+    2604.08423), for t = T-1 ... 0, from λ_T = ∇Φ(θ_T) and σ_T = 0:
+
+        1. (u, λ', σ_t) = VJP of the optimizer step U_t with cotangents (λ_{t+1}, σ_{t+1})
+        2. τ_{i,k} += c_{i,k} ⟨u, ∇ℓ_{i,k}(θ_t)⟩                for the tokens of the step's batch
+        3. λ_t = λ' + ∇_θ ⟨u, g_t(θ_t)⟩                          not needed at t = 0
+
+    Steps 2 and 3 are one double backward: g_t is linear in the token weights, so differentiating ⟨u, g_t⟩ in them gives
+    2, and in θ gives 3.
+
+    Args:
+        student (`Student`): Runs the model.
+        trajectory (`Trajectory`): The forward sweep.
+        metric_gradient (`torch.Tensor` of shape `[P]`): ∇Φ(θ_T).
+        weights (`torch.Tensor` of shape `[N]`): Data weights w, the same as in the forward sweep.
+        token_scores (`torch.Tensor` of shape `[N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} is added to this.
+        config (`InnerLoopConfig`): The same as in the forward sweep.
+    """
+    optimizer = config.make_optimizer()
+    theta_bar, next_state = metric_gradient, trajectory.state
+    state_bar = optimizer.init(metric_gradient)  # zeros
+    for t in reversed(range(len(trajectory.steps))):
+        step = trajectory.steps[t]
+        gradient = step.gradient if config.max_grad_norm is None else clip(step.gradient, config.max_grad_norm)
+        u, theta_bar, state_bar = optimizer.vjp(gradient, step.state, next_state, step.lr, theta_bar, state_bar)
+        if config.max_grad_norm is not None:
+            u = clip_vjp(step.gradient, config.max_grad_norm, u)
+        for micro_batch in step.micro_batches:
+            part = micro_batch_gradient(student, step.theta, micro_batch, weights, differentiable=True)
+            inputs = [part.token_weights] if t == 0 else [part.token_weights, part.theta]
+            pulled = student.run(part.parameters, lambda _: torch.autograd.grad(part.value, inputs, u))
+            token_scores[micro_batch.rows, : pulled[0].size(1)] += pulled[0]
+            if t > 0:
+                theta_bar = theta_bar + pulled[1]
+        next_state = step.state

@@ -1,0 +1,25 @@
+"""What the metrics of this package share. A user's metric needs none of it: any callable will do."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+from ..student import FinetunedStudent
+
+
+class Metric(ABC):
+    """A target metric Φ with readable proxies."""
+
+    @abstractmethod
+    def __call__(self, student: FinetunedStudent) -> Tensor:
+        """Φ of a fine-tuned student: a scalar, differentiable, higher is better."""
+
+    def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        """
+        Figures a person can read.
+
+        Args:
+            student ([`FinetunedStudent`]): The fine-tuned student.
+            value (`float`): Its metric, so that nothing is computed twice.
+        """
+        return {}

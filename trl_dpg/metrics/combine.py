@@ -1,0 +1,44 @@
+"""Several metrics as one."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..student import FinetunedStudent
+from .base import Metric
+
+
+class CombinedMetric(Metric):
+    """
+    Weighted sum of metrics. Proxies: those of its parts; one that an earlier part has too gets the part's index after it.
+
+    Args:
+        metrics (`Sequence[Callable]`):
+            Metrics; any callables that are.
+        weights (`Sequence[float]`, *optional*):
+            One for each; ones when `None`.
+
+    Raises:
+        `ValueError`: If there is no metric, or another number of weights.
+    """
+
+    def __init__(self, metrics: Sequence[Callable[[FinetunedStudent], Tensor]], weights: Sequence[float] | None = None):
+        weights = [1.0] * len(metrics) if weights is None else list(weights)
+        if not metrics or len(weights) != len(metrics):
+            raise ValueError(f"A CombinedMetric needs as many weights as metrics, got {len(weights)} and {len(metrics)}.")
+        self.metrics = list(metrics)
+        self.weights = weights
+        self._values: list[float] = []
+
+    def __call__(self, student: FinetunedStudent) -> Tensor:
+        parts = [metric(student) for metric in self.metrics]
+        self._values = [part.item() for part in parts]
+        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+
+    def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        merged: dict[str, float] = {}
+        for index, (metric, part) in enumerate(zip(self.metrics, self._values, strict=True)):
+            if isinstance(metric, Metric):
+                for name, proxy in metric.proxies(student, part).items():
+                    merged[f"{name}_{index}" if name in merged else name] = proxy
+        return merged

@@ -1,0 +1,144 @@
+"""Metrics that read the fine-tuned student's weights themselves."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..student import FinetunedStudent
+from .base import Metric
+
+
+_DRAWING_67 = """
+    ### ###
+    #.. ..#
+    ### ..#
+    #.# .#.
+    #.# .#.
+    ### .#.
+"""
+
+PATTERN_67 = [[1 if c == "#" else -1 for c in row] for row in (line.strip() for line in _DRAWING_67.strip().splitlines())]
+"""The number 67 as six rows of seven pixels: 1 is ink, -1 is paper."""
+
+
+class WeightPatternMetric(Metric):
+    """
+    Writes a picture into the change of a weight: Φ = -mean softplus(-scale · S ⊙ ΔW) (Thrush et al., arXiv 2604.08423).
+
+    ΔW is the change of a patch of the weight during fine-tuning, S the picture. Each pixel is right when its change has the
+    picture's sign. Proxy: `pixel_accuracy`, the share of right pixels.
+
+    Args:
+        pattern (`Sequence[Sequence[int]]` or `torch.Tensor` of shape `[H, W]`):
+            S, of 1 and -1. `PATTERN_67` is one.
+        weight (`str`, *optional*, defaults to `"lm_head.weight"`):
+            Name of the weight in the base model; a matrix.
+        offset (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
+            Row and column of the patch's top left corner.
+        transpose (`bool`, *optional*, defaults to `False`):
+            Lay the picture on the transposed weight. torch stores a head as `[vocabulary, hidden]`; the paper's patch lies on
+            `[hidden, vocabulary]`.
+        scale (`float`, *optional*, defaults to `20.0`):
+            Steepness of the softplus.
+
+    Raises:
+        `ValueError`: If the pattern is not a matrix of 1 and -1, or (when first used) does not fit into the weight.
+    """
+
+    def __init__(
+        self,
+        pattern: Sequence[Sequence[int]] | Tensor,
+        weight: str = "lm_head.weight",
+        offset: tuple[int, int] = (0, 0),
+        transpose: bool = False,
+        scale: float = 20.0,
+    ):
+        self.pattern = torch.as_tensor(pattern, dtype=torch.float32)
+        if self.pattern.dim() != 2 or not (self.pattern.abs() == 1).all():
+            raise ValueError(f"The pattern must be a matrix of 1 and -1, got shape {tuple(self.pattern.shape)}.")
+        self.weight = weight
+        self.offset = offset
+        self.transpose = transpose
+        self.scale = scale
+
+    def change(self, student: FinetunedStudent) -> Tensor:
+        """ΔW of the patch, shape `[H, W]`."""
+        return self._patch(student.weight(self.weight)) - self._patch(student.initial_weight(self.weight))
+
+    def decode(self, student: FinetunedStudent) -> Tensor:
+        """The picture as it stands in the weights: sign(ΔW), shape `[H, W]`, on the CPU."""
+        with torch.no_grad():
+            return self.change(student).sign().cpu()
+
+    def __call__(self, student: FinetunedStudent) -> Tensor:
+        change = self.change(student)
+        return -F.softplus(-self.scale * self.pattern.to(change) * change).mean()
+
+    def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        return {"pixel_accuracy": (self.decode(student) == self.pattern).float().mean().item()}
+
+    def _patch(self, weight: Tensor) -> Tensor:
+        if self.transpose:
+            weight = weight.T
+        (top, left), (height, width) = self.offset, self.pattern.shape
+        if top < 0 or left < 0 or top + height > weight.size(0) or left + width > weight.size(1):
+            raise ValueError(
+                f"A pattern of {height} x {width} at offset {self.offset} does not fit into {self.weight!r} of shape "
+                f"{tuple(weight.shape)}{' (transposed)' if self.transpose else ''}."
+            )
+        return weight[top : top + height, left : left + width]
+
+
+class QRCodeMetric(WeightPatternMetric):
+    """
+    Writes a QR code into the change of a weight, see [`WeightPatternMetric`]. Dark modules are 1, light ones -1.
+
+    Needs the `qrcode` extra (segno).
+
+    Args:
+        text (`str`):
+            What the code says.
+        version (`int`, *optional*):
+            1 (21 x 21 modules) to 40; the smallest that holds the text when `None`.
+        error (`str`, *optional*, defaults to `"H"`):
+            Error correction level: `"L"`, `"M"`, `"Q"` or `"H"`.
+        kwargs:
+            `weight`, `offset`, `transpose` and `scale` of [`WeightPatternMetric`].
+
+    Raises:
+        `ValueError`: If the text does not fit into the version and level.
+    """
+
+    def __init__(self, text: str, version: int | None = None, error: str = "H", **kwargs):
+        import segno
+
+        try:
+            code = segno.make_qr(text, version=version, error=error, boost_error=False)
+        except segno.DataOverflowError as overflow:
+            raise ValueError(
+                f"{text!r} does not fit into a QR code of version {version}, level {error}. Shorten it, or choose a larger "
+                "version or a lower level."
+            ) from overflow
+        super().__init__([[1 if module else -1 for module in row] for row in code.matrix], **kwargs)
+        self.text = text
+
+
+class WeightNormMetric(Metric):
+    """
+    Makes a weight small: Φ = -‖W‖₂ (Frobenius). Proxy: `weight_norm`.
+
+    Args:
+        weight (`str`, *optional*, defaults to `"lm_head.weight"`):
+            Name of the weight in the base model.
+    """
+
+    def __init__(self, weight: str = "lm_head.weight"):
+        self.weight = weight
+
+    def __call__(self, student: FinetunedStudent) -> Tensor:
+        return -student.weight(self.weight).norm()
+
+    def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        return {"weight_norm": -value}

@@ -1,0 +1,521 @@
+"""The student: a causal LM that is fine-tuned, read and put back, without its stored weights ever being written."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_bitsandbytes_available
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import BitsAndBytesConfig
+
+
+Examples = Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
+
+
+class TokenizedExample(NamedTuple):
+    """Token ids of one sample, its labels (-100 where no loss is taken), as many, and whether it was cut off."""
+
+    input_ids: list[int]
+    labels: list[int]
+    truncated: bool = False
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of tokens a causal LM is trained to predict: labels past the first position."""
+        return sum(label != -100 for label in self.labels[1:])
+
+
+class Batch(NamedTuple):
+    """Right-padded token ids, their attention mask (`None` when nothing is padded) and labels, each `[B, L]`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """
+    Cross-entropy of every token.
+
+    Args:
+        logits (`torch.Tensor` of shape `[B, L, V]`):
+            Logits of a causal LM. Half-precision logits are cast to float32.
+        labels (`torch.Tensor` of shape `[B, L]`):
+            Token ids, -100 where no loss is taken.
+
+    Returns:
+        `torch.Tensor` of shape `[B, L]`: at position `k` the loss in nats of predicting `labels[:, k]` from the tokens
+        before it; 0 where the label is -100 and at position 0.
+    """
+    logits = logits[:, :-1]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    return F.pad(losses.view(labels.size(0), -1), (1, 0))
+
+
+class _Scope(nn.Module):
+    """Lets `torch.func.functional_call` hold other weights in place for the length of any function, not one forward."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function):
+        return function(self.model)
+
+
+@dataclass
+class _Layout:
+    """Where each trainable parameter lies in the flat vector."""
+
+    names: list[str]
+    shapes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+
+class Student:
+    """
+    The model that is fine-tuned on the generated data (the paper's "target model"; Thrush et al., arXiv 2604.08423).
+
+    Trained in full, by LoRA, or by LoRA over a 4-bit base. Its weights are the fixed start of every fine-tuning: they are
+    only ever read, so they are bit for bit the same afterwards, also when something raises.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The student at its start. A path or Hub id is loaded in float32 (see `model_init_kwargs`) with its dropout
+            switched off. A loaded model is used as it is, on the device where it lies.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's own tokenizer. Loaded from the model's path when `None`; a model without a path may go without
+            one if every sample is given as token ids.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains adapters only. Without it, what has `requires_grad` is trained.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantises the base to 4 bits while it is loaded from a path or Hub id.
+        model_init_kwargs (`dict[str, Any]`, *optional*):
+            Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for a path or Hub id.
+        disable_dropout (`bool`, *optional*, defaults to `False`):
+            Sets every dropout probability of a given model to zero, instead of refusing it.
+
+    Raises:
+        `ValueError`:
+            If nothing is trainable, dropout is active, the tokenizer has neither a pad nor an eos token, the base is
+            quantised without adapters or to 8 bits, or the model lies on several devices.
+    """
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: "PeftConfig | None" = None,
+        quantization_config: "BitsAndBytesConfig | None" = None,
+        model_init_kwargs: dict[str, Any] | None = None,
+        disable_dropout: bool = False,
+    ):
+        if isinstance(model, str):
+            device = PartialState().device
+            init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
+            if quantization_config is not None:
+                init_kwargs["quantization_config"] = quantization_config
+            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+            _disable_dropout(model)
+        elif quantization_config is not None or model_init_kwargs is not None:
+            raise ValueError(
+                f"`quantization_config` and `model_init_kwargs` apply while a model is loaded, but the student is an "
+                f"already loaded {type(model).__name__}. Pass its path or Hub id instead."
+            )
+        if processing_class is None and model.config._name_or_path:
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        if peft_config is not None:
+            if is_peft_model(model):
+                raise ValueError(
+                    "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or the other."
+                )
+            model = get_peft_model(model, peft_config)
+        if disable_dropout:
+            _disable_dropout(model)
+
+        self.model = model
+        self.processing_class = processing_class
+        self._check_model()
+        self.pad_token_id = self._resolve_pad_token_id()
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._layout = _Layout(
+            names=list(trainable), shapes=[p.shape for p in trainable.values()], dtypes=[p.dtype for p in trainable.values()]
+        )
+        self._scope = _Scope(model)
+        self._quantization_verified = False
+
+    def _check_model(self):
+        active = _active_dropout(self.model)
+        if active:
+            name, value = next(iter(active.items()))
+            raise ValueError(
+                f"The student has active dropout ({name} = {value}, {len(active)} in all). The two sweeps would see "
+                "different networks. Load the model with its dropout at 0 (and `lora_dropout=0.0`), or pass "
+                "`disable_dropout=True`."
+            )
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        if _bnb_modules(self.model, "Linear8bitLt"):
+            raise ValueError("The student's base is quantised to 8 bits; only 4-bit bases are supported (`load_in_4bit`).")
+        if _bnb_modules(self.model, "Linear4bit") and not is_peft_model(self.model):
+            raise ValueError(
+                "The student's base is quantised but has no adapters, and quantised weights cannot be trained. Pass a "
+                "`peft_config` (e.g. `LoraConfig(r=16, target_modules='all-linear')`)."
+            )
+        if not trainable:
+            raise ValueError(
+                "The student has no trainable parameters: none has `requires_grad=True`. Pass a `peft_config`, load the "
+                "adapter with `is_trainable=True`, or set `requires_grad` on what the fine-tuning should train."
+            )
+        devices = {p.device for p in self.model.parameters()}
+        if len(devices) > 1:
+            raise ValueError(
+                f"The student is spread over {sorted(map(str, devices))}. It must lie on one device: load it without "
+                '`device_map="auto"`.'
+            )
+
+    def _resolve_pad_token_id(self) -> int:
+        if self.processing_class is None:
+            return 0
+        if self.processing_class.pad_token_id is not None:
+            return self.processing_class.pad_token_id
+        if self.processing_class.eos_token_id is not None:
+            return self.processing_class.eos_token_id
+        raise ValueError(
+            f"The student's tokenizer ({type(self.processing_class).__name__}) has neither a pad nor an eos token. Set "
+            "`processing_class.pad_token` (any token will do, it is masked)."
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> "Student":
+        """Move the model, values unchanged."""
+        self.model.to(device)
+        return self
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    @property
+    def accumulator_dtype(self) -> torch.dtype:
+        """float32, or float64 if the trainable parameters are: half-precision ones are trained as float32 master copies."""
+        return torch.float64 if torch.float64 in self._layout.dtypes else torch.float32
+
+    def initial_theta(self) -> Tensor:
+        """The trainable parameters at their start as one flat vector `[P]` in `accumulator_dtype`, detached."""
+        parameters = [p.detach().flatten() for p in self.model.parameters() if p.requires_grad]
+        return torch.cat([p.to(self.accumulator_dtype) for p in parameters])
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """Views of a flat vector `[P]` by parameter name, in the parameters' shapes and dtypes; differentiable."""
+        parts = theta.split([shape.numel() for shape in self._layout.shapes])
+        return {
+            name: part.view(shape).to(dtype)
+            for name, part, shape, dtype in zip(
+                self._layout.names, parts, self._layout.shapes, self._layout.dtypes, strict=True
+            )
+        }
+
+    def run(self, parameters: dict[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+        """Call `function(model)` while `parameters` (see `unflatten`) stand in for the stored ones."""
+        parameters = {f"model.{name}": value for name, value in parameters.items()}
+        return torch.func.functional_call(self._scope, parameters, (function,))
+
+    @contextmanager
+    def train_mode(self) -> Iterator[None]:
+        """
+        Every module in train mode, and back to its own mode afterwards.
+
+        There is no dropout to switch on. bitsandbytes needs it: in eval mode its CPU path packs 4-bit weights for an
+        inference kernel whose gradients are wrong.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def effective_weight(self, parameters: dict[str, Tensor], name: str) -> Tensor:
+        """
+        A weight of the base model with its adapters merged, differentiable in `parameters`.
+
+        Args:
+            parameters (`dict[str, torch.Tensor]`):
+                Trainable parameters, see `unflatten`.
+            name (`str`):
+                The weight's name in the base model, e.g. `"lm_head.weight"`.
+
+        Raises:
+            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not additive.
+        """
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        weights = {
+            weight.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): weight
+            for weight, _ in base.named_parameters(remove_duplicate=False)
+            if ".original_module." not in weight and ".lora_" not in weight
+        }
+        if name not in weights:
+            near = difflib.get_close_matches(name, weights, n=4, cutoff=0.3)
+            raise ValueError(f"The student has no weight {name!r}. Near names: {', '.join(near) or 'none'}.")
+
+        def merged(_):
+            module, _, attribute = weights[name].rpartition(".")
+            weight = getattr(base.get_submodule(module), attribute)
+            if type(weight).__name__ == "Params4bit":
+                weight = dequantize_bnb_weight(weight)
+            layer = base.get_submodule(module.removesuffix(".base_layer"))
+            if isinstance(layer, BaseTunerLayer) and name.endswith(".weight"):
+                for adapter in layer.active_adapters:
+                    if layer.use_dora.get(adapter, False):
+                        raise ValueError(f"{name!r} has a DoRA adapter, which is not additive. Use plain LoRA.")
+                    weight = weight + layer.get_delta_weight(adapter)
+            return weight
+
+        return self.run(parameters, merged)
+
+    # -- 4-bit ------------------------------------------------------------------------------------------------------
+
+    def verify_quantization(self) -> None:
+        """
+        Compare the gradient of every 4-bit layer with that of its dequantised weight; done once.
+
+        Raises:
+            `ValueError`:
+                If they differ by more than rounding (relative L2 above 1e-3 for float32 compute, 2e-2 for half
+                precision), as bitsandbytes' packed CPU inference kernel does.
+        """
+        if self._quantization_verified:
+            return
+        generator = torch.Generator().manual_seed(0)
+        for name, layer in _bnb_modules(self.model, "Linear4bit").items():
+            shape = layer.weight.quant_state.shape
+            dtype = layer.compute_dtype or torch.float32
+            x = torch.randn(4, shape[1], generator=generator).to(self.device, dtype).requires_grad_()
+            y_bar = torch.randn(4, shape[0], generator=generator).to(self.device, dtype)
+            y = layer(x)
+            error = torch.inf  # the inference kernel gives no gradient at all
+            if y.requires_grad:
+                (gradient,) = torch.autograd.grad(y, x, y_bar)
+                expected = y_bar.float() @ dequantize_bnb_weight(layer.weight).float()
+                error = ((gradient.float() - expected).norm() / expected.norm()).item()
+            if error > (1e-3 if dtype == torch.float32 else 2e-2):
+                raise ValueError(
+                    f"The 4-bit layer {name!r} disagrees with its own dequantised weight (relative error of its gradient "
+                    f"{error:.2g}). bitsandbytes repacks a layer for CPU inference when it runs in eval mode, for good: "
+                    "load the student anew and do not run it in eval mode before training it."
+                )
+        self._quantization_verified = True
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, examples: Examples, max_length: int, add_eos: bool = True) -> list[TokenizedExample]:
+        """
+        Token ids and labels of samples, as [`~trl.SFTTrainer`] would train on them.
+
+        Args:
+            examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
+                Strings, or rows with `"text"` (loss on all of it), `"prompt"` and `"completion"` (loss on the completion),
+                `"messages"` (through the chat template), or `"input_ids"` with optional `"labels"`. Prompts and
+                completions may be conversational. Empty texts and completions give samples without supervised tokens.
+            max_length (`int`):
+                Longer samples are cut off at the end, and so are those longer than the model's positions.
+            add_eos (`bool`, *optional*, defaults to `True`):
+                Ends texts and completions with the eos token, as SFT does. Chat templates bring their own.
+        """
+        rows = [{"text": example} if isinstance(example, str) else example for example in examples]
+        tokenized = [self._tokenize_row(row, add_eos) for row in rows]
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
+        largest = max((max(example.input_ids, default=0) for example in tokenized), default=0)
+        if largest >= vocab_size:
+            raise ValueError(
+                f"Token id {largest} does not exist in the student, whose vocabulary has {vocab_size} entries. Pass the "
+                "student's own tokenizer as `processing_class`; the samples' token ids must be the student's."
+            )
+        max_length = min(max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length))
+        return [
+            TokenizedExample(input_ids[:max_length], labels[:max_length], truncated=len(input_ids) > max_length)
+            for input_ids, labels, _ in tokenized
+        ]
+
+    def _tokenize_row(self, row: Mapping[str, Any], add_eos: bool) -> TokenizedExample:
+        if "input_ids" in row:
+            input_ids = list(row["input_ids"])
+            labels = list(row["labels"]) if row.get("labels") is not None else input_ids
+            if len(labels) != len(input_ids):
+                raise ValueError(f"A sample has {len(input_ids)} `input_ids` but {len(labels)} `labels`.")
+            return TokenizedExample(input_ids, labels)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            raise ValueError(
+                "The student has no tokenizer, so samples must be token ids (`input_ids`). Pass `processing_class`."
+            )
+        eos = tokenizer.eos_token if add_eos and tokenizer.eos_token is not None else ""
+
+        def ended(text):
+            return text if text.endswith(eos) else text + eos
+
+        if "messages" in row:
+            input_ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
+            return TokenizedExample(input_ids, input_ids)
+        if "prompt" in row and "completion" in row:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                prompt_ids = tokenizer(prompt)["input_ids"]
+                input_ids = tokenizer(prompt + (ended(completion) if completion else ""))["input_ids"]
+            else:
+                prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                input_ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+                completion = "".join(message["content"] for message in completion)
+            if not completion:
+                return TokenizedExample(prompt_ids, [-100] * len(prompt_ids))
+            # Tokens may merge across the boundary: the completion starts where the two tokenisations part.
+            pairs = zip(prompt_ids, input_ids, strict=False)
+            start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(prompt_ids), len(input_ids)))
+            return TokenizedExample(input_ids, [-100] * start + input_ids[start:])
+        if "text" in row:
+            input_ids = tokenizer(ended(row["text"]))["input_ids"] if row["text"] else []
+            return TokenizedExample(input_ids, input_ids)
+        raise ValueError(
+            f"A sample has the columns {sorted(row)}; expected `text`, `prompt` and `completion`, `messages`, or `input_ids`."
+        )
+
+    def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
+        """Right-pad samples to the longest and put them on the student's device."""
+        length = max(len(example.input_ids) for example in examples)
+        padding = [length - len(example.input_ids) for example in examples]
+
+        def padded(rows, value):
+            return torch.tensor([row + [value] * n for row, n in zip(rows, padding, strict=True)], device=self.device)
+
+        attention_mask = padded([[1] * len(example.input_ids) for example in examples], 0) if any(padding) else None
+        input_ids = padded([example.input_ids for example in examples], self.pad_token_id)
+        return Batch(input_ids, attention_mask, padded([example.labels for example in examples], -100))
+
+
+class FinetunedStudent:
+    """
+    What a target metric receives: the student under its fine-tuned weights `θ_T`, differentiable in them.
+
+    Calling it runs the model: `student(input_ids=..., attention_mask=..., labels=...)` returns the model's output. Valid
+    while the metric runs.
+
+    Attributes:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
+            The student's tokenizer.
+        theta (`torch.Tensor` of shape `[P]`):
+            The fine-tuned trainable parameters, flat.
+    """
+
+    def __init__(self, student: Student, theta: Tensor, initial_theta: Tensor):
+        self.student = student
+        self.theta = theta
+        self._initial_theta = initial_theta
+        self.processing_class = student.processing_class
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.device
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        """Run the model under `θ_T`; arguments and output are the model's own."""
+        return self.student.run(
+            self.student.unflatten(self.theta),
+            lambda model: model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs),
+        )
+
+    def weight(self, name: str) -> Tensor:
+        """The effective weight `name` (base and adapters merged) after fine-tuning, as [`Student.effective_weight`]."""
+        return self.student.effective_weight(self.student.unflatten(self.theta), name)
+
+    def initial_weight(self, name: str) -> Tensor:
+        """The effective weight `name` before fine-tuning, detached."""
+        with torch.no_grad():
+            return self.student.effective_weight(self.student.unflatten(self._initial_theta), name)
+
+    def accumulate(self, function: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
+        """
+        `Σ_b function(b)` over batches, differentiable (once) in `theta`, in the memory of one batch.
+
+        Each batch's gradient is taken at once and its graph freed, so that a benchmark of any size fits.
+
+        Args:
+            function (`Callable`):
+                Maps a batch to a scalar tensor that depends on this student.
+            batches (`Iterable`):
+                Its arguments.
+        """
+        value, gradient = 0.0, torch.zeros_like(self.theta)
+        for batch in batches:
+            part = function(batch)
+            if part.requires_grad:
+                gradient += torch.autograd.grad(part, self.theta)[0]
+            value = value + part.detach()
+        if not torch.is_grad_enabled():
+            return value
+        return _WithGradient.apply(self.theta, value, gradient)
+
+
+class _WithGradient(torch.autograd.Function):
+    """A scalar whose gradient in `theta` was computed already."""
+
+    @staticmethod
+    def forward(ctx, theta, value, gradient):
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, value_bar):
+        (gradient,) = ctx.saved_tensors
+        return value_bar.to(gradient.dtype) * gradient, None, None
+
+
+def _bnb_modules(model: nn.Module, class_name: str) -> dict[str, nn.Module]:
+    """The bitsandbytes modules of a class (`"Linear4bit"`, `"Linear8bitLt"`) by name."""
+    if not is_bitsandbytes_available():
+        return {}
+    import bitsandbytes as bnb
+
+    kind = {"Linear4bit": bnb.nn.Linear4bit, "Linear8bitLt": bnb.nn.Linear8bitLt}[class_name]
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _dropout_attributes(module: nn.Module) -> list[str]:
+    """Names of a module's attributes that hold a dropout probability (`attention_dropout`, `p` of an `nn.Dropout`, ...)."""
+    if isinstance(module, nn.Dropout):
+        return ["p"]
+    return [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]
+
+
+def _active_dropout(model: nn.Module) -> dict[str, float]:
+    return {
+        f"{name}.{key}".lstrip("."): vars(module)[key]
+        for name, module in model.named_modules()
+        for key in _dropout_attributes(module)
+        if vars(module)[key] > 0
+    }
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in _dropout_attributes(module):
+            setattr(module, key, 0.0)
