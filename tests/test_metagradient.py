@@ -1,5 +1,6 @@
 """Scores against an independent float64 unroll, and what must hold of them."""
 
+import itertools
 import math
 
 import pytest
@@ -25,27 +26,24 @@ def with_lora(model, **kwargs):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_are_as_accurate_as_a_plain_float32_unroll(family, lora):
-    log_ratios, errors = [], []
-    for optimizer, lr in [("adamw", 1e-3), ("sgd", 0.1)]:
-        for batch_size in (16, 4, 2):  # T = 1, 4, 8
-            for weights in (torch.ones(16), RANDOM_WEIGHTS):
-                model = make_model(family, scale=1.0)
-                model = with_lora(model) if lora else model
-                plain = dict(optimizer=optimizer, lr=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9)
-                exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), weights, **plain)[0]
-                single = log_likelihood(BENCHMARK, torch.float32)
-                float32 = unroll(model, SAMPLES, single, weights, dtype=torch.float32, **plain)[0]
-                config = InnerLoopConfig(
-                    optimizer=optimizer, learning_rate=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9
-                )
-                ours = metagradient(Student(model), SAMPLES, METRIC, config, weights=weights).scores
-                error = relative_error(ours, exact)
-                errors.append(error)
-                log_ratios.append(math.log(error / relative_error(float32, exact)))
-    # Rounding is random: one cell's ratio says little, their geometric mean does.
-    print("RATIO", family, lora, math.exp(sum(log_ratios) / len(log_ratios)), max(errors))
+def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
+    samples, log_ratios = SAMPLES[:8], []
+    cells = itertools.product(FAMILIES, [("adamw", 1e-3), ("sgd", 0.1)], (8, 2, 1), (torch.ones(8), RANDOM_WEIGHTS[:8]))
+    for family, (optimizer, lr), batch_size, weights in cells:  # T = 1, 4, 8
+        model = make_model(family, scale=4.0 if family == "gemma3" else 1.0)
+        model = with_lora(model) if lora else model
+        plain = dict(optimizer=optimizer, lr=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9)
+        exact = unroll(model, samples, log_likelihood(BENCHMARK), weights, **plain)[0]
+        single = log_likelihood(BENCHMARK, torch.float32)
+        float32 = unroll(model, samples, single, weights, dtype=torch.float32, **plain)[0]
+        config = InnerLoopConfig(
+            optimizer=optimizer, learning_rate=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9
+        )
+        ours = metagradient(Student(model), samples, METRIC, config, weights=weights).scores
+        error = relative_error(ours, exact)
+        assert error <= 2e-4, (family, optimizer, batch_size)
+        log_ratios.append(math.log(error / relative_error(float32, exact)))
+    # Rounding is random: one cell's ratio says little (0.1 to 10), their geometric mean does.
     assert math.exp(sum(log_ratios) / len(log_ratios)) <= 1.5
 
 

@@ -4,7 +4,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -37,7 +36,6 @@ FAMILIES = {
     ),
     "mistral": lambda: MistralConfig(**_SHAPE, sliding_window=6),
     "gemma": lambda: GemmaConfig(**_SHAPE, head_dim=8),
-    "gemma2": lambda: Gemma2Config(**_SHAPE, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(**_SHAPE, head_dim=8),
 }
 

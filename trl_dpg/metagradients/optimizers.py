@@ -64,7 +64,7 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
         return state.exp_avg / correction1, (state.exp_avg_sq / correction2 + eps_root).sqrt_(), correction1, correction2
 
     def update(gradient, state, theta, lr):
-        exp_avg = torch.lerp(gradient, state.exp_avg, beta1)
+        exp_avg = (beta1 * state.exp_avg).add_(gradient, alpha=1 - beta1)
         exp_avg_sq = (beta2 * state.exp_avg_sq).addcmul_(gradient, gradient, value=1 - beta2)
         state = AdamWState(state.step + 1, exp_avg, exp_avg_sq)
         m_hat, root, _, _ = moments(state)
