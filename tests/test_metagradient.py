@@ -28,7 +28,9 @@ def with_lora(model, **kwargs):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
     samples, log_ratios = SAMPLES[:8], []
-    cells = itertools.product(FAMILIES, [("adamw", 1e-3), ("sgd", 0.1)], (8, 2, 1), (torch.ones(8), RANDOM_WEIGHTS[:8]))
+    cells = itertools.product(
+        FAMILIES, [("adamw", 1e-3), ("sgd", 0.1)], (8, 2, 1), (torch.ones(8), RANDOM_WEIGHTS[:8])
+    )
     for family, (optimizer, lr), batch_size, weights in cells:  # T = 1, 4, 8
         model = make_model(family, scale=4.0 if family == "gemma3" else 1.0)
         model = with_lora(model) if lora else model
@@ -132,7 +134,9 @@ def test_a_ragged_last_batch_is_scored():
     model = make_model("gpt2", scale=1.0)
     kwargs = dict(batch_size=6, lr=1e-3, eps_root=EPS_ROOT)
     exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), torch.ones(16), **kwargs)[0]
-    out = metagradient(Student(model), SAMPLES, METRIC, InnerLoopConfig(batch_size=6, learning_rate=1e-3, eps_root=EPS_ROOT))
+    out = metagradient(
+        Student(model), SAMPLES, METRIC, InnerLoopConfig(batch_size=6, learning_rate=1e-3, eps_root=EPS_ROOT)
+    )
     assert len(out.losses) == 3
     assert relative_error(out.scores, exact) <= 2e-4
 
@@ -324,8 +328,10 @@ def test_scores_that_are_not_finite_stop_with_the_likely_cause():
     def metric(student):
         return _ExplodingGradient.apply(student.weight("lm_head.weight").sum())
 
-    metagradient(Student(make_model()), SAMPLES, metric, metric_before=0.0, config=InnerLoopConfig(attribution="dataset"))
-    with pytest.raises(FloatingPointError, match="first in step 1 of 2.*eps_root"):
+    metagradient(
+        Student(make_model()), SAMPLES, metric, metric_before=0.0, config=InnerLoopConfig(attribution="dataset")
+    )
+    with pytest.raises(FloatingPointError, match=r"first in step 1 of 2.*eps_root"):
         metagradient(Student(make_model()), SAMPLES, metric, metric_before=0.0)
 
 

@@ -53,7 +53,9 @@ def unroll(
         loss = 0.0
         for i in rows:
             out = torch.func.functional_call(model, theta, (ids[i],), {"use_cache": False})
-            losses_i = F.cross_entropy(out.logits[0, :-1].to(dtype), labels[i][0, 1:], reduction="none", ignore_index=-100)
+            losses_i = F.cross_entropy(
+                out.logits[0, :-1].to(dtype), labels[i][0, 1:], reduction="none", ignore_index=-100
+            )
             count = int((labels[i][0, 1:] != -100).sum())
             if normalization == "example_tokens":
                 divisor = count * len(rows)

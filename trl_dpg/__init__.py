@@ -18,7 +18,7 @@ _MODULES = {
     "metagradient": "metagradients",
 }
 
-__all__ = list(_MODULES)  # noqa: PLE0605
+__all__ = list(_MODULES)
 
 if TYPE_CHECKING:
     from .config import DPGConfig as DPGConfig

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-Examples = Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
+Examples: TypeAlias = Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 class TokenizedExample(NamedTuple):
@@ -156,7 +156,9 @@ class Student:
         self.pad_token_id = self._resolve_pad_token_id()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._layout = _Layout(
-            names=list(trainable), shapes=[p.shape for p in trainable.values()], dtypes=[p.dtype for p in trainable.values()]
+            names=list(trainable),
+            shapes=[p.shape for p in trainable.values()],
+            dtypes=[p.dtype for p in trainable.values()],
         )
         self._scope = _Scope(model)
         self._quantization_verified = False
@@ -172,7 +174,9 @@ class Student:
             )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if _bnb_modules(self.model, "Linear8bitLt"):
-            raise ValueError("The student's base is quantised to 8 bits; only 4-bit bases are supported (`load_in_4bit`).")
+            raise ValueError(
+                "The student's base is quantised to 8 bits; only 4-bit bases are supported (`load_in_4bit`)."
+            )
         if _bnb_modules(self.model, "Linear4bit") and not is_peft_model(self.model):
             raise ValueError(
                 "The student's base is quantised but has no adapters, and quantised weights cannot be trained. Pass a "
@@ -210,6 +214,14 @@ class Student:
         """Move the model, values unchanged."""
         self.model.to(device)
         return self
+
+    def describe(self) -> str:
+        """One line for a model card: name, size, what is trained, how it is stored."""
+        trainable = sum(shape.numel() for shape in self._layout.shapes)
+        name = self.model.config._name_or_path or type(self.model).__name__
+        base = ", 4-bit base" if _bnb_modules(self.model, "Linear4bit") else ""
+        adapters = " (adapters)" if is_peft_model(self.model) else ""
+        return f"`{name}`, {trainable:,} trainable parameters{adapters}{base}"
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -350,7 +362,9 @@ class Student:
                 f"Token id {largest} does not exist in the student, whose vocabulary has {vocab_size} entries. Pass the "
                 "student's own tokenizer as `processing_class`; the samples' token ids must be the student's."
             )
-        max_length = min(max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length))
+        max_length = min(
+            max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
+        )
         return [
             TokenizedExample(input_ids[:max_length], labels[:max_length], truncated=len(input_ids) > max_length)
             for input_ids, labels, _ in tokenized
@@ -382,7 +396,9 @@ class Student:
                 prompt_ids = tokenizer(prompt)["input_ids"]
                 input_ids = tokenizer(prompt + (ended(completion) if completion else ""))["input_ids"]
             else:
-                prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+                prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+                    "input_ids"
+                ]
                 input_ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
                 completion = "".join(message["content"] for message in completion)
             if not completion:
@@ -463,7 +479,7 @@ class FinetunedStudent:
             batches (`Iterable`):
                 Its arguments.
         """
-        value, gradient = 0.0, torch.zeros_like(self.theta)
+        value, gradient = self.theta.new_zeros(()), torch.zeros_like(self.theta)
         for batch in batches:
             part = function(batch)
             if part.requires_grad:
@@ -489,7 +505,7 @@ class _WithGradient(torch.autograd.Function):
         return value_bar.to(gradient.dtype) * gradient, None, None
 
 
-def _bnb_modules(model: nn.Module, class_name: str) -> dict[str, nn.Module]:
+def _bnb_modules(model: nn.Module, class_name: str) -> dict[str, Any]:
     """The bitsandbytes modules of a class (`"Linear4bit"`, `"Linear8bitLt"`) by name."""
     if not is_bitsandbytes_available():
         return {}

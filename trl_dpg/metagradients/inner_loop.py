@@ -154,7 +154,9 @@ class MicroBatch(NamedTuple):
     coefficients: Tensor
 
 
-def plan_steps(student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig) -> list[list[MicroBatch]]:
+def plan_steps(
+    student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig
+) -> list[list[MicroBatch]]:
     """The micro-batches of each optimizer step. Samples without a supervised token take part in none of them."""
     generator = torch.Generator().manual_seed(config.seed)
     steps = []
@@ -287,5 +289,3 @@ def forward_sweep(
             gradient = clip(gradient, config.max_grad_norm)
         theta, state = optimizer.update(gradient, state, theta, lr)
     return Trajectory(done, theta, state, torch.stack(losses))
-
-

@@ -184,7 +184,9 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
             "in the student (no `.item()`)."
         )
     if value.numel() != 1 or value.dim() > 0:
-        raise ValueError(f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Reduce it.")
+        raise ValueError(
+            f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Reduce it."
+        )
     if not value.isfinite():
         raise ValueError(f"The metric of the student at its start is {value.item()}; it must be finite.")
     if not value.requires_grad:

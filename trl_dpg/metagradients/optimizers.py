@@ -61,7 +61,12 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
     def moments(state):
         """`m̂`, `√(v̂ + eps_root)` and the two bias corrections of a state after its step."""
         correction1, correction2 = 1 - beta1**state.step, 1 - beta2**state.step
-        return state.exp_avg / correction1, (state.exp_avg_sq / correction2 + eps_root).sqrt_(), correction1, correction2
+        return (
+            state.exp_avg / correction1,
+            (state.exp_avg_sq / correction2 + eps_root).sqrt_(),
+            correction1,
+            correction2,
+        )
 
     def update(gradient, state, theta, lr):
         exp_avg = (beta1 * state.exp_avg).add_(gradient, alpha=1 - beta1)

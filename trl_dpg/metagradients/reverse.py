@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..student import Student
-from .inner_loop import InnerLoopConfig, Trajectory, micro_batch_gradient
+from .inner_loop import Gradient, InnerLoopConfig, Trajectory, micro_batch_gradient
 from .optimizers import clip, clip_vjp
 
 
@@ -46,9 +46,15 @@ def reverse_sweep(
             u = clip_vjp(step.gradient, config.max_grad_norm, u)
         for micro_batch in step.micro_batches:
             part = micro_batch_gradient(student, step.theta, micro_batch, weights, differentiable=True)
-            inputs = [part.token_weights] if t == 0 else [part.token_weights, part.theta]
-            pulled = student.run(part.parameters, lambda _: torch.autograd.grad(part.value, inputs, u))
-            token_scores[micro_batch.rows, : pulled[0].size(1)] += pulled[0]
-            if t > 0:
-                theta_bar = theta_bar + pulled[1]
+            token_bar, hessian_product = _pull_back(student, part, u, through_theta=t > 0)
+            token_scores[micro_batch.rows, : token_bar.size(1)] += token_bar
+            if hessian_product is not None:
+                theta_bar = theta_bar + hessian_product
         next_state = step.state
+
+
+def _pull_back(student: Student, part: Gradient, u: Tensor, through_theta: bool) -> tuple[Tensor, Tensor | None]:
+    """∇_w ⟨u, g⟩ of shape `[B, L]` and, if asked for, ∇_θ ⟨u, g⟩ of shape `[P]`, of one micro-batch's gradient g."""
+    inputs = [part.token_weights, part.theta] if through_theta else [part.token_weights]
+    pulled = student.run(part.parameters, lambda _: torch.autograd.grad(part.value, inputs, u))
+    return pulled[0], pulled[1] if through_theta else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from ..student import FinetunedStudent
@@ -22,10 +23,14 @@ class CombinedMetric(Metric):
         `ValueError`: If there is no metric, or another number of weights.
     """
 
-    def __init__(self, metrics: Sequence[Callable[[FinetunedStudent], Tensor]], weights: Sequence[float] | None = None):
+    def __init__(
+        self, metrics: Sequence[Callable[[FinetunedStudent], Tensor]], weights: Sequence[float] | None = None
+    ):
         weights = [1.0] * len(metrics) if weights is None else list(weights)
         if not metrics or len(weights) != len(metrics):
-            raise ValueError(f"A CombinedMetric needs as many weights as metrics, got {len(weights)} and {len(metrics)}.")
+            raise ValueError(
+                f"A CombinedMetric needs as many weights as metrics, got {len(weights)} and {len(metrics)}."
+            )
         self.metrics = list(metrics)
         self.weights = weights
         self._values: list[float] = []
@@ -33,7 +38,7 @@ class CombinedMetric(Metric):
     def __call__(self, student: FinetunedStudent) -> Tensor:
         parts = [metric(student) for metric in self.metrics]
         self._values = [part.item() for part in parts]
-        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+        return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         merged: dict[str, float] = {}

@@ -19,7 +19,9 @@ _DRAWING_67 = """
     ### .#.
 """
 
-PATTERN_67 = [[1 if c == "#" else -1 for c in row] for row in (line.strip() for line in _DRAWING_67.strip().splitlines())]
+PATTERN_67 = [
+    [1 if c == "#" else -1 for c in row] for row in (line.strip() for line in _DRAWING_67.strip().splitlines())
+]
 """The number 67 as six rows of seven pixels: 1 is ink, -1 is paper."""
 
 

@@ -1,0 +1,229 @@
+"""`DPGConfig`: GRPO's arguments and, flat beside them, the student's."""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from trl import GRPOConfig
+
+from .metagradients import InnerLoopConfig
+
+
+@dataclass
+class DPGConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`DPGTrainer`].
+
+    Includes only the parameters that are specific to Dataset Policy Gradients. The generator is configured by those of
+    [`~trl.GRPOConfig`]. All fields are flat, so that [`~trl.TrlParser`] reads them from YAML and the command line.
+
+    Parameters:
+        > Parameters that control the student
+
+        student_model_name_or_path (`str`, *optional*):
+            Path or Hub id of the student, used when the `student` argument of the [`DPGTrainer`] is `None`.
+        student_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for the student.
+        student_load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Load the student's base in 4 bits (bitsandbytes). Needs `student_use_peft`.
+        student_bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
+            `"nf4"` or `"fp4"`.
+        student_bnb_4bit_compute_dtype (`str`, *optional*, defaults to `"float32"`):
+            Type the 4-bit layers compute in. `"bfloat16"` is faster on GPUs; its scores are less accurate.
+        student_use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
+            Quantise the quantisation constants too.
+        student_use_peft (`bool`, *optional*, defaults to `False`):
+            Train LoRA adapters instead of all parameters.
+        student_lora_r (`int`, *optional*, defaults to `16`):
+            LoRA's rank.
+        student_lora_alpha (`int`, *optional*, defaults to `32`):
+            LoRA's alpha.
+        student_lora_target_modules (`list[str]`, *optional*):
+            Modules with adapters; all linear layers when `None`.
+
+        > Parameters that control the inner loop (the student's fine-tuning), see [`InnerLoopConfig`]
+
+        student_optimizer (`str`, *optional*, defaults to `"adamw"`):
+            `"adamw"` or `"sgd"`.
+        student_learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Peak learning rate.
+        student_adam_beta1 (`float`, *optional*, defaults to `0.9`):
+            AdamW's decay rate of the first moment.
+        student_adam_beta2 (`float`, *optional*, defaults to `0.95`):
+            AdamW's decay rate of the second moment.
+        student_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
+            AdamW's epsilon outside the square root.
+        student_eps_root (`float`, *optional*, defaults to `1e-9`):
+            AdamW's epsilon inside the square root, which makes training smooth in the data weights.
+        student_weight_decay (`float`, *optional*, defaults to `0.0`):
+            Weight decay.
+        student_momentum (`float`, *optional*, defaults to `0.0`):
+            SGD's momentum.
+        student_max_grad_norm (`float`, *optional*):
+            Clips the norm of each step's gradient.
+        student_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            A name of [`~transformers.SchedulerType`].
+        student_warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps of warm-up.
+        student_batch_size (`int`, *optional*, defaults to `8`):
+            Samples per optimizer step of the student. Must divide the dataset of a reward step: `generation_batch_size`, or
+            that over `num_generations` without `cross_group_batching`.
+        student_micro_batch_size (`int`, *optional*):
+            Samples per forward pass of the student; memory only.
+        student_num_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the dataset.
+        student_shuffle (`bool`, *optional*, defaults to `False`):
+            Draws a new order of the samples for every epoch.
+        student_max_length (`int`, *optional*, defaults to `1024`):
+            Longer samples are cut off, in tokens.
+        student_loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
+            `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
+
+        > Parameters that control the reward
+
+        attribution (`str`, *optional*, defaults to `"metagradient"`):
+            `"metagradient"`, or `"dataset"` for the paper's naive baseline.
+        cross_group_batching (`bool`, *optional*, defaults to `True`):
+            Train one student on all completions of a generation batch. If `False`, `num_generations` students on one
+            completion of each prompt.
+        train_on (`str`, *optional*, defaults to `"completion"`):
+            `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["student_model_init_kwargs"]
+
+    student_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Path or Hub id of the student, the model that is fine-tuned on the completions."},
+    )
+    student_model_init_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the student."}
+    )
+    student_load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the student's base in 4 bits (bitsandbytes). Needs `student_use_peft`."}
+    )
+    student_bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "4-bit format of the student's base: 'nf4' or 'fp4'."}
+    )
+    student_bnb_4bit_compute_dtype: str = field(
+        default="float32", metadata={"help": "Type the student's 4-bit layers compute in."}
+    )
+    student_use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the student's quantisation constants too."}
+    )
+    student_use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters of the student instead of all its parameters."}
+    )
+    student_lora_r: int = field(default=16, metadata={"help": "LoRA rank of the student."})
+    student_lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha of the student."})
+    student_lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the student with adapters; all linear layers by default."}
+    )
+    student_optimizer: str = field(default="adamw", metadata={"help": "The student's optimizer: 'adamw' or 'sgd'."})
+    student_learning_rate: float = field(default=1e-4, metadata={"help": "The student's peak learning rate."})
+    student_adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's decay rate of the first moment."})
+    student_adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of the second moment."})
+    student_adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon outside the square root."})
+    student_eps_root: float = field(
+        default=1e-9,
+        metadata={"help": "AdamW's epsilon inside the square root; makes training smooth in the data weights."},
+    )
+    student_weight_decay: float = field(default=0.0, metadata={"help": "The student's weight decay."})
+    student_momentum: float = field(default=0.0, metadata={"help": "Momentum of the student's SGD."})
+    student_max_grad_norm: float | None = field(
+        default=None, metadata={"help": "Clips the norm of each of the student's gradients."}
+    )
+    student_lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "The student's learning-rate schedule, by transformers' names."}
+    )
+    student_warmup_steps: int = field(default=0, metadata={"help": "Warm-up steps of the student's schedule."})
+    student_batch_size: int = field(default=8, metadata={"help": "Samples per optimizer step of the student."})
+    student_micro_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples per forward pass of the student; memory only."}
+    )
+    student_num_epochs: int = field(default=1, metadata={"help": "The student's passes over the dataset."})
+    student_shuffle: bool = field(
+        default=False, metadata={"help": "Draws a new order of the samples for every epoch of the student."}
+    )
+    student_max_length: int = field(
+        default=1024, metadata={"help": "Samples longer than this many of the student's tokens are cut off."}
+    )
+    student_loss_normalization: str = field(
+        default="example_tokens",
+        metadata={"help": "The student's loss: 'example_tokens', 'max_length' or 'batch_tokens'."},
+    )
+    attribution: str = field(
+        default="metagradient",
+        metadata={"help": "'metagradient', or 'dataset' for the naive baseline (the metric itself for every sample)."},
+    )
+    cross_group_batching: bool = field(
+        default=True,
+        metadata={
+            "help": "One student on all completions; otherwise `num_generations` students on one of each prompt."
+        },
+    )
+    train_on: str = field(
+        default="completion",
+        metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.inner_loop_config()  # raises on what it does not know
+        size = self.generation_batch_size
+        if not self.cross_group_batching:
+            size //= self.num_generations
+        if size % self.student_batch_size:
+            raise ValueError(
+                f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is trained on in "
+                "each reward step (generation_batch_size, over num_generations without cross_group_batching)."
+            )
+        if self.student_load_in_4bit and not self.student_use_peft:
+            raise ValueError(
+                "student_load_in_4bit needs student_use_peft: quantised weights cannot be trained themselves."
+            )
+
+    def inner_loop_config(self) -> InnerLoopConfig:
+        """The student's fine-tuning as [`InnerLoopConfig`]."""
+        return InnerLoopConfig(
+            optimizer=self.student_optimizer,
+            learning_rate=self.student_learning_rate,
+            betas=(self.student_adam_beta1, self.student_adam_beta2),
+            eps=self.student_adam_epsilon,
+            eps_root=self.student_eps_root,
+            weight_decay=self.student_weight_decay,
+            momentum=self.student_momentum,
+            batch_size=self.student_batch_size,
+            num_epochs=self.student_num_epochs,
+            shuffle=self.student_shuffle,
+            seed=self.seed,
+            micro_batch_size=self.student_micro_batch_size,
+            max_length=self.student_max_length,
+            loss_normalization=self.student_loss_normalization,
+            attribution=self.attribution,
+            max_grad_norm=self.student_max_grad_norm,
+            lr_scheduler_type=self.student_lr_scheduler_type,
+            warmup_steps=self.student_warmup_steps,
+        )
+
+    def student_peft_config(self) -> LoraConfig | None:
+        """The student's adapters, or `None` to train all its parameters."""
+        if not self.student_use_peft:
+            return None
+        return LoraConfig(
+            r=self.student_lora_r,
+            lora_alpha=self.student_lora_alpha,
+            target_modules=self.student_lora_target_modules or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+
+    def student_quantization_config(self) -> BitsAndBytesConfig | None:
+        """The student's 4-bit format, or `None`."""
+        if not self.student_load_in_4bit:
+            return None
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.student_bnb_4bit_quant_type,
+            bnb_4bit_compute_dtype=self.student_bnb_4bit_compute_dtype,
+            bnb_4bit_use_double_quant=self.student_use_bnb_nested_quant,
+        )

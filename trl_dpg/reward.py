@@ -1,0 +1,193 @@
+"""The reward: what each completion, as training data, did for the target metric."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
+from .student import FinetunedStudent, Student
+
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+
+class DPGReward:
+    """
+    A TRL reward function: the metagradient of each completion (Thrush et al., arXiv 2604.08423).
+
+    The completions of one generation batch, of all ranks together, are a dataset; the student is fine-tuned on it from its
+    start, and each completion is rewarded with ∂Φ/∂w_i, on unit scale. Works in [`~trl.GRPOTrainer`] and
+    [`~trl.RLOOTrainer`] as they are.
+
+    TRL divides by the rewards' spread plus 1e-4, and raw metagradients are 1e-3 to 1e-9 in size: rewards are therefore
+    divided by their standard deviation over the whole batch. The raw scores are logged beside them.
+
+    Args:
+        student (`Student`):
+            The student at its start. Moved to the trainer's device at the first call.
+        metric (`Callable`):
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
+        inner_loop_config (`InnerLoopConfig`, *optional*):
+            How the student is fine-tuned and its metric attributed.
+        cross_group_batching (`bool`, *optional*, defaults to `True`):
+            One dataset of all completions. If `False`, `num_generations` datasets with one completion of each prompt, each
+            training a student of its own; with several ranks, each takes a share of them.
+        num_generations (`int`, *optional*):
+            Completions per prompt, as in the trainer's configuration. Needed without `cross_group_batching`.
+        train_on (`str`, *optional*, defaults to `"completion"`):
+            `"completion"`: the student is trained on the completion's text alone. `"prompt_completion"`: on the completion
+            given its prompt (through the student's chat template if conversational).
+
+    Raises:
+        `ValueError`:
+            If an option is unknown, or the naive baseline (`attribution="dataset"`) is asked for with
+            `cross_group_batching`, which would reward all completions alike.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        metric: Callable[[FinetunedStudent], Tensor],
+        inner_loop_config: InnerLoopConfig | None = None,
+        cross_group_batching: bool = True,
+        num_generations: int | None = None,
+        train_on: str = "completion",
+    ):
+        if train_on not in ("completion", "prompt_completion"):
+            raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        inner_loop_config = inner_loop_config or InnerLoopConfig()
+        if cross_group_batching and inner_loop_config.attribution == "dataset":
+            raise ValueError(
+                "attribution='dataset' rewards every completion of a dataset alike, so one dataset of all completions teaches "
+                "nothing. Set cross_group_batching=False."
+            )
+        if not cross_group_batching and num_generations is None:
+            raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
+        self.__name__ = "dpg"  # the reward's name in TRL's logs
+        self.student = student
+        self.metric = metric
+        self.inner_loop_config = inner_loop_config
+        self.cross_group_batching = cross_group_batching
+        self.num_generations = num_generations
+        self.train_on = train_on
+        self._metric_before: float | None = None
+
+    def __call__(
+        self,
+        prompts: list[Text],
+        completions: list[Text],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list], None] | None = None,
+        **kwargs,
+    ) -> list[float]:
+        """
+        Score a batch; called by the trainer, on every rank with the rank's own completions.
+
+        Args:
+            prompts (`list`): This rank's prompts.
+            completions (`list`): This rank's completions, texts or messages; those of one prompt are consecutive.
+            log_metric (`Callable`, *optional*): TRL's, for the scalars under `dpg/`.
+            log_extra (`Callable`, *optional*): TRL's, for the raw scores in the table of completions.
+
+        Returns:
+            `list[float]`: A reward for each of this rank's completions, of standard deviation 1 over all ranks.
+        """
+        started = time.perf_counter()
+        local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        examples = gather_object(local)
+        datasets = self._split(len(examples))
+        outputs = self._score([[examples[row] for row in rows] for rows in datasets])
+
+        raw = torch.zeros(len(examples), dtype=torch.float64)
+        for rows, output in zip(datasets, outputs, strict=True):
+            raw[rows] = output.scores.double()
+            if self.inner_loop_config.attribution == "dataset":
+                raw[rows] -= output.metric_before
+        scale = raw.std(correction=0)
+        rewards = raw / scale if scale > 0 else torch.zeros_like(raw)
+
+        if log_metric is not None:
+            for name, value in self._figures(raw, outputs).items():
+                log_metric(f"dpg/{name}", value)
+            log_metric("dpg/seconds", time.perf_counter() - started)
+        counts = gather_object([len(local)])
+        first = sum(counts[: PartialState().process_index])
+        mine = slice(first, first + len(local))
+        if log_extra is not None:
+            log_extra("dpg_score", raw[mine].tolist())
+        return rewards[mine].tolist()
+
+    def _example(self, prompt: Text, completion: Text) -> Any:
+        if self.train_on == "prompt_completion":
+            return {"prompt": prompt, "completion": completion}
+        return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+
+    def _split(self, num_samples: int) -> list[list[int]]:
+        """Which samples make up each dataset."""
+        if self.cross_group_batching or self.num_generations is None:
+            return [list(range(num_samples))]
+        if num_samples % self.num_generations:
+            raise ValueError(
+                f"A batch of {num_samples} completions cannot be split into num_generations = {self.num_generations} datasets "
+                "of one completion per prompt. Give DPGReward the trainer's num_generations."
+            )
+        return [list(range(k, num_samples, self.num_generations)) for k in range(self.num_generations)]
+
+    def _score(self, datasets: list[list]) -> list[MetagradientOutput]:
+        """Every dataset's scores, the datasets shared out over the ranks. An error on one rank is raised on all."""
+        state = PartialState()
+        if self.student.device.type != state.device.type:
+            self.student.to(state.device)
+        outputs: dict[int, MetagradientOutput] = {}
+        error = None
+        try:
+            for index in range(state.process_index, len(datasets), state.num_processes):
+                outputs[index] = metagradient(
+                    self.student,
+                    datasets[index],
+                    self.metric,
+                    self.inner_loop_config,
+                    metric_before=self._metric_before,
+                )
+                self._metric_before = outputs[index].metric_before
+        except Exception as raised:
+            error = raised
+        errors = gather_object([repr(error) if error is not None else None])
+        if error is not None:
+            raise error
+        for rank, message in enumerate(errors):
+            if message is not None:
+                raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
+        everyones = {index: output for part in gather_object([outputs]) for index, output in part.items()}
+        return [everyones[index] for index in range(len(datasets))]
+
+    def _figures(self, raw: Tensor, outputs: list[MetagradientOutput]) -> dict[str, float]:
+        """What is logged; figures of several datasets are averaged."""
+
+        def mean(values):
+            return sum(values) / len(outputs)
+
+        figures = {
+            "score/mean": raw.mean().item(),
+            "score/std": raw.std(correction=0).item(),
+            "score/min": raw.min().item(),
+            "score/max": raw.max().item(),
+            "metric_before": mean(output.metric_before for output in outputs),
+            "metric_after": mean(output.metric_after for output in outputs),
+            "metric_change": mean(output.metric_after - output.metric_before for output in outputs),
+            "student_loss/first": mean(output.losses[0].item() for output in outputs),
+            "student_loss/last": mean(output.losses[-1].item() for output in outputs),
+            "num_empty": float(sum(output.num_empty for output in outputs)),
+            "num_truncated": float(sum(output.num_truncated for output in outputs)),
+        }
+        if self.inner_loop_config.attribution == "metagradient":
+            figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
+        for name in outputs[0].proxies:
+            figures[name] = mean(output.proxies[name] for output in outputs)
+        return figures

@@ -1,0 +1,176 @@
+"""`DPGTrainer`: GRPO whose reward is what the completions, as training data, do for a metric."""
+
+import json
+import os
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl import GRPOTrainer
+
+from .config import DPGConfig
+from .reward import DPGReward
+from .student import FinetunedStudent, Student
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+
+class DPGTrainer(GRPOTrainer):
+    """
+    Trainer for Dataset Policy Gradients (Thrush et al., arXiv 2604.08423).
+
+    Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes w.r.t.
+    [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`), `_calculate_rewards`, which
+    tells it the number of generations in training and evaluation, and `create_model_card`. Everything else (generation,
+    advantages, loss, logging) is inherited unchanged.
+
+    In evaluation a student is fine-tuned on the completions of each evaluation batch, and the figures are logged under
+    `eval_dpg/`.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The generator.
+        student (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`Student`], *optional*):
+            The model that is fine-tuned on the completions; `args.student_model_name_or_path` when `None`.
+        target_metric (`Callable`):
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. See `trl_dpg.metrics`.
+        args ([`DPGConfig`], *optional*):
+            Configuration of generator, student and inner loop.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Prompts, as for GRPO.
+        reward_funcs (*optional*):
+            Further rewards beside DPG's. `args.reward_weights` then starts with DPG's weight.
+        student_peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapters of the student; overrides the `student_lora_*` arguments.
+        student_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            4-bit format of a student loaded from a path; overrides the `student_bnb_*` arguments.
+        student_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The student's tokenizer; loaded from its path when `None`.
+        reward_processing_classes (*optional*):
+            For the further `reward_funcs`, as for GRPO.
+        kwargs:
+            All further arguments of [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`:
+            If student or metric is missing, or the student is the generator's own model object.
+    """
+
+    _tag_names = ["trl", "dpg"]
+    _name = "DPG"
+    _paper = {
+        "title": "Synthetic Data for any Differentiable Target",
+        "id": "2604.08423",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{thrush2026synthetic,
+                title   = {{Synthetic Data for any Differentiable Target}},
+                author  = {Tristan Thrush and others},
+                year    = 2026,
+                eprint  = {arXiv:2604.08423},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | PeftModel",
+        student: "str | PreTrainedModel | PeftModel | Student | None" = None,
+        target_metric: Callable[[FinetunedStudent], Tensor] | None = None,
+        args: DPGConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        reward_funcs=None,
+        *,
+        student_peft_config: "PeftConfig | None" = None,
+        student_quantization_config: "BitsAndBytesConfig | None" = None,
+        student_processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes=None,
+        **kwargs,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else model.config._name_or_path
+            args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
+        if target_metric is None:
+            raise ValueError(
+                "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
+            )
+        if student is None:
+            student = args.student_model_name_or_path
+        if student is None:
+            raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
+
+        if not isinstance(student, Student):
+            set_seed(args.seed)  # adapters start at random
+            student = Student(
+                student,
+                processing_class=student_processing_class,
+                peft_config=student_peft_config or args.student_peft_config(),
+                quantization_config=student_quantization_config or args.student_quantization_config(),
+                model_init_kwargs=args.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            )
+        if student.model is model:
+            raise ValueError(
+                "The student and the generator are the same model object, so training the generator would move the student's "
+                "start. Load the model twice."
+            )
+        self.dpg_reward = DPGReward(
+            student,
+            target_metric,
+            args.inner_loop_config(),
+            cross_group_batching=args.cross_group_batching,
+            num_generations=args.num_generations,
+            train_on=args.train_on,
+        )
+
+        further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if reward_processing_classes is not None:
+            if not isinstance(reward_processing_classes, list):
+                reward_processing_classes = [reward_processing_classes]
+            reward_processing_classes = [None, *reward_processing_classes]
+        super().__init__(
+            model=model,
+            reward_funcs=[self.dpg_reward, *further],
+            args=args,
+            train_dataset=train_dataset,
+            reward_processing_classes=reward_processing_classes,
+            **kwargs,
+        )
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def create_model_card(self, *args, **kwargs):
+        """TRL's model card, and what the generator was trained for: metric, student and inner loop."""
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        path = os.path.join(self.args.output_dir, "README.md")
+        card = ModelCard.load(path)
+        student, metric = self.dpg_reward.student, self.dpg_reward.metric
+        metric_name = type(metric).__name__ if not hasattr(metric, "__name__") else metric.__name__
+        card.text += "\n" + textwrap.dedent("""
+            ## Dataset Policy Gradients
+
+            This generator was trained to write data that moves a metric of a student fine-tuned on it.
+
+            - Target metric: `{metric}`
+            - Student: {student}
+            - Inner loop:
+
+            ```json
+            {inner_loop}
+            ```
+            """).format(
+            metric=metric_name,
+            student=student.describe(),
+            inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
+        )
+        card.save(path)
