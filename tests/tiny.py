@@ -47,10 +47,15 @@ FAMILIES = {
 }
 
 
-def make_model(family="llama", seed=0, scale=3.0, dtype=torch.float32, **kwargs):
+def make_model(family="llama", seed=0, scale=3.0, dtype=torch.float32, vocab_size=VOCAB, hidden_size=None, **kwargs):
     """A small model whose weights are large enough for its loss to bend."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family](), **kwargs)
+    config = FAMILIES[family]()
+    config.vocab_size = vocab_size
+    if hidden_size is not None:
+        config.hidden_size, config.intermediate_size, config.head_dim = hidden_size, 2 * hidden_size, hidden_size // 4
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, 0
+    model = AutoModelForCausalLM.from_config(config, **kwargs)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

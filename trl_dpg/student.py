@@ -1,5 +1,6 @@
 """The student: a causal LM that is fine-tuned, read and put back, without its stored weights ever being written."""
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,7 +147,9 @@ class Student:
                 raise ValueError(
                     "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or the other."
                 )
-            model = get_peft_model(model, peft_config)
+            model = get_peft_model(
+                model, copy.deepcopy(peft_config)
+            )  # PEFT writes the resolved target modules into it
         if disable_dropout:
             _disable_dropout(model)
 

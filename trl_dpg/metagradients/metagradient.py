@@ -89,9 +89,8 @@ def metagradient(
     num_empty = sum(example.num_supervised == 0 for example in tokenized)
     if num_truncated:
         logger.warning_once(
-            f"{num_truncated} of {len(tokenized)} samples are longer than the student takes (max_length = "
-            f"{config.max_length} tokens, or the model's positions) and were cut off. This is shown once; further ones are "
-            "counted in `num_truncated`."
+            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and were cut "
+            "off. This is said once; they are counted in `num_truncated`."
         )
     if num_empty == len(tokenized):
         raise ValueError(

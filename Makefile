@@ -1,0 +1,34 @@
+# Two commands from a fresh clone: `make quickstart` and `make test`. Both set up .venv first; a second run reuses it.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export WANDB_MODE = offline
+export TOKENIZERS_PARALLELISM = false
+export OMP_NUM_THREADS = 1
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: setup
+	$(BIN)/trl-dpg quickstart
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

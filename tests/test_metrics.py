@@ -1,0 +1,166 @@
+"""Metrics: their formulas, proxies and refusals."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.tiny import make_model, make_samples, make_tokenizer
+from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
+from trl_dpg.metrics import (
+    PATTERN_67,
+    CombinedMetric,
+    LanguageModelingMetric,
+    QRCodeMetric,
+    WeightNormMetric,
+    WeightPatternMetric,
+)
+
+
+def finetuned(model=None, change=0.01, tokenizer=None):
+    student = Student(model or make_model(), tokenizer)
+    theta = student.initial_theta()
+    torch.manual_seed(1)
+    return FinetunedStudent(student, (theta + change * torch.randn_like(theta)).requires_grad_(), theta)
+
+
+SAMPLES = make_samples(7)
+
+
+def test_language_modeling_is_the_mean_log_likelihood_of_all_tokens():
+    student = finetuned()
+    total, count = 0.0, 0
+    for sample in SAMPLES:
+        ids = torch.tensor([sample["input_ids"]])
+        total -= F.cross_entropy(student(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count += ids.size(1) - 1
+    metric = LanguageModelingMetric(SAMPLES)
+    assert metric(student).item() == pytest.approx(total / count, rel=1e-5)
+    assert metric.proxies(student, total / count)["perplexity"] == pytest.approx(math.exp(-total / count))
+
+
+def test_language_modeling_and_its_gradient_do_not_depend_on_the_batch_size():
+    student = finetuned()
+    values, gradients = [], []
+    for batch_size in (1, 3, 16):
+        value = LanguageModelingMetric(SAMPLES, batch_size=batch_size)(student)
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(2 * value, student.theta)[0])
+    ids = [torch.tensor([sample["input_ids"]]) for sample in SAMPLES]
+    whole = -torch.stack(
+        [F.cross_entropy(student(input_ids=x).logits[0, :-1], x[0, 1:], reduction="sum") for x in ids]
+    ).sum() / sum(x.size(1) - 1 for x in ids)
+    (expected,) = torch.autograd.grad(2 * whole, student.theta)
+    for value, gradient in zip(values, gradients, strict=True):
+        assert value == pytest.approx(whole.item(), rel=1e-5)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_language_modeling_counts_the_completion_alone_and_eos_only_if_asked():
+    tokenizer = make_tokenizer()
+    student = finetuned(tokenizer=tokenizer)
+    pair = [{"prompt": "w1 w2 ", "completion": "w3"}]
+    ids = torch.tensor([tokenizer("w1 w2 w3 <eos>")["input_ids"]])
+    log_probabilities = student(input_ids=ids).logits.log_softmax(-1)[0]
+    last_word, eos = log_probabilities[1, ids[0, 2]].item(), log_probabilities[2, ids[0, 3]].item()
+    assert LanguageModelingMetric(pair)(student).item() == pytest.approx(last_word, rel=1e-5)
+    with_eos = LanguageModelingMetric(pair, add_eos=True)(student).item()
+    assert with_eos == pytest.approx((last_word + eos) / 2, rel=1e-5)
+
+
+def test_weight_pattern_is_the_papers_formula():
+    student = finetuned()
+    change = (student.weight("lm_head.weight") - student.initial_weight("lm_head.weight"))[5:11, 2:9]
+    pattern = torch.tensor(PATTERN_67)
+    metric = WeightPatternMetric(PATTERN_67, offset=(5, 2), scale=30.0)
+    expected = -torch.log1p(torch.exp(-30.0 * pattern * change)).mean()
+    assert metric(student).item() == pytest.approx(expected.item(), rel=1e-5)
+    accuracy = (change.sign() == pattern).float().mean().item()
+    assert metric.proxies(student, 0.0) == {"pixel_accuracy": pytest.approx(accuracy)}
+
+
+def test_a_pattern_can_lie_on_the_transposed_weight():
+    student = finetuned()
+    change = (student.weight("lm_head.weight") - student.initial_weight("lm_head.weight")).T[:6, :7]
+    assert torch.equal(WeightPatternMetric(PATTERN_67, transpose=True).decode(student), change.detach().sign())
+
+
+def test_pattern_67_is_six_by_seven():
+    pattern = torch.tensor(PATTERN_67)
+    assert pattern.shape == (6, 7) and set(pattern.flatten().tolist()) == {-1, 1}
+
+
+def test_a_qr_code_is_the_matrix_of_its_text():
+    import segno
+
+    metric = QRCodeMetric("DPG", version=1, error="H")
+    modules = torch.tensor([list(row) for row in segno.make_qr("DPG", version=1, error="H", boost_error=False).matrix])
+    assert metric.pattern.shape == (21, 21)
+    assert torch.equal(metric.pattern, modules.float() * 2 - 1)
+
+
+def test_weight_norm_is_minus_the_frobenius_norm():
+    student = finetuned()
+    norm = student.weight("lm_head.weight").pow(2).sum().sqrt().item()
+    metric = WeightNormMetric()
+    assert metric(student).item() == pytest.approx(-norm) and metric.proxies(student, -norm) == {"weight_norm": norm}
+
+
+def test_a_combination_is_the_weighted_sum_and_keeps_all_proxies():
+    student = finetuned()
+    parts = [WeightNormMetric(), LanguageModelingMetric(SAMPLES), WeightNormMetric("model.norm.weight")]
+    values = [part(student).item() for part in parts]
+    metric = CombinedMetric(parts, [0.5, 2.0, -1.0])
+    value = metric(student).item()
+    assert value == pytest.approx(0.5 * values[0] + 2.0 * values[1] - values[2], rel=1e-5)
+    proxies = metric.proxies(student, value)
+    assert proxies == pytest.approx(
+        {"weight_norm": -values[0], "perplexity": math.exp(-values[1]), "weight_norm_2": -values[2]}
+    )
+
+
+def test_scores_of_a_combination_are_the_weighted_sum_of_scores():
+    parts = [WeightNormMetric(), LanguageModelingMetric(SAMPLES)]
+    config = InnerLoopConfig(optimizer="sgd", learning_rate=0.1)
+
+    def scores(metric):
+        return metagradient(Student(make_model()), SAMPLES, metric, config).scores
+
+    combined = scores(CombinedMetric(parts, [0.5, 2.0]))
+    torch.testing.assert_close(combined, 0.5 * scores(parts[0]) + 2.0 * scores(parts[1]), rtol=1e-3, atol=1e-6)
+
+
+def test_a_three_line_function_is_a_metric():
+    def prefers_seven(student):
+        logits = student(input_ids=torch.tensor([[1, 2, 3]])).logits
+        return logits[0, -1].log_softmax(-1)[7]
+
+    samples = [{"input_ids": [1, 2, 3, 7]}, {"input_ids": [1, 2, 3, 9]}]
+    out = metagradient(
+        Student(make_model()), samples, prefers_seven, InnerLoopConfig(optimizer="sgd", learning_rate=0.1)
+    )
+    assert out.scores[0] > 0 > out.scores[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LanguageModelingMetric([]), "empty"),
+        (lambda: LanguageModelingMetric(SAMPLES, batch_size=0), "batch_size"),
+        (lambda: LanguageModelingMetric([{"input_ids": [1]}])(finetuned()), "no token to predict"),
+        (lambda: WeightPatternMetric([[1, 0]]), "matrix of 1 and -1"),
+        (lambda: WeightPatternMetric([1, -1]), "matrix of 1 and -1"),
+        (
+            lambda: WeightPatternMetric(PATTERN_67, offset=(60, 0))(finetuned()),
+            r"offset \(60, 0\) does not fit.*\(61, 32\)",
+        ),
+        (lambda: WeightNormMetric("lm_head.weights")(finetuned()), "Near names: lm_head.weight"),
+        (lambda: QRCodeMetric("a text that is too long", version=1), "does not fit into a QR code"),
+        (lambda: CombinedMetric([]), "0 and 0"),
+        (lambda: CombinedMetric([WeightNormMetric()], [1.0, 2.0]), "got 2 and 1"),
+    ],
+)
+def test_bad_metrics_raise(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

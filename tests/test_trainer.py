@@ -1,0 +1,184 @@
+"""The trainer: configuration, logging, evaluation, model card."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import TrlParser
+
+from tests.tiny import make_model, make_tokenizer
+from trl_dpg import DPGConfig, DPGTrainer, InnerLoopConfig, Student
+from trl_dpg.metrics import LanguageModelingMetric
+
+
+TOKENIZER = make_tokenizer()
+METRIC = LanguageModelingMetric(["w5 w6 w7"])
+PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5", "w6"] * 4})
+
+
+def config(tmp_path, **kwargs):
+    defaults = dict(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        num_generations=4,
+        max_completion_length=6,
+        max_steps=1,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        student_batch_size=4,
+        student_learning_rate=1e-3,
+    )
+    return DPGConfig(**defaults | kwargs)
+
+
+def make_trainer(args, **kwargs):
+    defaults = dict(
+        model=make_model(seed=1, scale=1.0),
+        student=make_model(seed=2),
+        target_metric=METRIC,
+        args=args,
+        train_dataset=PROMPTS,
+        processing_class=TOKENIZER,
+        student_processing_class=TOKENIZER,
+    )
+    return DPGTrainer(**defaults | kwargs)
+
+
+def train_logs(trainer):
+    trainer.train()
+    return [log for log in trainer.state.log_history if "dpg/metric_after" in log]
+
+
+def test_everything_a_step_should_log_is_logged(tmp_path):
+    (log,) = train_logs(make_trainer(config(tmp_path)))
+    names = (
+        "score/mean score/std score/min score/max metric_before metric_after metric_change predicted_change seconds"
+    )
+    names += " student_loss/first student_loss/last num_empty num_truncated perplexity"
+    assert {f"dpg/{name}" for name in names.split()} <= set(log)
+    assert log["rewards/dpg/std"] == pytest.approx(1.0, rel=0.05)  # unit scale: TRL's 1e-4 does not swallow it
+
+
+def test_the_generator_trains_and_the_student_does_not(tmp_path):
+    trainer = make_trainer(config(tmp_path, max_steps=2, learning_rate=1e-3))
+    generator = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    student = {name: p.detach().clone() for name, p in trainer.dpg_reward.student.model.named_parameters()}
+    trainer.train()
+    assert any(not torch.equal(p, generator[name]) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(p, student[name]) for name, p in trainer.dpg_reward.student.model.named_parameters())
+
+
+def test_further_rewards_and_weights_go_beside_the_dpg_reward(tmp_path):
+    def length(completions, **kwargs):
+        return [float(len(completion)) for completion in completions]
+
+    trainer = make_trainer(config(tmp_path, reward_weights=[1.0, 0.5]), reward_funcs=length)
+    assert trainer.reward_func_names == ["dpg", "length"]
+    (log,) = train_logs(trainer)
+    expected = log["rewards/dpg/mean"] + 0.5 * log["rewards/length/mean"]
+    assert log["reward"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
+    args = config(
+        tmp_path,
+        per_device_eval_batch_size=8,
+        num_generations_eval=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        cross_group_batching=False,
+    )
+    trainer = make_trainer(args, eval_dataset=PROMPTS.select(range(8)))
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "eval_dpg/metric_after" in log]
+    assert log["eval_dpg/metric_before"] == pytest.approx(
+        next(log for log in trainer.state.log_history if "dpg/metric_before" in log)["dpg/metric_before"]
+    )
+
+
+def test_the_student_can_come_from_the_flat_arguments(tmp_path):
+    make_model(seed=2, vocab_size=64, hidden_size=64).save_pretrained(tmp_path / "student")
+    TOKENIZER.save_pretrained(tmp_path / "student")
+    args = config(
+        tmp_path,
+        student_model_name_or_path=str(tmp_path / "student"),
+        student_load_in_4bit=True,
+        student_use_peft=True,
+        student_lora_r=2,
+        student_lora_target_modules=["q_proj"],
+    )
+    trainer = make_trainer(args, student=None, student_processing_class=None)
+    student = trainer.dpg_reward.student
+    assert sum(p.numel() for p in student.model.parameters() if p.requires_grad) == 2 * 2 * (64 + 64)
+    assert "4-bit base" in student.describe()
+    assert len(train_logs(trainer)) == 1
+
+
+def test_a_student_can_have_its_own_tokenizer(tmp_path):
+    tokenizer = make_tokenizer([f"w{k}" for k in reversed(range(50))])
+    trainer = make_trainer(
+        config(tmp_path),
+        student_processing_class=tokenizer,
+        student_peft_config=LoraConfig(target_modules="all-linear"),
+    )
+    assert trainer.dpg_reward.student.processing_class is tokenizer
+    assert len(train_logs(trainer)) == 1
+
+
+def test_a_student_object_is_used_as_it_is(tmp_path):
+    student = Student(make_model(seed=2), processing_class=TOKENIZER)
+    assert make_trainer(config(tmp_path), student=student).dpg_reward.student is student
+
+
+def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
+    trainer = make_trainer(config(tmp_path))
+    trainer.create_model_card(model_name="generator")
+    card = (tmp_path / "README.md").read_text()
+    for part in ("2604.08423", "Synthetic Data for any Differentiable Target", "LanguageModelingMetric", "dpg"):
+        assert part in card
+    assert "`LlamaForCausalLM`" in card and '"learning_rate": 0.001' in card
+
+
+def test_yaml_and_flags_reach_the_inner_loop(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"output_dir: {tmp_path}\nstudent_learning_rate: 5.0e-6\nstudent_eps_root: 1.0e-9\nstudent_optimizer: sgd\n"
+        "student_batch_size: 4\nuse_cpu: true\nbf16: false\nstudent_model_init_kwargs: {revision: main}\n"
+    )
+    parser = TrlParser(DPGConfig)
+    (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "run.yaml"), "--student_num_epochs", "2"])
+    assert args.inner_loop_config() == InnerLoopConfig(
+        optimizer="sgd", learning_rate=5e-6, batch_size=4, num_epochs=2, seed=args.seed
+    )
+    assert args.student_model_init_kwargs == {"revision": "main"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(student_optimizer="lion"), "Unknown optimizer 'lion'"),
+        (dict(student_batch_size=6), r"student_batch_size \(6\) must divide the 16 samples"),
+        (dict(student_batch_size=16, cross_group_batching=False), "must divide the 4 samples"),
+        (dict(student_load_in_4bit=True), "needs student_use_peft"),
+        (dict(attribution="dataset"), "cross_group_batching"),
+    ],
+)
+def test_bad_configurations_raise(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(config(tmp_path, **kwargs))
+
+
+def test_missing_student_or_metric_raises(tmp_path):
+    with pytest.raises(ValueError, match="A student is required"):
+        make_trainer(config(tmp_path), student=None)
+    with pytest.raises(ValueError, match="`target_metric` is required"):
+        make_trainer(config(tmp_path), target_metric=None)
+
+
+def test_one_model_for_both_generator_and_student_raises(tmp_path):
+    model = make_model()
+    with pytest.raises(ValueError, match="same model object"):
+        make_trainer(config(tmp_path), model=model, student=model)

@@ -1,0 +1,401 @@
+"""
+Dataset Policy Gradients before one's eyes: two small experiments on models made on the spot, no network, minutes on a CPU.
+
+Act one, the language: a generator that writes language A is rewarded for what its texts, as training data of a 4-bit LoRA
+student, do for the student's loss on language B. No prompt mentions B.
+
+Act two, the picture: a generator of characters is rewarded for how its texts move a student's weights. The signs of the
+change draw the number 67.
+
+Each ends with the claim itself: a fresh student, trained by stock SFTTrainer on newly sampled texts.
+"""
+
+import json
+import random
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from .. import toy
+from ..config import DPGConfig
+from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
+from ..student import FinetunedStudent, Student
+from ..trainer import DPGTrainer
+
+
+SEED = 0
+console = Console()
+
+
+@dataclass
+class QuickstartArguments:
+    """
+    Arguments of the quickstart.
+
+    Args:
+        output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
+            Where curves, picture, generators and `summary.json` are written.
+        language_steps (`int`, *optional*, defaults to `60`):
+            Generator steps of act one.
+        picture_steps (`int`, *optional*, defaults to `200`):
+            Generator steps of act two.
+    """
+
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the results are written."})
+    language_steps: int = field(default=60, metadata={"help": "Generator steps of act one, the language."})
+    picture_steps: int = field(default=200, metadata={"help": "Generator steps of act two, the picture."})
+
+
+class LiveTable(TrainerCallback):
+    """Shows the metric and its readable proxy while the generator trains, and keeps both."""
+
+    def __init__(self, title: str, proxy: str, proxy_name: str, every: int):
+        self.title, self.proxy, self.proxy_name, self.every = title, proxy, proxy_name, every
+        self.metrics: list[float] = []
+        self.proxies: list[float] = []
+        self.live = Live(console=console, refresh_per_second=4)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+        if console.is_terminal:
+            self.live.start()
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "dpg/metric_after" not in logs:
+            return
+        self.metrics.append(logs["dpg/metric_after"])
+        self.proxies.append(logs[self.proxy])
+        if console.is_terminal:
+            self.live.update(self.table(state))
+        elif len(self.metrics) % self.every == 1 or len(self.metrics) == state.max_steps:
+            console.print(
+                f"{self.title}: step {len(self.metrics):3}/{state.max_steps}  metric {self.metrics[-1]:8.4f}  "
+                f"{self.proxy_name} {self.proxies[-1]:.3f}"
+            )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if console.is_terminal:
+            self.live.update(self.table(state), refresh=True)
+            self.live.stop()
+
+    def table(self, state) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        for column in ("step", "metric", self.proxy_name):
+            table.add_column(column, justify="right")
+        table.add_column("")
+        done = len(self.metrics)
+        for index in sorted({*range(0, done, self.every), done - 1}):
+            row = (f"{index + 1}", f"{self.metrics[index]:.4f}", f"{self.proxies[index]:.3f}")
+            table.add_row(*row, ProgressBar(total=1.0, completed=max(self.proxies[index], 0.0), width=30))
+        seconds = time.perf_counter() - self.started
+        table.caption = f"{done}/{state.max_steps} steps, {seconds:.0f} s, {seconds / done:.2f} s a step"
+        return table
+
+
+def train_generator(
+    generator: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    table: LiveTable,
+    **trainer_arguments,
+) -> None:
+    """The main job, as a user writes it: a DPGTrainer, and `train`."""
+    trainer = DPGTrainer(
+        model=generator,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        student_processing_class=tokenizer,
+        callbacks=[table],
+        **trainer_arguments,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.save_model(trainer.args.output_dir)
+
+
+def fresh_student_after_sft(
+    student_source,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    metric: Metric,
+    output_dir: Path,
+    **sft_arguments,
+) -> tuple[float, dict[str, float]]:
+    """Fine-tune a fresh student on texts with stock SFTTrainer; its metric and proxies. `student_source()` loads a `Student`."""
+    start, trained = student_source(), student_source()
+    trainer = SFTTrainer(
+        model=trained.model,
+        args=SFTConfig(
+            output_dir=str(output_dir),
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            max_grad_norm=1e9,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            seed=SEED,
+            **sft_arguments,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    finetuned = FinetunedStudent(start, trained.initial_theta().float(), start.initial_theta())
+    with torch.no_grad(), start.train_mode():
+        value = metric(finetuned).item()
+        return value, metric.proxies(finetuned, value)
+
+
+def common_arguments(output_dir: Path) -> dict:
+    return dict(
+        output_dir=str(output_dir),
+        lr_scheduler_type="constant",
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+    )
+
+
+def language_act(output_dir: Path, steps: int) -> dict:
+    """Act one: a generator of language A learns to write B, because that is what helps the student with B."""
+    console.print("\n[bold]Act one: the language.[/] A 4-bit LoRA student should get better at language B.")
+    rng = random.Random(SEED)
+    set_seed(SEED)
+    tokenizer = toy.word_tokenizer([*toy.LANGUAGE_A, *toy.LANGUAGE_B, ":"])
+
+    def rephrasing(prompt):
+        language = toy.LANGUAGE_B if rng.random() < 0.05 else toy.LANGUAGE_A
+        return f"{prompt} : {toy.sentence(language, rng)}"
+
+    prompts = [toy.sentence(toy.LANGUAGE_A, rng) for _ in range(1024)]
+    generator = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED, initializer_range=0.05)
+    toy.pretrain(generator, tokenizer, [rephrasing(prompt) for prompt in prompts * 2], epochs=4)
+    prompts = [f"{prompt} :" for prompt in prompts]
+    untrained_texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=8)
+
+    student = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED + 1, initializer_range=0.05)
+    toy.pretrain(student, tokenizer, [toy.sentence(toy.LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
+    student.save_pretrained(output_dir / "student")
+    tokenizer.save_pretrained(output_dir / "student")
+
+    def load_student():
+        set_seed(SEED)  # adapters start at random
+        return Student(
+            str(output_dir / "student"),
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
+            ),
+        )
+
+    metric = LanguageModelingMetric([toy.sentence(toy.LANGUAGE_B, rng) for _ in range(64)], batch_size=64)
+
+    def target_language_share(completions, **kwargs):
+        return [toy.language_share(toy.LANGUAGE_B, [completion]) for completion in completions]
+
+    table = LiveTable("language", "rewards/target_language_share/mean", "share of B words", every=5)
+    train_generator(
+        generator,
+        tokenizer,
+        prompts,
+        table,
+        student=load_student(),
+        target_metric=metric,
+        reward_funcs=target_language_share,  # weight 0: only logged
+        args=DPGConfig(
+            **common_arguments(output_dir / "generator"),
+            max_steps=steps,
+            learning_rate=1e-3,
+            per_device_train_batch_size=64,
+            num_generations=4,
+            max_completion_length=8,
+            reward_weights=[1.0, 0.0],
+            student_batch_size=64,
+            student_learning_rate=1e-2,
+            student_eps_root=1e-5,  # near the gradients' squares: smooth scores, see docs/concepts.md
+        ),
+    )
+
+    console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
+    sft = dict(learning_rate=1e-2, per_device_train_batch_size=64, num_train_epochs=1)
+    texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=8)
+    fresh, _ = fresh_student_after_sft(load_student, tokenizer, texts, metric, output_dir / "sft", **sft)
+    untrained, _ = fresh_student_after_sft(load_student, tokenizer, untrained_texts, metric, output_dir / "sft", **sft)
+    console.print(f"  metric {fresh:.3f} (on the untrained generator's texts: {untrained:.3f})")
+    console.print(f"  the generator now writes: [green]{texts[0]}[/]   (before: {untrained_texts[0]})")
+    return {
+        "target_language_share_first": table.proxies[0],
+        "target_language_share_last10": sum(table.proxies[-10:]) / len(table.proxies[-10:]),
+        "fresh_student_language_metric": fresh,
+        "untrained_language_metric": untrained,
+        "language_metric": table.metrics,
+        "target_language_share": table.proxies,
+    }
+
+
+def picture_act(output_dir: Path, steps: int) -> dict:
+    """Act two: a generator of characters learns to draw 67 into a student's LM head."""
+    console.print(
+        "\n[bold]Act two: the picture.[/] Fine-tuning on the texts should draw 67 into the student's LM head."
+    )
+    rng = random.Random(SEED)
+    set_seed(SEED)
+    tokenizer = toy.character_tokenizer()
+    generator = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED)
+    student = toy.tiny_llama(tokenizer, hidden_size=32, num_layers=2, seed=SEED + 1)
+    student.save_pretrained(output_dir / "student")
+    tokenizer.save_pretrained(output_dir / "student")
+    prompts = ["".join(rng.choices(toy.CHARACTERS, k=4)) for _ in range(1024)]
+    untrained_texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
+
+    # Rows of the head are tokens, columns hidden units: six letters, away from the special tokens. Eight steps at 1e-3
+    # change a weight by some 1e-3 to 8e-3: at this scale the softplus lets go of a pixel once it is right.
+    metric = WeightPatternMetric(PATTERN_67, offset=(6, 4), scale=300.0)
+    table = LiveTable("picture", "dpg/pixel_accuracy", "pixel accuracy", every=20)
+    train_generator(
+        generator,
+        tokenizer,
+        prompts,
+        table,
+        student=student,
+        target_metric=metric,
+        args=DPGConfig(
+            **common_arguments(output_dir / "generator"),
+            max_steps=steps,
+            learning_rate=2e-3,
+            per_device_train_batch_size=256,
+            num_generations=8,
+            max_completion_length=16,
+            student_batch_size=32,
+            student_learning_rate=1e-3,
+            student_eps_root=1e-8,
+            student_max_length=17,  # 16 characters and the eos token
+            student_loss_normalization="max_length",
+        ),
+    )
+
+    console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
+
+    def load_student():
+        return Student(str(output_dir / "student"))
+
+    sft = dict(learning_rate=1e-3, per_device_train_batch_size=32, num_train_epochs=1, max_length=17)
+    texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
+    pictures: list[torch.Tensor] = []
+
+    class Remembering(WeightPatternMetric):
+        def decode(self, student):
+            pictures.append(super().decode(student))
+            return pictures[-1]
+
+    remembering = Remembering(PATTERN_67, offset=(6, 4))
+    _, fresh = fresh_student_after_sft(load_student, tokenizer, texts, remembering, output_dir / "sft", **sft)
+    _, untrained = fresh_student_after_sft(
+        load_student, tokenizer, untrained_texts, remembering, output_dir / "sft", **sft
+    )
+    console.print(
+        f"  pixel accuracy {fresh['pixel_accuracy']:.3f} (on the untrained generator's texts: "
+        f"{untrained['pixel_accuracy']:.3f})\n\n  what stands in its weights:        before training the generator:"
+    )
+    for row, before in zip(*(picture.tolist() for picture in pictures), strict=True):
+        drawn = ["".join("██" if pixel > 0 else "··" for pixel in line) for line in (row, before)]
+        console.print(f"    {drawn[0]}                     {drawn[1]}")
+    return {
+        "pixel_accuracy_last10": sum(table.proxies[-10:]) / len(table.proxies[-10:]),
+        "fresh_student_pixel_accuracy": fresh["pixel_accuracy"],
+        "untrained_pixel_accuracy": untrained["pixel_accuracy"],
+        "picture_metric": table.metrics,
+        "pixel_accuracy": table.proxies,
+        "picture": pictures[0].int().tolist(),
+    }
+
+
+def plot(summary: dict, output_dir: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", layout="constrained")
+    panels = [
+        ("target_language_share", "share of B words", axes[0, 0]),
+        ("language_metric", "Φ = −loss on B [nats]", axes[1, 0]),
+        ("pixel_accuracy", "pixel accuracy", axes[0, 1]),
+        ("picture_metric", "Φ = −mean softplus", axes[1, 1]),
+    ]
+    for key, label, axis in panels:
+        axis.plot(range(1, len(summary[key]) + 1), summary[key])
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if key in ("target_language_share", "pixel_accuracy"):
+            axis.set_ylim(0, 1.02)
+    axes[0, 0].set_title("Act one: the language (4-bit LoRA student)")
+    axes[0, 1].set_title("Act two: the picture")
+    for axis in axes[1]:
+        axis.set_xlabel("generator step")
+    figure.savefig(output_dir / "curves.png", dpi=150)
+    figure, axis = plt.subplots(figsize=(3.5, 3))
+    axis.imshow(torch.tensor(summary["picture"]), cmap="gray_r", vmin=-1, vmax=1)
+    axis.set_axis_off()
+    figure.savefig(output_dir / "picture.png", dpi=150)
+
+
+def main(script_args: QuickstartArguments) -> dict:
+    torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.simplefilter("ignore", FutureWarning)
+    output_dir = Path(script_args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    summary = language_act(output_dir / "language", script_args.language_steps)
+    language_seconds = time.perf_counter() - started
+    summary |= picture_act(output_dir / "picture", script_args.picture_steps)
+    seconds = time.perf_counter() - started
+    summary |= {
+        "seconds": seconds,
+        "seconds_language": language_seconds,
+        "seconds_picture": seconds - language_seconds,
+    }
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    plot(summary, output_dir)
+    console.print(f"\nDone in {seconds:.0f} s. Curves, picture, generators and summary.json: {output_dir}")
+    return summary
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    return TrlParser(QuickstartArguments, prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
