@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 
 from tests.tiny import FAMILIES, make_model, make_samples, make_tokenizer
 from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
-from trl_dpg import InnerLoopConfig, Student, metagradient
+from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
+from trl_dpg.metagradients import reverse
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
@@ -119,6 +120,45 @@ def test_micro_batches_do_not_change_the_numbers(micro_batch_size):
     assert relative_error(scores(micro_batch_size=micro_batch_size), scores()) <= 5e-5
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_retained_graphs_do_not_change_the_numbers(lora, micro_batch_size, monkeypatch):
+    recomputed = []
+    original = reverse.micro_batch_gradient
+    monkeypatch.setattr(
+        reverse, "micro_batch_gradient", lambda *args, **kwargs: recomputed.append(1) or original(*args, **kwargs)
+    )
+
+    def scores(memory_budget):
+        recomputed.clear()
+        model = make_model(scale=1.0)
+        config = InnerLoopConfig(
+            learning_rate=1e-3,
+            eps_root=EPS_ROOT,
+            batch_size=4,
+            micro_batch_size=micro_batch_size,
+            memory_budget=memory_budget,
+            max_grad_norm=0.5,
+        )
+        out = metagradient(Student(with_lora(model) if lora else model), SAMPLES, METRIC, config, RANDOM_WEIGHTS)
+        return out.scores, len(recomputed)
+
+    none_kept, recomputed_all = scores(0)
+    all_kept, recomputed_none = scores("auto")
+    some_kept, recomputed_some = scores(1_000_000)
+    assert relative_error(all_kept, none_kept) <= 5e-5 and relative_error(some_kept, none_kept) <= 5e-5
+    assert recomputed_none == 0 < recomputed_some < recomputed_all
+
+
+def test_finite_differences_agree_with_double_backward():
+    def scores(hvp):
+        config = InnerLoopConfig(learning_rate=1e-3, eps_root=EPS_ROOT, batch_size=4, hvp=hvp)
+        return metagradient(Student(make_model("gpt2", scale=1.0).double()), SAMPLES, METRIC, config).scores
+
+    exact, differences = scores("double_backward"), scores("finite_difference")
+    assert 0 < relative_error(differences, exact) <= 1e-4
+
+
 def test_shuffled_epochs_score_as_the_same_order_given_by_hand():
     student = Student(make_model(scale=1.0))
     config = InnerLoopConfig(shuffle=True, num_epochs=2, seed=3, batch_size=8, learning_rate=1e-3, eps_root=EPS_ROOT)
@@ -216,19 +256,20 @@ def test_the_students_weights_are_bit_identical_afterwards(error):
     assert_untouched(model, before, modes)
 
 
-def test_an_interrupt_in_the_middle_of_a_sweep_leaves_the_weights_alone():
+@pytest.mark.parametrize("forward", [2, 6], ids=["forward", "reverse"])
+def test_an_interrupt_in_the_middle_of_a_sweep_leaves_the_weights_alone(forward):
     model = make_model()
     before, modes = snapshot(model), [module.training for module in model.modules()]
     calls = []
 
     def interrupt(module, args):
         calls.append(1)
-        if len(calls) == 5:
+        if len(calls) == forward:
             raise KeyboardInterrupt
 
     handle = model.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        metagradient(Student(model), SAMPLES, WeightNormMetric(), InnerLoopConfig(batch_size=4))
+        metagradient(Student(model), SAMPLES, WeightNormMetric(), InnerLoopConfig(batch_size=4, memory_budget=0))
     handle.remove()
     assert_untouched(model, before, modes)
 
@@ -239,6 +280,55 @@ def test_half_precision_parameters_are_trained_as_float32_copies():
     out = metagradient(Student(model), SAMPLES, METRIC, config)
     exact = unroll(model, SAMPLES, log_likelihood(BENCHMARK), torch.ones(16), lr=1e-3, batch_size=4, eps_root=1e-6)[0]
     assert torch.corrcoef(torch.stack([out.scores.double(), exact]))[0, 1] >= 0.95
+
+
+def test_the_inner_loop_is_what_sft_trainer_does(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer, texts = make_tokenizer(), ["w1 w2 w3 w4", "w5 w6", "w7 w8 w9", "w1 w3 w5 w7 w9 w11"]
+    config = InnerLoopConfig(
+        learning_rate=1e-3,
+        betas=(0.9, 0.95),
+        eps_root=0.0,
+        weight_decay=0.1,
+        batch_size=4,
+        num_epochs=5,
+        loss_normalization="batch_tokens",
+        max_grad_norm=1.0,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+    )
+    student = Student(make_model(scale=1.0), tokenizer)
+    ours = metagradient(student, texts, METRIC, config)
+    trainer = SFTTrainer(
+        make_model(scale=1.0),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            learning_rate=1e-3,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            per_device_train_batch_size=4,
+            num_train_epochs=5,
+            max_grad_norm=1.0,
+            lr_scheduler_type="linear",
+            warmup_steps=2,
+            logging_steps=1,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert ours.losses.tolist() == pytest.approx(losses, abs=2e-4)
+    theta = Student(trainer.model, tokenizer).initial_theta()
+    with torch.no_grad():
+        metric_after = METRIC(FinetunedStudent(student, theta, student.initial_theta())).item()
+    assert ours.metric_after == pytest.approx(metric_after, abs=2e-4)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -309,6 +399,9 @@ def test_truncated_samples_are_counted_and_warned_about_once(caplog):
         (dict(micro_batch_size=0), "micro_batch_size"),
         (dict(learning_rate=-1.0), "learning_rate must not be negative"),
         (dict(eps=0.0, eps_root=0.0), "divides by zero"),
+        (dict(hvp="hessian"), "hvp 'hessian'"),
+        (dict(memory_budget="all"), "memory_budget 'all'"),
+        (dict(memory_budget=-1), "memory_budget"),
         (dict(betas=(0.9, 1.0)), "betas"),
         (dict(max_grad_norm=0.0), "max_grad_norm"),
     ],

@@ -270,6 +270,8 @@ def test_4bit_scores_match_the_dequantised_network(quantized_path, nested):
     expected = metagradient(dequantized_student(quantized_path, **kwargs), samples, metric, config).scores
     assert len(out.losses) == 4
     assert relative_error(out.scores, expected) <= 3e-2
+    unquantized = metagradient(Student(quantized_path, peft_config=lora()), samples, metric, config).scores
+    assert relative_error(unquantized, expected) > 0.1  # quantisation does change the network
     assert torch.corrcoef(torch.stack([out.scores, expected]))[0, 1] >= 0.999
 
 

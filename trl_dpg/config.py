@@ -70,6 +70,10 @@ class DPGConfig(GRPOConfig):
             that over `num_generations` without `cross_group_batching`.
         student_micro_batch_size (`int`, *optional*):
             Samples per forward pass of the student; memory only.
+        student_memory_budget (`str`, *optional*, defaults to `"auto"`):
+            Bytes for graphs kept from the forward sweep, or `"auto"`; `"0"` recomputes all.
+        student_hvp (`str`, *optional*, defaults to `"double_backward"`):
+            `"double_backward"`, or `"finite_difference"` for kernels that are not twice differentiable.
         student_num_epochs (`int`, *optional*, defaults to `1`):
             Passes over the dataset.
         student_shuffle (`bool`, *optional*, defaults to `False`):
@@ -141,6 +145,13 @@ class DPGConfig(GRPOConfig):
     student_micro_batch_size: int | None = field(
         default=None, metadata={"help": "Samples per forward pass of the student; memory only."}
     )
+    student_memory_budget: str = field(
+        default="auto", metadata={"help": "Bytes for graphs kept from the student's forward sweep, or 'auto'."}
+    )
+    student_hvp: str = field(
+        default="double_backward",
+        metadata={"help": "'double_backward', or 'finite_difference' for kernels that are not twice differentiable."},
+    )
     student_num_epochs: int = field(default=1, metadata={"help": "The student's passes over the dataset."})
     student_shuffle: bool = field(
         default=False, metadata={"help": "Draws a new order of the samples for every epoch of the student."}
@@ -185,6 +196,7 @@ class DPGConfig(GRPOConfig):
 
     def inner_loop_config(self) -> InnerLoopConfig:
         """The student's fine-tuning as [`InnerLoopConfig`]."""
+        budget = str(self.student_memory_budget)
         return InnerLoopConfig(
             optimizer=self.student_optimizer,
             learning_rate=self.student_learning_rate,
@@ -204,6 +216,8 @@ class DPGConfig(GRPOConfig):
             max_grad_norm=self.student_max_grad_norm,
             lr_scheduler_type=self.student_lr_scheduler_type,
             warmup_steps=self.student_warmup_steps,
+            memory_budget=int(budget) if budget.isdecimal() else budget,
+            hvp=self.student_hvp,
         )
 
     def student_peft_config(self) -> LoraConfig | None:

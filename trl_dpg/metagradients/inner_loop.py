@@ -1,10 +1,11 @@
 """The inner loop: fine-tuning the student on the data, one optimizer step after the other (the forward sweep)."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -69,6 +70,12 @@ class InnerLoopConfig:
             `"metagradient"`: ∂Φ/∂w_i. `"dataset"`: the metric itself for every sample (the paper's naive baseline).
         per_token (`bool`, *optional*, defaults to `False`):
             Also return ∂Φ/∂w_{i,k}, the score of each token.
+        memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
+            Bytes for graphs kept from the forward sweep: as many of the last steps as fit are not computed again in the
+            reverse sweep. `"auto"`: half of the device's free memory. `0`: recompute all. Never changes the numbers.
+        hvp (`str`, *optional*, defaults to `"double_backward"`):
+            `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose kernels
+            are not twice differentiable (flash attention, custom kernels); inexact.
     """
 
     optimizer: str = "adamw"
@@ -90,11 +97,18 @@ class InnerLoopConfig:
     lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
     per_token: bool = False
+    memory_budget: int | str = "auto"
+    hvp: str = "double_backward"
 
     def __post_init__(self):
         _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
         _check_choice("attribution", self.attribution, ("metagradient", "dataset"))
+        _check_choice("hvp", self.hvp, ("double_backward", "finite_difference"))
+        if isinstance(self.memory_budget, str):
+            _check_choice("memory_budget", self.memory_budget, ("auto",))
+        elif self.memory_budget < 0:
+            raise ValueError(f"memory_budget must be 'auto' or a number of bytes, got {self.memory_budget}.")
         schedules = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, schedules)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
@@ -188,9 +202,13 @@ def _micro_batch(student, examples, rows, step_samples, step_tokens, config) -> 
     return MicroBatch(torch.tensor(rows, device=student.device), batch, coefficients)
 
 
-def twice_differentiable() -> AbstractContextManager:
-    """Attention by kernels that have a second derivative. Both sweeps must run the same ones."""
-    return sdpa_kernel(SDPBackend.MATH)
+def attention_kernels(config: InnerLoopConfig) -> AbstractContextManager:
+    """
+    Attention by kernels that have a second derivative, if one is taken. Both sweeps must run the same ones.
+
+    The flash and memory-efficient kernels of `scaled_dot_product_attention` have none; the math kernel does.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if config.hvp == "double_backward" else nullcontext()
 
 
 class Gradient(NamedTuple):
@@ -199,6 +217,7 @@ class Gradient(NamedTuple):
 
     Attributes:
         loss (`torch.Tensor`): Σ w_{i,k} c_{i,k} ℓ_{i,k}(θ_t), detached.
+        token_losses (`torch.Tensor` of shape `[B, L]`): c_{i,k} ℓ_{i,k}(θ_t), detached.
         value (`torch.Tensor` of shape `[P]`): Its gradient in θ_t.
         parameters (`dict[str, torch.Tensor]`): The weights it was taken at.
         theta (`torch.Tensor` of shape `[P]`): θ_t, the leaf that `parameters` are views of.
@@ -206,6 +225,7 @@ class Gradient(NamedTuple):
     """
 
     loss: Tensor
+    token_losses: Tensor
     value: Tensor
     parameters: dict[str, Tensor]
     theta: Tensor
@@ -233,27 +253,38 @@ def micro_batch_gradient(
     def gradient(model):
         input_ids, attention_mask, labels = micro_batch.batch
         logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        losses = token_losses(logits, labels)
-        loss = (token_weights * micro_batch.coefficients * losses).sum()
+        losses = micro_batch.coefficients * token_losses(logits, labels)
+        loss = (token_weights * losses).sum()
         (value,) = torch.autograd.grad(loss, theta, create_graph=differentiable)
-        return loss.detach(), value
+        return loss.detach(), losses.detach(), value
 
-    loss, value = student.run(parameters, gradient)
-    return Gradient(loss, value, parameters, theta, token_weights)
+    loss, losses, value = student.run(parameters, gradient)
+    return Gradient(loss, losses, value, parameters, theta, token_weights)
 
 
 class Step(NamedTuple):
-    """What the reverse sweep needs of one optimizer step: its inputs θ_t, s_t and g_t (before clipping), and its rate."""
+    """
+    What the reverse sweep needs of one optimizer step.
+
+    Attributes:
+        micro_batches (`list[MicroBatch]`): Its data.
+        theta (`torch.Tensor` of shape `[P]`): θ_t.
+        state (`NamedTuple`): The optimizer's s_t.
+        gradient (`torch.Tensor` of shape `[P]`): g_t, before clipping.
+        lr (`float`): Its learning rate.
+        retained (`list[Gradient]`): The micro-batches' gradients with their graphs; empty if they were not kept.
+    """
 
     micro_batches: list[MicroBatch]
     theta: Tensor
     state: Any
     gradient: Tensor
     lr: float
+    retained: list[Gradient]
 
 
 class Trajectory(NamedTuple):
-    """A finished forward sweep."""
+    """A finished forward sweep: its steps, θ_T, s_T, and the training losses `[T]`."""
 
     steps: list[Step]
     theta: Tensor
@@ -267,6 +298,9 @@ def forward_sweep(
     """
     Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t).
 
+    The graphs of the last steps are kept as far as `config.memory_budget` goes. What a graph takes is measured on the
+    first step, whose own is dropped again if it is not among them.
+
     Args:
         student (`Student`): The model at its start; its stored weights are only read.
         steps (`list[list[MicroBatch]]`): The micro-batches of each step.
@@ -276,16 +310,69 @@ def forward_sweep(
     optimizer = config.make_optimizer()
     theta = student.initial_theta()
     state = optimizer.init(theta)
+    budget = _retention_budget(student, config)
+    first_retained = 0 if budget else len(steps)
     done, losses = [], []
-    for micro_batches, lr in zip(steps, config.learning_rates(len(steps)), strict=True):
-        gradient, loss = torch.zeros_like(theta), theta.new_zeros(())
-        for micro_batch in micro_batches:
-            part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=False)
-            gradient += part.value
-            loss += part.loss
-        done.append(Step(micro_batches, theta, state, gradient, lr))
+    for t, (micro_batches, lr) in enumerate(zip(steps, config.learning_rates(len(steps)), strict=True)):
+        gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
+        graph_size = _GraphSize()
+        with graph_size if budget and t == 0 else nullcontext():
+            for micro_batch in micro_batches:
+                part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=t >= first_retained)
+                gradient += part.value.detach()
+                loss += part.loss
+                if t >= first_retained:
+                    retained.append(part)
+                del part
+        if budget and t == 0:
+            first_retained = _first_retained(steps, graph_size.bytes(student), budget)
+        done.append(Step(micro_batches, theta, state, gradient, lr, retained if t >= first_retained else []))
         losses.append(loss)
         if config.max_grad_norm is not None:
             gradient = clip(gradient, config.max_grad_norm)
         theta, state = optimizer.update(gradient, state, theta, lr)
     return Trajectory(done, theta, state, torch.stack(losses))
+
+
+class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the memory that the graphs built within it hold on to."""
+
+    def __init__(self):
+        self.storages: dict[int, int] = {}
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def bytes(self, student: Student) -> int:
+        """Bytes held beside the model's own weights."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in student.model.parameters()}
+        return sum(size for pointer, size in self.storages.items() if pointer not in weights)
+
+
+def _retention_budget(student: Student, config: InnerLoopConfig) -> int:
+    if config.attribution == "dataset" or config.hvp == "finite_difference":
+        return 0  # there is no second derivative to keep a graph for
+    if isinstance(config.memory_budget, int):
+        return config.memory_budget
+    if student.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(student.device)
+        cached = torch.cuda.memory_reserved(student.device) - torch.cuda.memory_allocated(student.device)
+        return (free + cached) // 2
+    return psutil.virtual_memory().available // 2
+
+
+def _first_retained(steps: Sequence[list[MicroBatch]], first_step_bytes: int, budget: int) -> int:
+    """The first of the last steps whose graphs together fit into the budget, judged by the size of the first step's."""
+
+    def size(step):
+        # Activations grow with B · L, attention weights with B · L²: the latter, to be safe.
+        return sum(mb.coefficients.numel() * mb.coefficients.size(1) for mb in step)
+
+    first = len(steps)
+    while first > 0 and budget >= 0:
+        budget -= first_step_bytes * size(steps[first - 1]) // max(size(steps[0]), 1)
+        first -= budget >= 0
+    return first

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..metrics.base import Metric
 from ..student import Examples, FinetunedStudent, Student
-from .inner_loop import InnerLoopConfig, forward_sweep, plan_steps, twice_differentiable
+from .inner_loop import InnerLoopConfig, attention_kernels, forward_sweep, plan_steps
 from .reverse import reverse_sweep
 
 
@@ -104,7 +104,7 @@ def metagradient(
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
         steps = plan_steps(student, tokenized, config)
-        with twice_differentiable():
+        with attention_kernels(config):
             trajectory = forward_sweep(student, steps, data_weights, config)
         losses = trajectory.losses.float().cpu()
         if not losses.isfinite().all():
@@ -135,7 +135,7 @@ def metagradient(
         if attribute:
             (metric_gradient,) = torch.autograd.grad(value, theta)
             del value
-            with twice_differentiable():
+            with attention_kernels(config):
                 reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
         else:

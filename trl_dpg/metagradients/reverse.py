@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..student import Student
-from .inner_loop import Gradient, InnerLoopConfig, Trajectory, micro_batch_gradient
+from .inner_loop import Gradient, InnerLoopConfig, MicroBatch, Trajectory, micro_batch_gradient
 from .optimizers import clip, clip_vjp
 
 
@@ -45,8 +45,15 @@ def reverse_sweep(
         if config.max_grad_norm is not None:
             u = clip_vjp(step.gradient, config.max_grad_norm, u)
         for micro_batch in step.micro_batches:
-            part = micro_batch_gradient(student, step.theta, micro_batch, weights, differentiable=True)
-            token_bar, hessian_product = _pull_back(student, part, u, through_theta=t > 0)
+            if config.hvp == "finite_difference":
+                token_bar, hessian_product = _shifted(student, step.theta, micro_batch, weights, u)
+            else:
+                if step.retained:
+                    part = step.retained.pop(0)
+                else:
+                    part = micro_batch_gradient(student, step.theta, micro_batch, weights, differentiable=True)
+                token_bar, hessian_product = _pull_back(student, part, u, through_theta=t > 0)
+                del part  # frees its graph
             token_scores[micro_batch.rows, : token_bar.size(1)] += token_bar
             if hessian_product is not None:
                 theta_bar = theta_bar + hessian_product
@@ -58,3 +65,19 @@ def _pull_back(student: Student, part: Gradient, u: Tensor, through_theta: bool)
     inputs = [part.token_weights, part.theta] if through_theta else [part.token_weights]
     pulled = student.run(part.parameters, lambda _: torch.autograd.grad(part.value, inputs, u))
     return pulled[0], pulled[1] if through_theta else None
+
+
+def _shifted(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """
+    The same two by central differences along u, from first derivatives alone.
+
+    The step is ε^(1/3) ‖θ‖ long, ε being the rounding unit, which balances rounding against the third derivative.
+    """
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * theta.norm() / u.norm().clamp(min=torch.finfo(u.dtype).tiny)
+    ahead, behind = (
+        micro_batch_gradient(student, theta + shift * u, micro_batch, weights, differentiable=False)
+        for shift in (h, -h)
+    )
+    return (ahead.token_losses - behind.token_losses) / (2 * h), (ahead.value - behind.value) / (2 * h)

@@ -130,6 +130,7 @@ def train_generator(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.save_model(trainer.args.output_dir)
+    trainer.create_model_card(model_name=table.title)
 
 
 def fresh_student_after_sft(
