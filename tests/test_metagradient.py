@@ -150,6 +150,18 @@ def test_retained_graphs_do_not_change_the_numbers(lora, micro_batch_size, monke
     assert recomputed_none == 0 < recomputed_some < recomputed_all
 
 
+@pytest.mark.parametrize("memory_budget", [0, "auto"])
+def test_gradient_checkpointing_does_not_change_the_numbers(memory_budget):
+    def scores(checkpointing):
+        model = with_lora(make_model(scale=1.0))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        config = InnerLoopConfig(learning_rate=1e-3, eps_root=EPS_ROOT, batch_size=4, memory_budget=memory_budget)
+        return metagradient(Student(model), SAMPLES, METRIC, config).scores
+
+    assert relative_error(scores(True), scores(False)) <= 5e-5
+
+
 def test_finite_differences_agree_with_double_backward():
     def scores(hvp):
         config = InnerLoopConfig(learning_rate=1e-3, eps_root=EPS_ROOT, batch_size=4, hvp=hvp)
@@ -359,6 +371,11 @@ def test_a_bad_metric_raises_before_any_training(metric, message):
     assert len(forwards) <= 1  # the metric's own
 
 
+def test_a_metric_without_a_gradient_raises_also_when_its_start_is_known():
+    with pytest.raises(ValueError, match="not differentiable"):
+        metagradient(Student(make_model()), SAMPLES, detached, metric_before=-4.0)
+
+
 def test_a_metric_of_a_frozen_weight_does_not_depend_on_the_student():
     with pytest.raises(ValueError, match="does not depend"):
         metagradient(Student(with_lora(make_model())), SAMPLES, WeightNormMetric("model.norm.weight"))
@@ -377,14 +394,21 @@ def test_all_empty_samples_raise():
         metagradient(Student(make_model(), processing_class=make_tokenizer()), ["", ""], METRIC)
 
 
-def test_truncated_samples_are_counted_and_warned_about_once(caplog):
-    from transformers.utils import logging
-
-    logging.get_logger("trl_dpg").propagate = True
+def test_truncated_samples_are_counted_and_warned_about_once(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(metagradient.__globals__["logger"], "warning", warnings.append)
     student = Student(make_model(), processing_class=make_tokenizer())
     texts = ["w1 " * 30, "w2 w3", "w4 " * 40]
     for _ in range(2):
-        assert metagradient(student, texts, METRIC, InnerLoopConfig(max_length=20)).num_truncated == 2
+        assert metagradient(student, texts, METRIC, InnerLoopConfig(max_length=21)).num_truncated == 2
+    assert len(warnings) == 1 and "max_length = 21" in warnings[0]
+
+
+def test_attention_without_a_second_derivative_raises():
+    model = make_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2'.*attn_implementation='sdpa'.*finite_difference"):
+        metagradient(Student(model), SAMPLES, METRIC)
 
 
 @pytest.mark.parametrize(

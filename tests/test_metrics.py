@@ -131,6 +131,15 @@ def test_scores_of_a_combination_are_the_weighted_sum_of_scores():
     torch.testing.assert_close(combined, 0.5 * scores(parts[0]) + 2.0 * scores(parts[1]), rtol=1e-3, atol=1e-6)
 
 
+def test_the_model_runs_with_labels_and_masks_as_it_always_does():
+    student = finetuned()
+    ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    labels = ids.masked_fill(mask == 0, -100)
+    out = student(input_ids=ids, attention_mask=mask, labels=labels)
+    expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_three_line_function_is_a_metric():
     def prefers_seven(student):
         logits = student(input_ids=torch.tensor([[1, 2, 3]])).logits

@@ -442,11 +442,14 @@ class FinetunedStudent:
             The student's tokenizer.
         theta (`torch.Tensor` of shape `[P]`):
             The fine-tuned trainable parameters, flat.
+        parameters (`dict[str, torch.Tensor]`):
+            The same by name: views of `theta`.
     """
 
     def __init__(self, student: Student, theta: Tensor, initial_theta: Tensor):
         self.student = student
         self.theta = theta
+        self.parameters = student.unflatten(theta)
         self._initial_theta = initial_theta
         self.processing_class = student.processing_class
 
@@ -457,18 +460,33 @@ class FinetunedStudent:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
         """Run the model under `θ_T`; arguments and output are the model's own."""
         return self.student.run(
-            self.student.unflatten(self.theta),
+            self.parameters,
             lambda model: model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs),
         )
 
     def weight(self, name: str) -> Tensor:
         """The effective weight `name` (base and adapters merged) after fine-tuning, as [`Student.effective_weight`]."""
-        return self.student.effective_weight(self.student.unflatten(self.theta), name)
+        return self.student.effective_weight(self.parameters, name)
 
     def initial_weight(self, name: str) -> Tensor:
         """The effective weight `name` before fine-tuning, detached."""
         with torch.no_grad():
             return self.student.effective_weight(self.student.unflatten(self._initial_theta), name)
+
+    def evaluate(self, metric: "Callable[[FinetunedStudent], Tensor]") -> tuple[Tensor, Tensor | None]:
+        """
+        Φ and, where gradients are enabled and there is one, ∇Φ in `theta`, of shape `[P]`.
+
+        The weights are in place for the backward pass as well: gradient checkpointing runs the model in it again.
+        """
+
+        def value_and_gradient(_):
+            value = metric(self)
+            if not isinstance(value, Tensor) or not value.requires_grad or value.numel() != 1:
+                return value, None
+            return value.detach(), torch.autograd.grad(value, self.theta, allow_unused=True)[0]
+
+        return self.student.run(self.parameters, value_and_gradient)
 
     def accumulate(self, function: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
         """

@@ -16,6 +16,13 @@ from .reverse import reverse_sweep
 logger = logging.get_logger(__name__)
 
 
+_NO_GRADIENT = (
+    "The metric (here {:.6g}) is not differentiable, or does not depend on what the student trains: it has no gradient in the "
+    "student's trainable parameters. Leave out `detach`, `no_grad`, `argmax` and the like, and read outputs or weights that "
+    "those parameters change."
+)
+
+
 @dataclass
 class MetagradientOutput:
     """
@@ -78,12 +85,13 @@ def metagradient(
     Raises:
         `ValueError`:
             Before any training: if the metric is not a finite, differentiable scalar that depends on the student, if
-            `weights` have another length or are not finite, if no sample has a supervised token, or if the student's 4-bit
-            layers disagree with their dequantised weights.
+            `weights` have another length or are not finite, if no sample has a supervised token, if the student's attention
+            has no second derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite; the message names the step and the likely cause.
     """
     config = config or InnerLoopConfig()
+    _check_attention(student, config)
     tokenized = student.tokenize(examples, config.max_length)
     num_truncated = sum(example.truncated for example in tokenized)
     num_empty = sum(example.num_supervised == 0 for example in tokenized)
@@ -118,7 +126,7 @@ def metagradient(
         finetuned = FinetunedStudent(student, theta, student.initial_theta())
         attribute = config.attribution == "metagradient"
         with torch.set_grad_enabled(attribute):
-            value = metric(finetuned)
+            value, metric_gradient = finetuned.evaluate(metric)
         metric_after = value.item()
         if not value.isfinite():
             raise FloatingPointError(
@@ -133,8 +141,8 @@ def metagradient(
         length = max(len(example.input_ids) for example in tokenized)
         token_scores = torch.zeros(len(tokenized), length, device=student.device, dtype=student.accumulator_dtype)
         if attribute:
-            (metric_gradient,) = torch.autograd.grad(value, theta)
-            del value
+            if metric_gradient is None:
+                raise ValueError(_NO_GRADIENT.format(metric_after))
             with attention_kernels(config):
                 reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
@@ -161,6 +169,16 @@ def metagradient(
     )
 
 
+def _check_attention(student: Student, config: InnerLoopConfig) -> None:
+    implementation = student.model.config._attn_implementation or "eager"
+    differentiates_twice = config.attribution == "metagradient" and config.hvp == "double_backward"
+    if differentiates_twice and implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"The student's attention ({implementation!r}) has no second derivative. Load it with attn_implementation='sdpa', "
+            "or set hvp='finite_difference'."
+        )
+
+
 def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -> Tensor:
     if weights is None:
         return torch.ones(num_samples)
@@ -176,7 +194,7 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
     """Φ(θ_0), after checking that it is something a metagradient exists for."""
     initial_theta = student.initial_theta()
     theta = initial_theta.clone().requires_grad_()
-    value = metric(FinetunedStudent(student, theta, initial_theta))
+    value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
     if not isinstance(value, Tensor):
         raise ValueError(
             f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is differentiable "
@@ -188,18 +206,8 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
         )
     if not value.isfinite():
         raise ValueError(f"The metric of the student at its start is {value.item()}; it must be finite.")
-    if not value.requires_grad:
-        raise ValueError(
-            f"The metric ({value.item():.6g} at the start) is not differentiable, or does not depend on what the student "
-            "trains: it has no gradient. Leave out `detach`, `no_grad`, `argmax` and the like, and read outputs or weights that "
-            "the student's trainable parameters change."
-        )
-    (gradient,) = torch.autograd.grad(value, theta, allow_unused=True)
     if gradient is None:
-        raise ValueError(
-            f"The metric ({value.item():.6g} at the start) does not depend on the student's trainable parameters. Read outputs "
-            "or weights that they change."
-        )
+        raise ValueError(_NO_GRADIENT.format(value.item()))
     if not gradient.isfinite().all():
         raise ValueError(
             "The metric's gradient at the student's start is not finite. A square root or logarithm of zero is the usual cause: "

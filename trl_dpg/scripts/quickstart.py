@@ -56,13 +56,13 @@ class QuickstartArguments:
             Where curves, picture, generators and `summary.json` are written.
         language_steps (`int`, *optional*, defaults to `60`):
             Generator steps of act one.
-        picture_steps (`int`, *optional*, defaults to `200`):
+        picture_steps (`int`, *optional*, defaults to `150`):
             Generator steps of act two.
     """
 
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the results are written."})
     language_steps: int = field(default=60, metadata={"help": "Generator steps of act one, the language."})
-    picture_steps: int = field(default=200, metadata={"help": "Generator steps of act two, the picture."})
+    picture_steps: int = field(default=150, metadata={"help": "Generator steps of act two, the picture."})
 
 
 class LiveTable(TrainerCallback):
@@ -298,7 +298,7 @@ def picture_act(output_dir: Path, steps: int) -> dict:
             max_completion_length=16,
             student_batch_size=32,
             student_learning_rate=1e-3,
-            student_eps_root=1e-8,
+            student_eps_root=1e-6,
             student_max_length=17,  # 16 characters and the eos token
             student_loss_normalization="max_length",
         ),
