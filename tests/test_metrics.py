@@ -140,6 +140,21 @@ def test_the_model_runs_with_labels_and_masks_as_it_always_does():
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_benchmark_that_is_cut_off_is_warned_about(monkeypatch):
+    from trl_dpg.metrics import language_modeling
+
+    warnings = []
+    monkeypatch.setattr(language_modeling.logger, "warning", warnings.append)
+    metric = LanguageModelingMetric([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2]}], max_length=3)
+    metric(student := finetuned()), metric(student)
+    assert len(warnings) == 1 and "1 of the metric's 2 samples are longer than max_length = 3" in warnings[0]
+
+
+def test_a_sum_that_does_not_depend_on_the_student_has_no_gradient():
+    student = finetuned()
+    assert not student.accumulate(lambda batch: torch.tensor(batch), [1.0, 2.0]).requires_grad
+
+
 def test_a_three_line_function_is_a_metric():
     def prefers_seven(student):
         logits = student(input_ids=torch.tensor([[1, 2, 3]])).logits
@@ -167,6 +182,7 @@ def test_a_three_line_function_is_a_metric():
         (lambda: WeightNormMetric("lm_head.weights")(finetuned()), "Near names: lm_head.weight"),
         (lambda: QRCodeMetric("a text that is too long", version=1), "does not fit into a QR code"),
         (lambda: CombinedMetric([]), "0 and 0"),
+        (lambda: CombinedMetric([lambda student: 1.0])(finetuned()), "returned 1.0; it must return a scalar tensor"),
         (lambda: CombinedMetric([WeightNormMetric()], [1.0, 2.0]), "got 2 and 1"),
     ],
 )

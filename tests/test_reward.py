@@ -88,17 +88,44 @@ def test_the_naive_reward_is_the_change_of_the_datasets_metric():
         (dict(inner_loop_config=InnerLoopConfig(attribution="dataset")), "cross_group_batching=False"),
         (dict(cross_group_batching=False), "needs num_generations"),
         (dict(train_on="prompt"), "train_on 'prompt'"),
+        (dict(metric=3), "must be a callable.*got 3"),
+        (dict(student=Student(make_model())), "no tokenizer"),
     ],
 )
 def test_bad_options_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        DPGReward(make_student(), METRIC, **kwargs)
+        DPGReward(**dict(student=make_student(), metric=METRIC) | kwargs)
 
 
 def test_a_batch_that_cannot_be_split_raises():
-    reward = DPGReward(make_student(), METRIC, CONFIG, cross_group_batching=False, num_generations=3)
-    with pytest.raises(ValueError, match="8 completions cannot be split into num_generations = 3"):
-        reward(PROMPTS, TEXTS)
+    for num_generations in (3, 4):  # 4 divides 8, but the prompts come in twos
+        reward = DPGReward(make_student(), METRIC, CONFIG, False, num_generations)
+        with pytest.raises(
+            ValueError, match=f"8 completions cannot be split into num_generations = {num_generations}"
+        ):
+            reward(PROMPTS, TEXTS)
+
+
+def test_equal_scores_give_zero_rewards():
+    assert DPGReward(make_student(), METRIC, InnerLoopConfig(batch_size=8))(PROMPTS, ["w1 w2"] * 8) == [0.0] * 8
+
+
+def test_the_metric_at_the_start_is_read_again_when_the_student_has_changed():
+    student, logged = make_student(), []
+    reward = DPGReward(student, METRIC, CONFIG)
+    for shift in (0.0, 0.0, 0.1):
+        with torch.no_grad():
+            if shift:
+                student.model.lm_head.weight[7] += shift
+        reward(PROMPTS, TEXTS, log_metric=lambda name, value: logged.append(value) if "before" in name else None)
+    assert logged[0] == logged[1] != logged[2]
+
+
+def test_structured_and_empty_messages_are_read():
+    reward = DPGReward(make_student(), METRIC, CONFIG)
+    structured = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in TEXTS]
+    structured[-1] = [{"role": "assistant", "content": None, "tool_calls": []}]
+    assert reward(PROMPTS, structured) == reward(PROMPTS, [*TEXTS[:-1], ""])
 
 
 def test_a_failing_metric_raises_instead_of_rewarding_zero():

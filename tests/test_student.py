@@ -183,6 +183,24 @@ def test_loading_arguments_for_a_loaded_model_raise():
         Student(make_model(), quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 
 
+def test_dora_merged_and_reentrant_students_raise():
+    with pytest.raises(ValueError, match=r"DoRA.*use_dora=False"):
+        Student(make_model(), peft_config=LoraConfig(target_modules="all-linear", use_dora=True))
+    merged = get_peft_model(make_model(), lora())
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its base"):
+        Student(merged)
+    reentrant = make_model()
+    reentrant.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        Student(reentrant)
+
+
+def test_one_string_instead_of_a_list_raises():
+    with pytest.raises(ValueError, match="one string"):
+        metagradient(Student(make_model(), TOKENIZER), "w1 w2", WeightNormMetric())
+
+
 # -- effective weights ----------------------------------------------------------------------------------------------
 
 
@@ -214,6 +232,23 @@ def test_effective_weights_are_differentiable_in_the_adapters():
     theta = student.initial_theta().requires_grad_()
     FinetunedStudent(student, theta, theta.detach()).weight("model.layers.0.mlp.up_proj.weight").sum().backward()
     assert theta.grad.abs().sum() > 0
+
+
+def test_weights_saved_beside_an_adapter_of_any_name_are_found():
+    peft_config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    student = Student(get_peft_model(make_model(), peft_config, adapter_name="mine"))
+    theta = student.initial_theta()
+    after = FinetunedStudent(student, theta + 0.5, theta)
+    torch.testing.assert_close(after.weight("lm_head.weight"), after.initial_weight("lm_head.weight") + 0.5)
+
+
+def test_weights_of_half_precision_students_are_read_before_rounding():
+    student = Student(make_model(dtype=torch.bfloat16))
+    theta = student.initial_theta()
+    change = (
+        FinetunedStudent(student, theta + 1e-6, theta).weight("lm_head.weight") - student.model.lm_head.weight.float()
+    )
+    assert change.mean().item() == pytest.approx(1e-6, rel=0.05)
 
 
 def test_a_tied_head_is_one_weight_with_the_embedding():

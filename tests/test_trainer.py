@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from trl import TrlParser
+from peft import LoraConfig, get_peft_model
+from trl import GRPOConfig, TrlParser
 
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import DPGConfig, DPGTrainer, InnerLoopConfig, Student
@@ -93,11 +93,14 @@ def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
         cross_group_batching=False,
     )
     trainer = make_trainer(args, eval_dataset=PROMPTS.select(range(8)))
+    sizes = []
+    score = trainer.dpg_reward._score
+    trainer.dpg_reward._score = lambda datasets: sizes.append([len(rows) for rows in datasets]) or score(datasets)
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if "eval_dpg/metric_after" in log]
-    assert log["eval_dpg/metric_before"] == pytest.approx(
-        next(log for log in trainer.state.log_history if "dpg/metric_before" in log)["dpg/metric_before"]
-    )
+    (train_log,) = [log for log in trainer.state.log_history if "dpg/metric_before" in log]
+    assert log["eval_dpg/metric_before"] == pytest.approx(train_log["dpg/metric_before"])
+    assert sizes[0] == [4, 4, 4, 4] and sizes[1:] == [[4, 4], [4, 4]]
 
 
 def test_the_student_can_come_from_the_flat_arguments(tmp_path):
@@ -131,7 +134,8 @@ def test_a_student_can_have_its_own_tokenizer(tmp_path):
 
 def test_a_student_object_is_used_as_it_is(tmp_path):
     student = Student(make_model(seed=2), processing_class=TOKENIZER)
-    assert make_trainer(config(tmp_path), student=student).dpg_reward.student is student
+    trainer = make_trainer(config(tmp_path), student=student, student_processing_class=None)
+    assert trainer.dpg_reward.student is student
 
 
 def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
@@ -178,7 +182,21 @@ def test_missing_student_or_metric_raises(tmp_path):
         make_trainer(config(tmp_path), target_metric=None)
 
 
-def test_one_model_for_both_generator_and_student_raises(tmp_path):
+@pytest.mark.parametrize("wrap", ["neither", "student", "generator"])
+def test_one_model_for_both_generator_and_student_raises(tmp_path, wrap):
     model = make_model()
-    with pytest.raises(ValueError, match="same model object"):
-        make_trainer(config(tmp_path), model=model, student=model)
+    generator = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrap == "generator" else model
+    peft_config = LoraConfig(target_modules=["q_proj"]) if wrap == "student" else None
+    with pytest.raises(ValueError, match="share parameters"):
+        make_trainer(config(tmp_path), model=generator, student=model, student_peft_config=peft_config)
+
+
+def test_arguments_that_a_student_object_would_ignore_raise(tmp_path):
+    student = Student(make_model(seed=2), processing_class=TOKENIZER)
+    with pytest.raises(ValueError, match=r"`Student` already.*args\.student_use_peft"):
+        make_trainer(config(tmp_path, student_use_peft=True), student=student, student_processing_class=None)
+
+
+def test_plain_grpo_arguments_raise(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a DPGConfig.*got GRPOConfig"):
+        make_trainer(GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))

@@ -20,7 +20,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
     command = parser.parse_args(argv[:1]).command
-    script = import_module(f".scripts.{command}", __package__)
+    try:
+        script = import_module(f".scripts.{command}", __package__)
+    except ModuleNotFoundError as missing:
+        parser.exit(1, f"trl-dpg {command} needs {missing.name}: pip install 'trl-dpg[{command}]'\n")
     parser = script.make_parser(prog=f"trl-dpg {command}")
     *arguments, unknown = parser.parse_args_and_config(args=argv[1:], return_remaining_strings=True)
     if unknown:

@@ -17,6 +17,12 @@ Message = dict[str, Any]
 Text = str | list[Message]
 
 
+def _text(message: Message) -> str:
+    """A message's text: its content, or the text parts of a structured one; empty for a mere tool call."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
 class DPGReward:
     """
     A TRL reward function: the metagradient of each completion (Thrush et al., arXiv 2604.08423).
@@ -61,6 +67,14 @@ class DPGReward:
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        if not callable(metric):
+            raise ValueError(
+                f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
+            )
+        if student.processing_class is None:
+            raise ValueError(
+                "The student has no tokenizer to read completions with. Pass `processing_class` to Student."
+            )
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         if cross_group_batching and inner_loop_config.attribution == "dataset":
             raise ValueError(
@@ -76,7 +90,7 @@ class DPGReward:
         self.cross_group_batching = cross_group_batching
         self.num_generations = num_generations
         self.train_on = train_on
-        self._metric_before: float | None = None
+        self._start: tuple[list[int], float] | None = None  # versions of the student's weights, and its metric
 
     def __call__(
         self,
@@ -96,12 +110,14 @@ class DPGReward:
             log_extra (`Callable`, *optional*): TRL's, for the raw scores in the table of completions.
 
         Returns:
-            `list[float]`: A reward for each of this rank's completions, of standard deviation 1 over all ranks.
+            `list[float]`:
+                A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all scores
+                are equal.
         """
         started = time.perf_counter()
         local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         examples = gather_object(local)
-        datasets = self._split(len(examples))
+        datasets = self._split(gather_object(list(prompts)))
         outputs = self._score([[examples[row] for row in rows] for rows in datasets])
 
         raw = torch.zeros(len(examples), dtype=torch.float64)
@@ -110,7 +126,8 @@ class DPGReward:
             if self.inner_loop_config.attribution == "dataset":
                 raw[rows] -= output.metric_before
         scale = raw.std(correction=0)
-        rewards = raw / scale if scale > 0 else torch.zeros_like(raw)
+        equal = scale <= 1e-6 * raw.abs().max()  # what is left is rounding
+        rewards = torch.zeros_like(raw) if equal else raw / scale
 
         if log_metric is not None:
             for name, value in self._figures(raw, outputs).items():
@@ -126,36 +143,44 @@ class DPGReward:
     def _example(self, prompt: Text, completion: Text) -> Any:
         if self.train_on == "prompt_completion":
             return {"prompt": prompt, "completion": completion}
-        return completion if isinstance(completion, str) else "".join(message["content"] for message in completion)
+        if isinstance(completion, str):
+            return completion
+        return "".join(_text(message) for message in completion)
 
-    def _split(self, num_samples: int) -> list[list[int]]:
+    def _split(self, prompts: list[Text]) -> list[list[int]]:
         """Which samples make up each dataset."""
         if self.cross_group_batching or self.num_generations is None:
-            return [list(range(num_samples))]
-        if num_samples % self.num_generations:
+            return [list(range(len(prompts)))]
+        firsts = range(0, len(prompts), self.num_generations)
+        groups = [prompts[first : first + self.num_generations] for first in firsts]
+        if len(prompts) % self.num_generations or any(prompt != group[0] for group in groups for prompt in group):
             raise ValueError(
-                f"A batch of {num_samples} completions cannot be split into num_generations = {self.num_generations} datasets "
-                "of one completion per prompt. Give DPGReward the trainer's num_generations."
+                f"A batch of {len(prompts)} completions cannot be split into num_generations = {self.num_generations} datasets "
+                "of one completion per prompt. Give DPGReward the trainer's num_generations (and in evaluation the same "
+                "num_generations_eval)."
             )
-        return [list(range(k, num_samples, self.num_generations)) for k in range(self.num_generations)]
+        return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 
     def _score(self, datasets: list[list]) -> list[MetagradientOutput]:
         """Every dataset's scores, the datasets shared out over the ranks. An error on one rank is raised on all."""
         state = PartialState()
-        if self.student.device.type != state.device.type:
-            self.student.to(state.device)
         outputs: dict[int, MetagradientOutput] = {}
         error = None
         try:
+            here, there = self.student.device, state.device
+            if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
+                self.student.to(there)
             for index in range(state.process_index, len(datasets), state.num_processes):
+                versions = [parameter._version for parameter in self.student.model.parameters()]
+                known = self._start is not None and self._start[0] == versions
                 outputs[index] = metagradient(
                     self.student,
                     datasets[index],
                     self.metric,
                     self.inner_loop_config,
-                    metric_before=self._metric_before,
+                    metric_before=self._start[1] if known else None,  # type: ignore[index]
                 )
-                self._metric_before = outputs[index].metric_before
+                self._start = (versions, outputs[index].metric_before)
         except Exception as raised:
             error = raised
         errors = gather_object([repr(error) if error is not None else None])

@@ -13,10 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_bitsandbytes_available
 
 
@@ -116,7 +118,8 @@ class Student:
     Raises:
         `ValueError`:
             If nothing is trainable, dropout is active, the tokenizer has neither a pad nor an eos token, the base is
-            quantised without adapters or to 8 bits, or the model lies on several devices.
+            quantised without adapters or to 8 bits, an adapter is DoRA or merged, gradient checkpointing is reentrant, or
+            the model lies on several devices.
     """
 
     def __init__(
@@ -129,6 +132,11 @@ class Student:
         disable_dropout: bool = False,
     ):
         if isinstance(model, str):
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    f"DeepSpeed ZeRO-3 would shard the student while it is loaded from {model!r}. Use ZeRO-2, or load the "
+                    "student before the training arguments are made and pass the model."
+                )
             device = PartialState().device
             init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
             if quantization_config is not None:
@@ -175,6 +183,21 @@ class Student:
                 "different networks. Load the model with its dropout at 0 (and `lora_dropout=0.0`), or pass "
                 "`disable_dropout=True`."
             )
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLayer) and any(module.use_dora.values()):
+                raise ValueError(
+                    f"The student's adapter at {name!r} is DoRA, whose norm PEFT detaches in the forward pass: its second "
+                    "derivative, and so every score, would be wrong. Use plain LoRA (`use_dora=False`)."
+                )
+            if isinstance(module, BaseTunerLayer) and module.merged:
+                raise ValueError(
+                    f"The student's adapter at {name!r} is merged into its base. Unmerge it before training it."
+                )
+            if vars(module).get("gradient_checkpointing") and _is_reentrant(module):
+                raise ValueError(
+                    "The student uses reentrant gradient checkpointing, which has no second derivative. Enable it with "
+                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if _bnb_modules(self.model, "Linear8bitLt"):
             raise ValueError(
@@ -233,16 +256,21 @@ class Student:
         """float32, or float64 if the trainable parameters are: half-precision ones are trained as float32 master copies."""
         return torch.float64 if torch.float64 in self._layout.dtypes else torch.float32
 
+    @property
+    def trains_half_precision(self) -> bool:
+        """Whether a trainable parameter is stored in 16 bits."""
+        return any(dtype.itemsize < 4 for dtype in self._layout.dtypes)
+
     def initial_theta(self) -> Tensor:
         """The trainable parameters at their start as one flat vector `[P]` in `accumulator_dtype`, detached."""
         parameters = [p.detach().flatten() for p in self.model.parameters() if p.requires_grad]
         return torch.cat([p.to(self.accumulator_dtype) for p in parameters])
 
-    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
-        """Views of a flat vector `[P]` by parameter name, in the parameters' shapes and dtypes; differentiable."""
+    def unflatten(self, theta: Tensor, cast: bool = True) -> dict[str, Tensor]:
+        """Views of a flat vector `[P]` by name, in the parameters' shapes and (with `cast`) dtypes; differentiable."""
         parts = theta.split([shape.numel() for shape in self._layout.shapes])
         return {
-            name: part.view(shape).to(dtype)
+            name: part.view(shape).to(dtype) if cast else part.view(shape)
             for name, part, shape, dtype in zip(
                 self._layout.names, parts, self._layout.shapes, self._layout.dtypes, strict=True
             )
@@ -280,13 +308,17 @@ class Student:
                 The weight's name in the base model, e.g. `"lm_head.weight"`.
 
         Raises:
-            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not additive.
+            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not plain LoRA.
         """
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        base, saved = self.model, ".modules_to_save."
+        if is_peft_model(self.model):
+            base, saved = self.model.get_base_model(), f".modules_to_save.{self.model.active_adapter}."
         weights = {
-            weight.replace(".base_layer.", ".").replace(".modules_to_save.default.", "."): weight
+            weight.replace(".base_layer.", ".").replace(saved, "."): weight
             for weight, _ in base.named_parameters(remove_duplicate=False)
-            if ".original_module." not in weight and ".lora_" not in weight
+            if ".lora_" not in weight
+            and ".original_module." not in weight
+            and (".modules_to_save." not in weight or saved in weight)
         }
         if name not in weights:
             near = difflib.get_close_matches(name, weights, n=4, cutoff=0.3)
@@ -298,10 +330,12 @@ class Student:
             if type(weight).__name__ == "Params4bit":
                 weight = dequantize_bnb_weight(weight)
             layer = base.get_submodule(module.removesuffix(".base_layer"))
-            if isinstance(layer, BaseTunerLayer) and name.endswith(".weight"):
-                for adapter in layer.active_adapters:
-                    if layer.use_dora.get(adapter, False):
-                        raise ValueError(f"{name!r} has a DoRA adapter, which is not additive. Use plain LoRA.")
+            if isinstance(layer, BaseTunerLayer):
+                if not isinstance(layer, LoraLayer) or any(layer.lora_bias.values()):
+                    raise ValueError(
+                        f"{name!r} has an adapter that is not plain LoRA, so its merged weight is not known here."
+                    )
+                for adapter in layer.active_adapters if name.endswith(".weight") else ():
                     weight = weight + layer.get_delta_weight(adapter)
             return weight
 
@@ -311,17 +345,19 @@ class Student:
 
     def verify_quantization(self) -> None:
         """
-        Compare the gradient of every 4-bit layer with that of its dequantised weight; done once.
+        Compare the gradient of every 4-bit layer with that of its dequantised weight; done once, unless one was repacked.
 
         Raises:
             `ValueError`:
                 If they differ by more than rounding (relative L2 above 1e-3 for float32 compute, 2e-2 for half
                 precision), as bitsandbytes' packed CPU inference kernel does.
         """
-        if self._quantization_verified:
+        layers = _bnb_modules(self.model, "Linear4bit")
+        packed = any(vars(layer.weight.quant_state).get("packing_format_for_cpu", False) for layer in layers.values())
+        if self._quantization_verified and not packed:
             return
         generator = torch.Generator().manual_seed(0)
-        for name, layer in _bnb_modules(self.model, "Linear4bit").items():
+        for name, layer in layers.items():
             shape = layer.weight.quant_state.shape
             dtype = layer.compute_dtype or torch.float32
             x = torch.randn(4, shape[1], generator=generator).to(self.device, dtype).requires_grad_()
@@ -356,6 +392,8 @@ class Student:
             add_eos (`bool`, *optional*, defaults to `True`):
                 Ends texts and completions with the eos token, as SFT does. Chat templates bring their own.
         """
+        if isinstance(examples, str):
+            raise ValueError("The samples are one string; pass a list of them.")
         rows = [{"text": example} if isinstance(example, str) else example for example in examples]
         tokenized = [self._tokenize_row(row, add_eos) for row in rows]
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
@@ -458,20 +496,21 @@ class FinetunedStudent:
         return self.student.device
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """Run the model under `θ_T`; arguments and output are the model's own."""
-        return self.student.run(
-            self.parameters,
-            lambda model: model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs),
-        )
+        """Run the model under `θ_T`, on its device; arguments and output are the model's own."""
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        kwargs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in kwargs.items()
+        }
+        return self.student.run(self.parameters, lambda model: model(**kwargs, use_cache=False))
 
     def weight(self, name: str) -> Tensor:
         """The effective weight `name` (base and adapters merged) after fine-tuning, as [`Student.effective_weight`]."""
-        return self.student.effective_weight(self.parameters, name)
+        return self.student.effective_weight(self.student.unflatten(self.theta, cast=False), name)
 
     def initial_weight(self, name: str) -> Tensor:
         """The effective weight `name` before fine-tuning, detached."""
         with torch.no_grad():
-            return self.student.effective_weight(self.student.unflatten(self._initial_theta), name)
+            return self.student.effective_weight(self.student.unflatten(self._initial_theta, cast=False), name)
 
     def evaluate(self, metric: "Callable[[FinetunedStudent], Tensor]") -> tuple[Tensor, Tensor | None]:
         """
@@ -500,15 +539,14 @@ class FinetunedStudent:
             batches (`Iterable`):
                 Its arguments.
         """
-        value, gradient = self.theta.new_zeros(()), torch.zeros_like(self.theta)
+        value, gradient = self.theta.new_zeros(()), None
         for batch in batches:
             part = function(batch)
             if part.requires_grad:
-                gradient += torch.autograd.grad(part, self.theta)[0]
+                (part_gradient,) = torch.autograd.grad(part, self.theta)
+                gradient = part_gradient if gradient is None else gradient + part_gradient
             value = value + part.detach()
-        if not torch.is_grad_enabled():
-            return value
-        return _WithGradient.apply(self.theta, value, gradient)
+        return value if gradient is None else _WithGradient.apply(self.theta, value, gradient)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -534,6 +572,10 @@ def _bnb_modules(model: nn.Module, class_name: str) -> dict[str, Any]:
 
     kind = {"Linear4bit": bnb.nn.Linear4bit, "Linear8bitLt": bnb.nn.Linear8bitLt}[class_name]
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    return vars(module)["_gradient_checkpointing_func"].keywords.get("use_reentrant", False)
 
 
 def _dropout_attributes(module: nn.Module) -> list[str]:

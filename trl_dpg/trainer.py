@@ -61,7 +61,7 @@ class DPGTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`:
-            If student or metric is missing, or the student is the generator's own model object.
+            If student or metric is missing, `args` is no [`DPGConfig`], or student and generator share parameters.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -97,6 +97,10 @@ class DPGTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
+        if not isinstance(args, DPGConfig):
+            raise ValueError(
+                f"`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got {type(args).__name__}."
+            )
         if target_metric is None:
             raise ValueError(
                 "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
@@ -106,7 +110,25 @@ class DPGTrainer(GRPOTrainer):
         if student is None:
             raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
 
-        if not isinstance(student, Student):
+        # Before adapters are added, which keep the base's parameters
+        if not isinstance(model, str) and not isinstance(student, str):
+            student_model = student.model if isinstance(student, Student) else student
+            if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
+                raise ValueError(
+                    "The student and the generator share parameters, so training the generator would move the student's "
+                    "start. Load the model twice."
+                )
+        if isinstance(student, Student):
+            given = {
+                "student_peft_config": student_peft_config,
+                "student_quantization_config": student_quantization_config,
+                "student_processing_class": student_processing_class,
+                "args.student_use_peft": args.student_use_peft or None,
+            }
+            ignored = [name for name, value in given.items() if value is not None]
+            if ignored:
+                raise ValueError(f"The student is a `Student` already; give it what {', '.join(ignored)} asks for.")
+        else:
             set_seed(args.seed)  # adapters start at random
             student = Student(
                 student,
@@ -114,11 +136,6 @@ class DPGTrainer(GRPOTrainer):
                 peft_config=student_peft_config or args.student_peft_config(),
                 quantization_config=student_quantization_config or args.student_quantization_config(),
                 model_init_kwargs=args.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
-            )
-        if student.model is model:
-            raise ValueError(
-                "The student and the generator are the same model object, so training the generator would move the student's "
-                "start. Load the model twice."
             )
         self.dpg_reward = DPGReward(
             student,

@@ -15,6 +15,17 @@ from ..student import Batch, Student, TokenizedExample, token_losses
 from .optimizers import Optimizer, adamw, clip, sgd
 
 
+_SCHEDULES = (
+    SchedulerType.CONSTANT,
+    SchedulerType.CONSTANT_WITH_WARMUP,
+    SchedulerType.LINEAR,
+    SchedulerType.COSINE,
+    SchedulerType.COSINE_WITH_RESTARTS,
+    SchedulerType.POLYNOMIAL,
+    SchedulerType.INVERSE_SQRT,
+)
+
+
 @dataclass
 class InnerLoopConfig:
     """
@@ -41,7 +52,7 @@ class InnerLoopConfig:
         max_grad_norm (`float`, *optional*):
             Clips the norm of each step's gradient.
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            A name of [`~transformers.SchedulerType`].
+            A name of [`~transformers.SchedulerType`] that needs no further arguments.
         warmup_steps (`int`, *optional*, defaults to `0`):
             Steps of linear warm-up, for schedules that have one.
 
@@ -109,8 +120,9 @@ class InnerLoopConfig:
             _check_choice("memory_budget", self.memory_budget, ("auto",))
         elif self.memory_budget < 0:
             raise ValueError(f"memory_budget must be 'auto' or a number of bytes, got {self.memory_budget}.")
-        schedules = [kind.value for kind in SchedulerType if kind.value not in ("reduce_lr_on_plateau", "greedy")]
-        _check_choice("lr_scheduler_type", self.lr_scheduler_type, schedules)
+        else:
+            self.memory_budget = int(self.memory_budget)
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, _SCHEDULES)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps} has no effect on the 'constant' schedule. Use "
@@ -150,7 +162,7 @@ class InnerLoopConfig:
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(map(repr, choices))}.")
+        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(repr(str(c)) for c in choices)}.")
 
 
 class MicroBatch(NamedTuple):
@@ -299,7 +311,7 @@ def forward_sweep(
     Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t).
 
     The graphs of the last steps are kept as far as `config.memory_budget` goes. What a graph takes is measured on the
-    first step, whose own is dropped again if it is not among them.
+    first micro-batch, whose own is dropped again if its step is not among them.
 
     Args:
         student (`Student`): The model at its start; its stored weights are only read.
@@ -310,23 +322,25 @@ def forward_sweep(
     optimizer = config.make_optimizer()
     theta = student.initial_theta()
     state = optimizer.init(theta)
-    budget = _retention_budget(student, config)
-    first_retained = 0 if budget else len(steps)
+    budget = _retention_budget(student, steps, config)
+    first_retained = None if budget > 0 else len(steps)  # None: not yet known
     done, losses = [], []
     for t, (micro_batches, lr) in enumerate(zip(steps, config.learning_rates(len(steps)), strict=True)):
         gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
-        graph_size = _GraphSize()
-        with graph_size if budget and t == 0 else nullcontext():
-            for micro_batch in micro_batches:
+        for micro_batch in micro_batches:
+            if first_retained is None:
+                graph_size = _GraphSize()
+                with graph_size:
+                    part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=True)
+                first_retained = _first_retained(steps, micro_batch, graph_size.bytes(student), budget)
+            else:
                 part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=t >= first_retained)
-                gradient += part.value.detach()
-                loss += part.loss
-                if t >= first_retained:
-                    retained.append(part)
-                del part
-        if budget and t == 0:
-            first_retained = _first_retained(steps, graph_size.bytes(student), budget)
-        done.append(Step(micro_batches, theta, state, gradient, lr, retained if t >= first_retained else []))
+            gradient += part.value.detach()
+            loss += part.loss
+            if t >= first_retained:
+                retained.append(part)
+            del part
+        done.append(Step(micro_batches, theta, state, gradient, lr, retained))
         losses.append(loss)
         if config.max_grad_norm is not None:
             gradient = clip(gradient, config.max_grad_norm)
@@ -352,27 +366,30 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for pointer, size in self.storages.items() if pointer not in weights)
 
 
-def _retention_budget(student: Student, config: InnerLoopConfig) -> int:
+def _retention_budget(student: Student, steps: Sequence[list[MicroBatch]], config: InnerLoopConfig) -> int:
+    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and the optimizer's moments of every step."""
     if config.attribution == "dataset" or config.hvp == "finite_difference":
         return 0  # there is no second derivative to keep a graph for
     if isinstance(config.memory_budget, int):
         return config.memory_budget
     if student.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(student.device)
-        cached = torch.cuda.memory_reserved(student.device) - torch.cuda.memory_allocated(student.device)
-        return (free + cached) // 2
-    return psutil.virtual_memory().available // 2
+        free += torch.cuda.memory_reserved(student.device) - torch.cuda.memory_allocated(student.device)
+    else:
+        free = psutil.virtual_memory().available
+    theta = student.initial_theta()
+    return (free - 4 * theta.nbytes * len(steps)) // 2
 
 
-def _first_retained(steps: Sequence[list[MicroBatch]], first_step_bytes: int, budget: int) -> int:
-    """The first of the last steps whose graphs together fit into the budget, judged by the size of the first step's."""
+def _first_retained(steps: Sequence[list[MicroBatch]], measured: MicroBatch, measured_bytes: int, budget: int) -> int:
+    """The first of the last steps whose graphs together fit into the budget, judged by one micro-batch's graph."""
 
-    def size(step):
+    def size(micro_batch):
         # Activations grow with B · L, attention weights with B · L²: the latter, to be safe.
-        return sum(mb.coefficients.numel() * mb.coefficients.size(1) for mb in step)
+        return micro_batch.coefficients.numel() * micro_batch.coefficients.size(1)
 
     first = len(steps)
     while first > 0 and budget >= 0:
-        budget -= first_step_bytes * size(steps[first - 1]) // max(size(steps[0]), 1)
+        budget -= measured_bytes * sum(map(size, steps[first - 1])) // size(measured)
         first -= budget >= 0
     return first

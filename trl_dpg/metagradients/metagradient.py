@@ -107,7 +107,9 @@ def metagradient(
         )
     data_weights = _check_weights(weights, len(tokenized)).to(student.device, student.accumulator_dtype)
 
-    with student.train_mode():
+    # Whatever the caller's modes: gradients on, and no automatic casts.
+    autocast = torch.autocast(student.device.type, enabled=False)
+    with student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
         student.verify_quantization()
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
@@ -176,6 +178,11 @@ def _check_attention(student: Student, config: InnerLoopConfig) -> None:
         raise ValueError(
             f"The student's attention ({implementation!r}) has no second derivative. Load it with attn_implementation='sdpa', "
             "or set hvp='finite_difference'."
+        )
+    if config.hvp == "finite_difference" and student.trains_half_precision:
+        raise ValueError(
+            "hvp='finite_difference' shifts the trained parameters by less than half precision can hold. Train float32 "
+            "adapters, or load the student in float32."
         )
 
 

@@ -75,7 +75,8 @@ def _shifted(
 
     The step is ε^(1/3) ‖θ‖ long, ε being the rounding unit, which balances rounding against the third derivative.
     """
-    h = torch.finfo(theta.dtype).eps ** (1 / 3) * theta.norm() / u.norm().clamp(min=torch.finfo(u.dtype).tiny)
+    norm = u.norm()
+    h = torch.finfo(theta.dtype).eps ** (1 / 3) * theta.norm() / torch.where(norm > 0, norm, 1.0)
     ahead, behind = (
         micro_batch_gradient(student, theta + shift * u, micro_batch, weights, differentiable=False)
         for shift in (h, -h)

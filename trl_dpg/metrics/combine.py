@@ -37,6 +37,11 @@ class CombinedMetric(Metric):
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
         parts = [metric(student) for metric in self.metrics]
+        for metric, part in zip(self.metrics, parts, strict=True):
+            if not isinstance(part, Tensor) or part.dim() > 0:
+                raise ValueError(
+                    f"A part of a CombinedMetric, {metric!r}, returned {part!r}; it must return a scalar tensor."
+                )
         self._values = [part.item() for part in parts]
         return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
 

@@ -4,9 +4,13 @@ import math
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from transformers.utils import logging
 
-from ..student import Batch, Examples, FinetunedStudent, Student, token_losses
+from ..student import Examples, FinetunedStudent, Student, TokenizedExample, token_losses
 from .base import Metric
+
+
+logger = logging.get_logger(__name__)
 
 
 class LanguageModelingMetric(Metric):
@@ -21,7 +25,7 @@ class LanguageModelingMetric(Metric):
         batch_size (`int`, *optional*, defaults to `16`):
             Samples per forward pass; memory only.
         max_length (`int`, *optional*, defaults to `1024`):
-            Longer samples are cut off, in tokens.
+            Longer samples are cut off, in tokens, with a warning.
         add_eos (`bool`, *optional*, defaults to `False`):
             Count the eos token after each text or completion as well.
 
@@ -38,29 +42,36 @@ class LanguageModelingMetric(Metric):
         self.batch_size = batch_size
         self.max_length = max_length
         self.add_eos = add_eos
-        self._batches: WeakKeyDictionary[Student, tuple[list[Batch], int]] = WeakKeyDictionary()
+        self._tokenized: WeakKeyDictionary[Student, list[TokenizedExample]] = WeakKeyDictionary()
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
-        batches, num_tokens = self._tokenized(student.student)
+        examples = self._examples(student.student)
+        num_tokens = sum(example.num_supervised for example in examples)
 
         def log_likelihood(batch):
             logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return -token_losses(logits, batch.labels).sum() / num_tokens
 
-        return student.accumulate(log_likelihood, batches)
+        starts = range(0, len(examples), self.batch_size)
+        return student.accumulate(
+            log_likelihood, (student.student.collate(examples[k : k + self.batch_size]) for k in starts)
+        )
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(-value, 700.0))}
 
-    def _tokenized(self, student: Student) -> tuple[list[Batch], int]:
-        if student not in self._batches:
+    def _examples(self, student: Student) -> list[TokenizedExample]:
+        """The samples that count, tokenised once for each student, similar lengths together to spare padding."""
+        if student not in self._tokenized:
             examples = student.tokenize(self.dataset, self.max_length, self.add_eos)
-            # Similar lengths together: less padding. The order does not change the sum.
+            num_truncated = sum(example.truncated for example in examples)
+            if num_truncated:
+                logger.warning(
+                    f"{num_truncated} of the metric's {len(examples)} samples are longer than max_length = {self.max_length} "
+                    "tokens (or the model's positions) and were cut off."
+                )
             examples = sorted((e for e in examples if e.num_supervised), key=lambda e: len(e.input_ids))
             if not examples:
                 raise ValueError("The dataset of a LanguageModelingMetric has no token to predict.")
-            batches = [
-                student.collate(examples[k : k + self.batch_size]) for k in range(0, len(examples), self.batch_size)
-            ]
-            self._batches[student] = (batches, sum(e.num_supervised for e in examples))
-        return self._batches[student]
+            self._tokenized[student] = examples
+        return self._tokenized[student]
