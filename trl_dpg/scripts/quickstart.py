@@ -123,7 +123,6 @@ def train_generator(
         model=generator,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=tokenizer,
-        student_processing_class=tokenizer,
         callbacks=[table],
         **trainer_arguments,
     )
@@ -288,6 +287,7 @@ def picture_act(output_dir: Path, steps: int) -> dict:
         prompts,
         table,
         student=student,
+        student_processing_class=tokenizer,
         target_metric=metric,
         args=DPGConfig(
             **common_arguments(output_dir / "generator"),
