@@ -246,7 +246,8 @@ def language_act(output_dir: Path, steps: int) -> dict:
     )
 
     console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
-    sft = dict(learning_rate=1e-2, per_device_train_batch_size=64, num_train_epochs=1)
+    # torch's AdamW has no eps_root; an epsilon of its square root is the nearest it has
+    sft = dict(learning_rate=1e-2, adam_epsilon=1e-5**0.5, per_device_train_batch_size=64, num_train_epochs=1)
     texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=8)
     fresh, _ = fresh_student_after_sft(load_student, tokenizer, texts, metric, output_dir / "sft", **sft)
     untrained, _ = fresh_student_after_sft(load_student, tokenizer, untrained_texts, metric, output_dir / "sft", **sft)
@@ -294,7 +295,7 @@ def picture_act(output_dir: Path, steps: int) -> dict:
             max_steps=steps,
             learning_rate=2e-3,
             per_device_train_batch_size=256,
-            num_generations=8,
+            num_generations=32,
             max_completion_length=16,
             student_batch_size=32,
             student_learning_rate=1e-3,
@@ -309,7 +310,9 @@ def picture_act(output_dir: Path, steps: int) -> dict:
     def load_student():
         return Student(str(output_dir / "student"))
 
-    sft = dict(learning_rate=1e-3, per_device_train_batch_size=32, num_train_epochs=1, max_length=17)
+    sft = dict(
+        learning_rate=1e-3, adam_epsilon=1e-6**0.5, per_device_train_batch_size=32, num_train_epochs=1, max_length=17
+    )
     texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
     pictures: list[torch.Tensor] = []
 
