@@ -28,7 +28,7 @@ def with_lora(model, **kwargs):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
-    samples, log_ratios = SAMPLES[:8], []
+    samples, log_ratios = SAMPLES[:8], {}
     cells = itertools.product(
         FAMILIES, [("adamw", 1e-3), ("sgd", 0.1)], (8, 2, 1), (torch.ones(8), RANDOM_WEIGHTS[:8])
     )
@@ -44,11 +44,13 @@ def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
         )
         ours = metagradient(Student(model), samples, METRIC, config, weights=weights).scores
         error = relative_error(ours, exact)
-        ratio = error / relative_error(float32, exact)
-        assert error <= 2e-4 and ratio <= 30, (family, optimizer, batch_size, error, ratio)
-        log_ratios.append(math.log(ratio))
-    # Rounding is random: one cell's ratio says little (0.1 to 10), their geometric mean does.
-    assert math.exp(sum(log_ratios) / len(log_ratios)) <= 1.5
+        assert error <= 2e-4, (family, optimizer, batch_size)
+        log_ratios.setdefault((family, optimizer), []).append(math.log(error / relative_error(float32, exact)))
+    # Rounding is random: one cell's ratio says little (0.1 to 10), the geometric means do.
+    means = {cell: math.exp(sum(values) / len(values)) for cell, values in log_ratios.items()}
+    overall = math.exp(sum(map(math.log, means.values())) / len(means))
+    print({cell: round(mean, 2) for cell, mean in means.items()}, overall)
+    assert overall <= 1.5 and max(means.values()) <= 4, means
 
 
 FLOAT64_CASES = {

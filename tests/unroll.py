@@ -2,16 +2,26 @@
 The yardstick: the whole fine-tuning as one autograd graph, differentiated in the data weights.
 
 Written without anything of `trl_dpg`: weights as a dictionary, torch.optim's formulas step by step, one sample after the
-other, no padding, eager attention.
+other, no padding. In float64 without the float32 parts that transformers' norms and eager attention have.
 """
 
 import copy
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
+def _rms_norm(module, x):
+    """transformers' RMSNorm, Gemma's included, in the input's own type."""
+    gemma = "Gemma" in type(module).__name__
+    eps = module.eps if gemma else module.variance_epsilon
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) * (module.weight + 1 if gemma else module.weight)
+
+
+@sdpa_kernel(SDPBackend.MATH)
 def unroll(
     model,
     samples,
@@ -35,7 +45,9 @@ def unroll(
 ):
     """Returns ∂Φ/∂w `[N]`, ∂Φ/∂w_{i,k} `[N, L]`, Φ(θ_T) and the list of losses."""
     model = copy.deepcopy(model).to(dtype).train()
-    model.config._attn_implementation = "eager"
+    for module in model.modules():
+        if "RMSNorm" in type(module).__name__:
+            module.forward = functools.partial(_rms_norm, module)
     theta = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
     initial = dict(theta)
     first = {name: torch.zeros_like(p) for name, p in theta.items()}
