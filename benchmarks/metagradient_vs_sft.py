@@ -1,8 +1,8 @@
 """
 What does a metagradient cost over the fine-tuning it differentiates?
 
-Seconds of `metagradient` over seconds of a plain PyTorch SFT loop of the same steps (AdamW, the fastest attention), both
-without the metric: medians of interleaved repetitions in one process.
+Seconds of `metagradient` over seconds of a plain PyTorch SFT loop of the same steps (AdamW, the fastest attention),
+both without the metric: medians of interleaved repetitions in one process.
 
     python benchmarks/metagradient_vs_sft.py                          # reference model on the CPU
     python benchmarks/metagradient_vs_sft.py --device cuda --hidden 2048 --layers 16 --vocab 128256
@@ -64,7 +64,8 @@ def timed(function, device):
 def main(args):
     torch.set_num_threads(args.threads)
     print(
-        f"torch {torch.__version__}, {args.device}, {args.threads} threads; {args.layers} x {args.hidden}, vocabulary {args.vocab},"
+        f"torch {torch.__version__}, {args.device}, {args.threads} threads; {args.layers} x {args.hidden}, "
+        f"vocabulary {args.vocab},"
     )
     print(f"sequence {args.length}, {args.batch} samples a step, float32; medians of {args.repeat}\n")
     print("| student | T | SFT, s | recompute / SFT | retention / SFT |")

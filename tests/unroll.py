@@ -1,8 +1,8 @@
 """
 The yardstick: the whole fine-tuning as one autograd graph, differentiated in the data weights.
 
-Written without anything of `trl_dpg`: weights as a dictionary, torch.optim's formulas step by step, one sample after the
-other, no padding. In float64 without the float32 parts that transformers' norms and eager attention have.
+Written without anything of `trl_dpg`: weights as a dictionary, torch.optim's formulas step by step, one sample after
+the other, no padding. In float64 without the float32 parts that transformers' norms and eager attention have.
 """
 
 import copy

@@ -66,8 +66,8 @@ class DPGConfig(GRPOConfig):
         student_warmup_steps (`int`, *optional*, defaults to `0`):
             Steps of warm-up.
         student_batch_size (`int`, *optional*, defaults to `8`):
-            Samples per optimizer step of the student. Must divide the dataset of a reward step: `generation_batch_size`, or
-            that over `num_generations` without `cross_group_batching`.
+            Samples per optimizer step of the student. Must divide the dataset of a reward step:
+            `generation_batch_size`, or that over `num_generations` without `cross_group_batching`.
         student_micro_batch_size (`int`, *optional*):
             Samples per forward pass of the student; memory only.
         student_memory_budget (`str`, *optional*, defaults to `"auto"`):
@@ -186,8 +186,9 @@ class DPGConfig(GRPOConfig):
             size //= self.num_generations
         if size % self.student_batch_size:
             raise ValueError(
-                f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is trained on in "
-                "each reward step (generation_batch_size, over num_generations without cross_group_batching)."
+                f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is "
+                "trained on in each reward step (generation_batch_size, over num_generations without "
+                "cross_group_batching)."
             )
         if self.student_load_in_4bit and not self.student_use_peft:
             raise ValueError(

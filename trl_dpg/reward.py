@@ -27,8 +27,8 @@ class DPGReward:
     """
     A TRL reward function: the metagradient of each completion (Thrush et al., arXiv 2604.08423).
 
-    The completions of one generation batch, of all ranks together, are a dataset; the student is fine-tuned on it from its
-    start, and each completion is rewarded with ∂Φ/∂w_i, on unit scale. Works in [`~trl.GRPOTrainer`] and
+    The completions of one generation batch, of all ranks together, are a dataset; the student is fine-tuned on it
+    from its start, and each completion is rewarded with ∂Φ/∂w_i, on unit scale. Works in [`~trl.GRPOTrainer`] and
     [`~trl.RLOOTrainer`] as they are.
 
     TRL divides by the rewards' spread plus 1e-4, and raw metagradients are 1e-3 to 1e-9 in size: rewards are therefore
@@ -42,13 +42,13 @@ class DPGReward:
         inner_loop_config (`InnerLoopConfig`, *optional*):
             How the student is fine-tuned and its metric attributed.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
-            One dataset of all completions. If `False`, `num_generations` datasets with one completion of each prompt, each
-            training a student of its own; with several ranks, each takes a share of them.
+            One dataset of all completions. If `False`, `num_generations` datasets with one completion of each prompt,
+            each training a student of its own; with several ranks, each takes a share of them.
         num_generations (`int`, *optional*):
             Completions per prompt, as in the trainer's configuration. Needed without `cross_group_batching`.
         train_on (`str`, *optional*, defaults to `"completion"`):
-            `"completion"`: the student is trained on the completion's text alone. `"prompt_completion"`: on the completion
-            given its prompt (through the student's chat template if conversational).
+            `"completion"`: the student is trained on the completion's text alone. `"prompt_completion"`: on the
+            completion given its prompt (through the student's chat template if conversational).
 
     Raises:
         `ValueError`:
@@ -78,8 +78,8 @@ class DPGReward:
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         if cross_group_batching and inner_loop_config.attribution == "dataset":
             raise ValueError(
-                "attribution='dataset' rewards every completion of a dataset alike, so one dataset of all completions teaches "
-                "nothing. Set cross_group_batching=False."
+                "attribution='dataset' rewards every completion of a dataset alike, so one dataset of all "
+                "completions teaches nothing. Set cross_group_batching=False."
             )
         if not cross_group_batching and num_generations is None:
             raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
@@ -111,8 +111,8 @@ class DPGReward:
 
         Returns:
             `list[float]`:
-                A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all scores
-                are equal.
+                A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all
+                scores are equal.
         """
         started = time.perf_counter()
         local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -155,9 +155,10 @@ class DPGReward:
         groups = [prompts[first : first + self.num_generations] for first in firsts]
         if len(prompts) % self.num_generations or any(prompt != group[0] for group in groups for prompt in group):
             raise ValueError(
-                f"A batch of {len(prompts)} completions cannot be split into num_generations = {self.num_generations} datasets "
-                "of one completion per prompt. Give DPGReward the trainer's num_generations (and in evaluation the same "
-                "num_generations_eval)."
+                f"A batch of {len(prompts)} completions cannot be split into num_generations = "
+                f"{self.num_generations} datasets "
+                "of one completion per prompt. Give DPGReward the trainer's num_generations (and in evaluation the "
+                "same num_generations_eval)."
             )
         return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 

@@ -73,7 +73,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _Scope(nn.Module):
-    """Lets `torch.func.functional_call` hold other weights in place for the length of any function, not one forward."""
+    """Lets `torch.func.functional_call` hold other weights in place for the length of any function."""
 
     def __init__(self, model):
         super().__init__()
@@ -96,16 +96,16 @@ class Student:
     """
     The model that is fine-tuned on the generated data (the paper's "target model"; Thrush et al., arXiv 2604.08423).
 
-    Trained in full, by LoRA, or by LoRA over a 4-bit base. Its weights are the fixed start of every fine-tuning: they are
-    only ever read, so they are bit for bit the same afterwards, also when something raises.
+    Trained in full, by LoRA, or by LoRA over a 4-bit base. Its weights are the fixed start of every fine-tuning: they
+    are only ever read, so they are bit for bit the same afterwards, also when something raises.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The student at its start. A path or Hub id is loaded in float32 (see `model_init_kwargs`) with its dropout
             switched off. A loaded model is used as it is, on the device where it lies.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The student's own tokenizer. Loaded from the model's path when `None`; a model without a path may go without
-            one if every sample is given as token ids.
+            The student's own tokenizer. Loaded from the model's path when `None`; a model without a path may go
+            without one if every sample is given as token ids.
         peft_config ([`~peft.PeftConfig`], *optional*):
             Trains adapters only. Without it, what has `requires_grad` is trained.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -118,8 +118,8 @@ class Student:
     Raises:
         `ValueError`:
             If nothing is trainable, dropout is active, the tokenizer has neither a pad nor an eos token, the base is
-            quantised without adapters or to 8 bits, an adapter is DoRA or merged, gradient checkpointing is reentrant, or
-            the model lies on several devices.
+            quantised without adapters or to 8 bits, an adapter is DoRA or merged, gradient checkpointing is
+            reentrant, or the model lies on several devices.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class Student:
         if isinstance(model, str):
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
-                    f"DeepSpeed ZeRO-3 would shard the student while it is loaded from {model!r}. Use ZeRO-2, or load the "
-                    "student before the training arguments are made and pass the model."
+                    f"DeepSpeed ZeRO-3 would shard the student while it is loaded from {model!r}. Use ZeRO-2, or "
+                    "load the student before the training arguments are made and pass the model."
                 )
             device = PartialState().device
             init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
@@ -153,7 +153,8 @@ class Student:
         if peft_config is not None:
             if is_peft_model(model):
                 raise ValueError(
-                    "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or the other."
+                    "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or "
+                    "the other."
                 )
             model = get_peft_model(
                 model, copy.deepcopy(peft_config)
@@ -186,8 +187,8 @@ class Student:
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer) and any(module.use_dora.values()):
                 raise ValueError(
-                    f"The student's adapter at {name!r} is DoRA, whose norm PEFT detaches in the forward pass: its second "
-                    "derivative, and so every score, would be wrong. Use plain LoRA (`use_dora=False`)."
+                    f"The student's adapter at {name!r} is DoRA, whose norm PEFT detaches in the forward pass: its "
+                    "second derivative, and so every score, would be wrong. Use plain LoRA (`use_dora=False`)."
                 )
             if isinstance(module, BaseTunerLayer) and module.merged:
                 raise ValueError(
@@ -195,8 +196,8 @@ class Student:
                 )
             if vars(module).get("gradient_checkpointing") and _is_reentrant(module):
                 raise ValueError(
-                    "The student uses reentrant gradient checkpointing, which has no second derivative. Enable it with "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                    "The student uses reentrant gradient checkpointing, which has no second derivative. Enable it "
+                    "with `gradient_checkpointing_kwargs={'use_reentrant': False}`."
                 )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if _bnb_modules(self.model, "Linear8bitLt"):
@@ -210,8 +211,8 @@ class Student:
             )
         if not trainable:
             raise ValueError(
-                "The student has no trainable parameters: none has `requires_grad=True`. Pass a `peft_config`, load the "
-                "adapter with `is_trainable=True`, or set `requires_grad` on what the fine-tuning should train."
+                "The student has no trainable parameters: none has `requires_grad=True`. Pass a `peft_config`, load "
+                "the adapter with `is_trainable=True`, or set `requires_grad` on what the fine-tuning should train."
             )
         devices = {p.device for p in self.model.parameters()}
         if len(devices) > 1:
@@ -228,8 +229,8 @@ class Student:
         if self.processing_class.eos_token_id is not None:
             return self.processing_class.eos_token_id
         raise ValueError(
-            f"The student's tokenizer ({type(self.processing_class).__name__}) has neither a pad nor an eos token. Set "
-            "`processing_class.pad_token` (any token will do, it is masked)."
+            f"The student's tokenizer ({type(self.processing_class).__name__}) has neither a pad nor an eos token. "
+            "Set `processing_class.pad_token` (any token will do, it is masked)."
         )
 
     @property
@@ -253,7 +254,7 @@ class Student:
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
-        """float32, or float64 if the trainable parameters are: half-precision ones are trained as float32 master copies."""
+        """float32, or float64 if the trainable parameters are; half-precision ones are trained as float32 copies."""
         return torch.float64 if torch.float64 in self._layout.dtypes else torch.float32
 
     @property
@@ -308,7 +309,8 @@ class Student:
                 The weight's name in the base model, e.g. `"lm_head.weight"`.
 
         Raises:
-            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not plain LoRA.
+            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not plain
+            LoRA.
         """
         base, saved = self.model, ".modules_to_save."
         if is_peft_model(self.model):
@@ -345,7 +347,8 @@ class Student:
 
     def verify_quantization(self) -> None:
         """
-        Compare the gradient of every 4-bit layer with that of its dequantised weight; done once, unless one was repacked.
+        Compare the gradient of every 4-bit layer with that of its dequantised weight; done once, unless one was
+        repacked.
 
         Raises:
             `ValueError`:
@@ -370,9 +373,9 @@ class Student:
                 error = ((gradient.float() - expected).norm() / expected.norm()).item()
             if error > (1e-3 if dtype == torch.float32 else 2e-2):
                 raise ValueError(
-                    f"The 4-bit layer {name!r} disagrees with its own dequantised weight (relative error of its gradient "
-                    f"{error:.2g}). bitsandbytes repacks a layer for CPU inference when it runs in eval mode, for good: "
-                    "load the student anew and do not run it in eval mode before training it."
+                    f"The 4-bit layer {name!r} disagrees with its own dequantised weight (relative error of its "
+                    f"gradient {error:.2g}). bitsandbytes repacks a layer for CPU inference when it runs in eval "
+                    "mode, for good: load the student anew and do not run it in eval mode before training it."
                 )
         self._quantization_verified = True
 
@@ -384,9 +387,10 @@ class Student:
 
         Args:
             examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
-                Strings, or rows with `"text"` (loss on all of it), `"prompt"` and `"completion"` (loss on the completion),
-                `"messages"` (through the chat template), or `"input_ids"` with optional `"labels"`. Prompts and
-                completions may be conversational. Empty texts and completions give samples without supervised tokens.
+                Strings, or rows with `"text"` (loss on all of it), `"prompt"` and `"completion"` (loss on the
+                completion), `"messages"` (through the chat template), or `"input_ids"` with optional `"labels"`.
+                Prompts and completions may be conversational. Empty texts and completions give samples without
+                supervised tokens.
             max_length (`int`):
                 Longer samples are cut off at the end, and so are those longer than the model's positions.
             add_eos (`bool`, *optional*, defaults to `True`):
@@ -400,8 +404,8 @@ class Student:
         largest = max((max(example.input_ids, default=0) for example in tokenized), default=0)
         if largest >= vocab_size:
             raise ValueError(
-                f"Token id {largest} does not exist in the student, whose vocabulary has {vocab_size} entries. Pass the "
-                "student's own tokenizer as `processing_class`; the samples' token ids must be the student's."
+                f"Token id {largest} does not exist in the student, whose vocabulary has {vocab_size} entries. Pass "
+                "the student's own tokenizer as `processing_class`; the samples' token ids must be the student's."
             )
         max_length = min(
             max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
@@ -452,7 +456,8 @@ class Student:
             input_ids = tokenizer(ended(row["text"]))["input_ids"] if row["text"] else []
             return TokenizedExample(input_ids, input_ids)
         raise ValueError(
-            f"A sample has the columns {sorted(row)}; expected `text`, `prompt` and `completion`, `messages`, or `input_ids`."
+            f"A sample has the columns {sorted(row)}; expected `text`, `prompt` and `completion`, `messages`, or "
+            "`input_ids`."
         )
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
@@ -472,8 +477,8 @@ class FinetunedStudent:
     """
     What a target metric receives: the student under its fine-tuned weights `θ_T`, differentiable in them.
 
-    Calling it runs the model: `student(input_ids=..., attention_mask=..., labels=...)` returns the model's output. Valid
-    while the metric runs.
+    Calling it runs the model: `student(input_ids=..., attention_mask=..., labels=...)` returns the model's output.
+    Valid while the metric runs.
 
     Attributes:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
@@ -504,7 +509,7 @@ class FinetunedStudent:
         return self.student.run(self.parameters, lambda model: model(**kwargs, use_cache=False))
 
     def weight(self, name: str) -> Tensor:
-        """The effective weight `name` (base and adapters merged) after fine-tuning, as [`Student.effective_weight`]."""
+        """The weight `name` (base and adapters merged) after fine-tuning, see [`Student.effective_weight`]."""
         return self.student.effective_weight(self.student.unflatten(self.theta, cast=False), name)
 
     def initial_weight(self, name: str) -> Tensor:
@@ -579,7 +584,7 @@ def _is_reentrant(module: nn.Module) -> bool:
 
 
 def _dropout_attributes(module: nn.Module) -> list[str]:
-    """Names of a module's attributes that hold a dropout probability (`attention_dropout`, `p` of an `nn.Dropout`, ...)."""
+    """Names of a module's attributes that hold a dropout probability (`attention_dropout`, an `nn.Dropout`'s `p`)."""
     if isinstance(module, nn.Dropout):
         return ["p"]
     return [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]

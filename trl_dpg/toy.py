@@ -1,8 +1,9 @@
 """
 Small worlds to try things in: models, tokenizers and data made on the spot, without a network.
 
-A *language* here is a list of words; the word at each index means the same in every language. Sentences are walks through
-the meanings, so that a model trained on one language's sentences has something to learn beyond the words' frequencies.
+A *language* here is a list of words; the word at each index means the same in every language. Sentences are walks
+through the meanings, so that a model trained on one language's sentences has something to learn beyond the words'
+frequencies.
 """
 
 import random

@@ -27,10 +27,10 @@ class DPGTrainer(GRPOTrainer):
     """
     Trainer for Dataset Policy Gradients (Thrush et al., arXiv 2604.08423).
 
-    Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes w.r.t.
-    [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`), `_calculate_rewards`, which
-    tells it the number of generations in training and evaluation, and `create_model_card`. Everything else (generation,
-    advantages, loss, logging) is inherited unchanged.
+    Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes
+    w.r.t. [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`),
+    `_calculate_rewards`, which tells it the number of generations in training and evaluation, and
+    `create_model_card`. Everything else (generation, advantages, loss, logging) is inherited unchanged.
 
     In evaluation a student is fine-tuned on the completions of each evaluation batch, and the figures are logged under
     `eval_dpg/`.
@@ -99,7 +99,8 @@ class DPGTrainer(GRPOTrainer):
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
         if not isinstance(args, DPGConfig):
             raise ValueError(
-                f"`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got {type(args).__name__}."
+                "`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got "
+                f"{type(args).__name__}."
             )
         if target_metric is None:
             raise ValueError(
@@ -115,8 +116,8 @@ class DPGTrainer(GRPOTrainer):
             student_model = student.model if isinstance(student, Student) else student
             if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
                 raise ValueError(
-                    "The student and the generator share parameters, so training the generator would move the student's "
-                    "start. Load the model twice."
+                    "The student and the generator share parameters, so training the generator would move the "
+                    "student's start. Load the model twice."
                 )
         if isinstance(student, Student):
             given = {

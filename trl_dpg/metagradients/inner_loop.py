@@ -72,8 +72,8 @@ class InnerLoopConfig:
             Longer samples are cut off, in tokens.
         loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
             `"example_tokens"`: mean over a sample's supervised tokens, then over the batch. `"max_length"`: sum over a
-            sample's tokens divided by `max_length`, then mean over the batch (the paper's). `"batch_tokens"`: mean over
-            the supervised tokens of the batch (what [`~trl.SFTTrainer`] does).
+            sample's tokens divided by `max_length`, then mean over the batch (the paper's). `"batch_tokens"`: mean
+            over the supervised tokens of the batch (what [`~trl.SFTTrainer`] does).
 
         > Parameters that control the attribution
 
@@ -82,11 +82,12 @@ class InnerLoopConfig:
         per_token (`bool`, *optional*, defaults to `False`):
             Also return ∂Φ/∂w_{i,k}, the score of each token.
         memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
-            Bytes for graphs kept from the forward sweep: as many of the last steps as fit are not computed again in the
-            reverse sweep. `"auto"`: half of the device's free memory. `0`: recompute all. Never changes the numbers.
+            Bytes for graphs kept from the forward sweep: as many of the last steps as fit are not computed again in
+            the reverse sweep. `"auto"`: half of the device's free memory. `0`: recompute all. Never changes the
+            numbers.
         hvp (`str`, *optional*, defaults to `"double_backward"`):
-            `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose kernels
-            are not twice differentiable (flash attention, custom kernels); inexact.
+            `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose
+            kernels are not twice differentiable (flash attention, custom kernels); inexact.
     """
 
     optimizer: str = "adamw"
@@ -172,7 +173,8 @@ class MicroBatch(NamedTuple):
     Attributes:
         rows (`torch.Tensor` of shape `[B]`): Which samples of the dataset these are.
         batch (`Batch`): Their tokens, `[B, L]`.
-        coefficients (`torch.Tensor` of shape `[B, L]`): The normaliser c_{i,k} of each token's loss, 0 where unsupervised.
+        coefficients (`torch.Tensor` of shape `[B, L]`): The normaliser c_{i,k} of each token's loss, 0 where
+            unsupervised.
     """
 
     rows: Tensor
@@ -255,7 +257,8 @@ def micro_batch_gradient(
         theta (`torch.Tensor` of shape `[P]`): Trainable parameters.
         micro_batch (`MicroBatch`): The samples.
         weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
-        differentiable (`bool`): Keep the graph, so that the result can be differentiated in θ and in the token weights.
+        differentiable (`bool`): Keep the graph, so that the result can be differentiated in θ and in the token
+            weights.
     """
     theta = theta.detach().requires_grad_()
     token_weights = weights[micro_batch.rows, None].expand_as(micro_batch.coefficients).clone()
@@ -367,7 +370,7 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _retention_budget(student: Student, steps: Sequence[list[MicroBatch]], config: InnerLoopConfig) -> int:
-    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and the optimizer's moments of every step."""
+    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and the moments of every step."""
     if config.attribution == "dataset" or config.hvp == "finite_difference":
         return 0  # there is no second derivative to keep a graph for
     if isinstance(config.memory_budget, int):

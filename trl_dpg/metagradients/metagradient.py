@@ -17,9 +17,9 @@ logger = logging.get_logger(__name__)
 
 
 _NO_GRADIENT = (
-    "The metric (here {:.6g}) is not differentiable, or does not depend on what the student trains: it has no gradient in the "
-    "student's trainable parameters. Leave out `detach`, `no_grad`, `argmax` and the like, and read outputs or weights that "
-    "those parameters change."
+    "The metric (here {:.6g}) is not differentiable, or does not depend on what the student trains: it has no "
+    "gradient in the student's trainable parameters. Leave out `detach`, `no_grad`, `argmax` and the like, and read "
+    "outputs or weights that those parameters change."
 )
 
 
@@ -62,9 +62,9 @@ def metagradient(
     """
     Fine-tune the student on a dataset and attribute its metric's change to the samples, exactly.
 
-    With a data weight w_i on each sample's loss, the score of sample i is the metagradient τ_i = ∂Φ(θ_T(w))/∂w_i (Thrush
-    et al., arXiv 2604.08423, sec. 3): how much the metric would rise if the student had weighed the sample a little more.
-    The student's weights are read, never written.
+    With a data weight w_i on each sample's loss, the score of sample i is the metagradient τ_i = ∂Φ(θ_T(w))/∂w_i
+    (Thrush et al., arXiv 2604.08423, sec. 3): how much the metric would rise if the student had weighed the sample a
+    little more. The student's weights are read, never written.
 
     Args:
         student (`Student`):
@@ -72,21 +72,21 @@ def metagradient(
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
             N samples, see [`Student.tokenize`].
         metric (`Callable`):
-            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. Must be a deterministic function of the
-            student.
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. Must be a deterministic function of
+            the student.
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         weights (`torch.Tensor` of shape `[N]`, *optional*):
             The point w at which to linearise; ones if `None`.
         metric_before (`float`, *optional*):
-            Φ of the student at its start, if known from an earlier call; the metric is then neither evaluated nor checked
-            there again.
+            Φ of the student at its start, if known from an earlier call; the metric is then neither evaluated nor
+            checked there again.
 
     Raises:
         `ValueError`:
             Before any training: if the metric is not a finite, differentiable scalar that depends on the student, if
-            `weights` have another length or are not finite, if no sample has a supervised token, if the student's attention
-            has no second derivative, or if its 4-bit layers disagree with their dequantised weights.
+            `weights` have another length or are not finite, if no sample has a supervised token, if the student's
+            attention has no second derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite; the message names the step and the likely cause.
     """
@@ -97,13 +97,13 @@ def metagradient(
     num_empty = sum(example.num_supervised == 0 for example in tokenized)
     if num_truncated:
         logger.warning_once(
-            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and were cut "
-            "off. This is said once; they are counted in `num_truncated`."
+            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
+            "were cut off. This is said once; they are counted in `num_truncated`."
         )
     if num_empty == len(tokenized):
         raise ValueError(
-            f"None of the {len(tokenized)} samples has a token to learn from: all are empty, or too short for a loss. Check "
-            "the generator's completions and the student's tokenizer."
+            f"None of the {len(tokenized)} samples has a token to learn from: all are empty, or too short for a "
+            "loss. Check the generator's completions and the student's tokenizer."
         )
     data_weights = _check_weights(weights, len(tokenized)).to(student.device, student.accumulator_dtype)
 
@@ -155,9 +155,9 @@ def metagradient(
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
         raise FloatingPointError(
-            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. Likely "
-            f"cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning rate "
-            f"({config.learning_rate}) is too high."
+            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. "
+            f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
+            f"rate ({config.learning_rate}) is too high."
         )
     return MetagradientOutput(
         scores=scores,
@@ -176,13 +176,13 @@ def _check_attention(student: Student, config: InnerLoopConfig) -> None:
     differentiates_twice = config.attribution == "metagradient" and config.hvp == "double_backward"
     if differentiates_twice and implementation not in ("eager", "sdpa"):
         raise ValueError(
-            f"The student's attention ({implementation!r}) has no second derivative. Load it with attn_implementation='sdpa', "
-            "or set hvp='finite_difference'."
+            f"The student's attention ({implementation!r}) has no second derivative. Load it with "
+            "attn_implementation='sdpa', or set hvp='finite_difference'."
         )
     if config.hvp == "finite_difference" and student.trains_half_precision:
         raise ValueError(
-            "hvp='finite_difference' shifts the trained parameters by less than half precision can hold. Train float32 "
-            "adapters, or load the student in float32."
+            "hvp='finite_difference' shifts the trained parameters by less than half precision can hold. Train "
+            "float32 adapters, or load the student in float32."
         )
 
 
@@ -204,8 +204,8 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
     value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is differentiable "
-            "in the student (no `.item()`)."
+            f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is "
+            "differentiable in the student (no `.item()`)."
         )
     if value.numel() != 1 or value.dim() > 0:
         raise ValueError(
@@ -217,7 +217,7 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
         raise ValueError(_NO_GRADIENT.format(value.item()))
     if not gradient.isfinite().all():
         raise ValueError(
-            "The metric's gradient at the student's start is not finite. A square root or logarithm of zero is the usual cause: "
-            "add a small constant inside it."
+            "The metric's gradient at the student's start is not finite. A square root or logarithm of zero is the "
+            "usual cause: add a small constant inside it."
         )
     return value.item()

@@ -4,8 +4,8 @@ An optimizer step is a function `U` of the gradient, the optimizer's state and t
 
     (θ', s') = U(g, s, θ),
 
-and the reverse sweep needs its VJP: from the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are elementwise, so
-they are written out here and no autograd graph is ever built over an optimizer state. Parameters, gradients and
+and the reverse sweep needs its VJP: from the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are elementwise,
+so they are written out here and no autograd graph is ever built over an optimizer state. Parameters, gradients and
 moments are flat tensors of shape `[P]`, one for all trainable parameters.
 """
 

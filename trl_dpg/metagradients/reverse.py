@@ -24,8 +24,8 @@ def reverse_sweep(
         2. τ_{i,k} += c_{i,k} ⟨u, ∇ℓ_{i,k}(θ_t)⟩                for the tokens of the step's batch
         3. λ_t = λ' + ∇_θ ⟨u, g_t(θ_t)⟩                          not needed at t = 0
 
-    Steps 2 and 3 are one double backward: g_t is linear in the token weights, so differentiating ⟨u, g_t⟩ in them gives
-    2, and in θ gives 3.
+    Steps 2 and 3 are one double backward: g_t is linear in the token weights, so differentiating ⟨u, g_t⟩ in them
+    gives 2, and in θ gives 3.
 
     Args:
         student (`Student`): Runs the model.

@@ -11,7 +11,8 @@ from .base import Metric
 
 class CombinedMetric(Metric):
     """
-    Weighted sum of metrics. Proxies: those of its parts; one that an earlier part has too gets the part's index after it.
+    Weighted sum of metrics. Proxies: those of its parts; one that an earlier part has too gets the part's index after
+    it.
 
     Args:
         metrics (`Sequence[Callable]`):

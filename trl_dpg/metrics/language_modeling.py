@@ -67,7 +67,8 @@ class LanguageModelingMetric(Metric):
             num_truncated = sum(example.truncated for example in examples)
             if num_truncated:
                 logger.warning(
-                    f"{num_truncated} of the metric's {len(examples)} samples are longer than max_length = {self.max_length} "
+                    f"{num_truncated} of the metric's {len(examples)} samples are longer than max_length = "
+                    f"{self.max_length} "
                     "tokens (or the model's positions) and were cut off."
                 )
             examples = sorted((e for e in examples if e.num_supervised), key=lambda e: len(e.input_ids))

@@ -27,10 +27,11 @@ PATTERN_67 = [
 
 class WeightPatternMetric(Metric):
     """
-    Writes a picture into the change of a weight: Φ = -mean softplus(-scale · S ⊙ ΔW) (Thrush et al., arXiv 2604.08423).
+    Writes a picture into the change of a weight: Φ = -mean softplus(-scale · S ⊙ ΔW) (Thrush et al., arXiv
+    2604.08423).
 
-    ΔW is the change of a patch of the weight during fine-tuning, S the picture. Each pixel is right when its change has the
-    picture's sign. Proxy: `pixel_accuracy`, the share of right pixels.
+    ΔW is the change of a patch of the weight during fine-tuning, S the picture. Each pixel is right when its change
+    has the picture's sign. Proxy: `pixel_accuracy`, the share of right pixels.
 
     Args:
         pattern (`Sequence[Sequence[int]]` or `torch.Tensor` of shape `[H, W]`):
@@ -40,8 +41,8 @@ class WeightPatternMetric(Metric):
         offset (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
             Row and column of the patch's top left corner.
         transpose (`bool`, *optional*, defaults to `False`):
-            Lay the picture on the transposed weight. torch stores a head as `[vocabulary, hidden]`; the paper's patch lies on
-            `[hidden, vocabulary]`.
+            Lay the picture on the transposed weight. torch stores a head as `[vocabulary, hidden]`; the paper's patch
+            lies on `[hidden, vocabulary]`.
         scale (`float`, *optional*, defaults to `20.0`):
             Steepness of the softplus.
 
@@ -120,8 +121,8 @@ class QRCodeMetric(WeightPatternMetric):
             code = segno.make_qr(text, version=version, error=error, boost_error=False)
         except segno.DataOverflowError as overflow:
             raise ValueError(
-                f"{text!r} does not fit into a QR code of version {version}, level {error}. Shorten it, or choose a larger "
-                "version or a lower level."
+                f"{text!r} does not fit into a QR code of version {version}, level {error}. Shorten it, or choose a "
+                "larger version or a lower level."
             ) from overflow
         super().__init__([[1 if module else -1 for module in row] for row in code.matrix], **kwargs)
         self.text = text

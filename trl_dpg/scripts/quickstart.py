@@ -1,11 +1,12 @@
 """
-Dataset Policy Gradients before one's eyes: two small experiments on models made on the spot, no network, minutes on a CPU.
+Dataset Policy Gradients before one's eyes: two small experiments on models made on the spot, no network, minutes on a
+CPU.
 
-Act one, the language: a generator that writes language A is rewarded for what its texts, as training data of a 4-bit LoRA
-student, do for the student's loss on language B. No prompt mentions B.
+Act one, the language: a generator that writes language A is rewarded for what its texts, as training data of a 4-bit
+LoRA student, do for the student's loss on language B. No prompt mentions B.
 
-Act two, the picture: a generator of characters is rewarded for how its texts move a student's weights. The signs of the
-change draw the number 67.
+Act two, the picture: a generator of characters is rewarded for how its texts move a student's weights. The signs of
+the change draw the number 67.
 
 Each ends with the claim itself: a fresh student, trained by stock SFTTrainer on newly sampled texts.
 """
@@ -140,7 +141,7 @@ def fresh_student_after_sft(
     output_dir: Path,
     **sft_arguments,
 ) -> tuple[float, dict[str, float]]:
-    """Fine-tune a fresh student on texts with stock SFTTrainer; its metric and proxies. `student_source()` loads a `Student`."""
+    """Fine-tune a fresh student of `student_source()` on texts with stock SFTTrainer; its metric and proxies."""
     start, trained = student_source(), student_source()
     trainer = SFTTrainer(
         model=trained.model,
