@@ -156,9 +156,8 @@ class DPGReward:
         if len(prompts) % self.num_generations or any(prompt != group[0] for group in groups for prompt in group):
             raise ValueError(
                 f"A batch of {len(prompts)} completions cannot be split into num_generations = "
-                f"{self.num_generations} datasets "
-                "of one completion per prompt. Give DPGReward the trainer's num_generations (and in evaluation the "
-                "same num_generations_eval)."
+                f"{self.num_generations} datasets of one completion per prompt. Give DPGReward the trainer's "
+                "num_generations (and in evaluation the same num_generations_eval)."
             )
         return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 

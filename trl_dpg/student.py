@@ -156,9 +156,8 @@ class Student:
                     "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or "
                     "the other."
                 )
-            model = get_peft_model(
-                model, copy.deepcopy(peft_config)
-            )  # PEFT writes the resolved target modules into it
+            # A copy: PEFT writes the resolved target modules into it
+            model = get_peft_model(model, copy.deepcopy(peft_config))
         if disable_dropout:
             _disable_dropout(model)
 

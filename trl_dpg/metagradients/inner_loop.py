@@ -325,7 +325,7 @@ def forward_sweep(
     optimizer = config.make_optimizer()
     theta = student.initial_theta()
     state = optimizer.init(theta)
-    budget = _retention_budget(student, steps, config)
+    budget = _retention_budget(student, 4 * theta.nbytes * len(steps), config)
     first_retained = None if budget > 0 else len(steps)  # None: not yet known
     done, losses = [], []
     for t, (micro_batches, lr) in enumerate(zip(steps, config.learning_rates(len(steps)), strict=True)):
@@ -369,8 +369,8 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for pointer, size in self.storages.items() if pointer not in weights)
 
 
-def _retention_budget(student: Student, steps: Sequence[list[MicroBatch]], config: InnerLoopConfig) -> int:
-    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and the moments of every step."""
+def _retention_budget(student: Student, trajectory_bytes: int, config: InnerLoopConfig) -> int:
+    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and two moments of every step."""
     if config.attribution == "dataset" or config.hvp == "finite_difference":
         return 0  # there is no second derivative to keep a graph for
     if isinstance(config.memory_budget, int):
@@ -380,8 +380,7 @@ def _retention_budget(student: Student, steps: Sequence[list[MicroBatch]], confi
         free += torch.cuda.memory_reserved(student.device) - torch.cuda.memory_allocated(student.device)
     else:
         free = psutil.virtual_memory().available
-    theta = student.initial_theta()
-    return (free - 4 * theta.nbytes * len(steps)) // 2
+    return (free - trajectory_bytes) // 2
 
 
 def _first_retained(steps: Sequence[list[MicroBatch]], measured: MicroBatch, measured_bytes: int, budget: int) -> int:

@@ -125,7 +125,7 @@ def metagradient(
             )
 
         theta = trajectory.theta.requires_grad_()
-        finetuned = FinetunedStudent(student, theta, student.initial_theta())
+        finetuned = FinetunedStudent(student, theta, trajectory.steps[0].theta)
         attribute = config.attribution == "metagradient"
         with torch.set_grad_enabled(attribute):
             value, metric_gradient = finetuned.evaluate(metric)

@@ -140,24 +140,16 @@ def fresh_student_after_sft(
     metric: Metric,
     output_dir: Path,
     **sft_arguments,
-) -> tuple[float, dict[str, float]]:
-    """Fine-tune a fresh student of `student_source()` on texts with stock SFTTrainer; its metric and proxies."""
+) -> tuple[float, FinetunedStudent]:
+    """Fine-tune a fresh student of `student_source()` on texts with stock SFTTrainer; its metric, and itself."""
     start, trained = student_source(), student_source()
     trainer = SFTTrainer(
         model=trained.model,
         args=SFTConfig(
-            output_dir=str(output_dir),
-            lr_scheduler_type="constant",
+            **common_arguments(output_dir),
+            logging_strategy="no",
             adam_beta2=0.95,
             max_grad_norm=1e9,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-            seed=SEED,
             **sft_arguments,
         ),
         train_dataset=Dataset.from_dict({"text": texts}),
@@ -167,8 +159,7 @@ def fresh_student_after_sft(
     trainer.train()
     finetuned = FinetunedStudent(start, trained.initial_theta().float(), start.initial_theta())
     with torch.no_grad(), start.train_mode():
-        value = metric(finetuned).item()
-        return value, metric.proxies(finetuned, value)
+        return metric(finetuned).item(), finetuned
 
 
 def common_arguments(output_dir: Path) -> dict:
@@ -315,29 +306,22 @@ def picture_act(output_dir: Path, steps: int) -> dict:
         learning_rate=1e-3, adam_epsilon=1e-6**0.5, per_device_train_batch_size=32, num_train_epochs=1, max_length=17
     )
     texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
-    pictures: list[torch.Tensor] = []
-
-    class Remembering(WeightPatternMetric):
-        def decode(self, student):
-            pictures.append(super().decode(student))
-            return pictures[-1]
-
-    remembering = Remembering(PATTERN_67, offset=(6, 4))
-    _, fresh = fresh_student_after_sft(load_student, tokenizer, texts, remembering, output_dir / "sft", **sft)
-    _, untrained = fresh_student_after_sft(
-        load_student, tokenizer, untrained_texts, remembering, output_dir / "sft", **sft
-    )
+    pictures, accuracies = [], []
+    for data in (texts, untrained_texts):
+        value, fresh = fresh_student_after_sft(load_student, tokenizer, data, metric, output_dir / "sft", **sft)
+        pictures.append(metric.decode(fresh))
+        accuracies.append(metric.proxies(fresh, value)["pixel_accuracy"])
     console.print(
-        f"  pixel accuracy {fresh['pixel_accuracy']:.3f} (on the untrained generator's texts: "
-        f"{untrained['pixel_accuracy']:.3f})\n\n  what stands in its weights:        before training the generator:"
+        f"  pixel accuracy {accuracies[0]:.3f} (on the untrained generator's texts: {accuracies[1]:.3f})\n\n"
+        "  what stands in its weights:        before training the generator:"
     )
     for row, before in zip(*(picture.tolist() for picture in pictures), strict=True):
         drawn = ["".join("██" if pixel > 0 else "··" for pixel in line) for line in (row, before)]
         console.print(f"    {drawn[0]}                     {drawn[1]}")
     return {
         "pixel_accuracy_last10": sum(table.proxies[-10:]) / len(table.proxies[-10:]),
-        "fresh_student_pixel_accuracy": fresh["pixel_accuracy"],
-        "untrained_pixel_accuracy": untrained["pixel_accuracy"],
+        "fresh_student_pixel_accuracy": accuracies[0],
+        "untrained_pixel_accuracy": accuracies[1],
         "picture_metric": table.metrics,
         "pixel_accuracy": table.proxies,
         "picture": pictures[0].int().tolist(),
