@@ -166,14 +166,14 @@ def test_gradient_checkpointing_does_not_change_the_numbers(memory_budget):
 
 
 def test_a_budget_and_micro_batches_bound_what_is_kept():
-    from trl_dpg.metagradients.inner_loop import forward_sweep, plan_steps
+    from trl_dpg.metagradients.inner_loop import Trajectory, plan_steps
 
     def kept(budget, samples):
         student = Student(make_model(scale=1.0), make_tokenizer())
         config = InnerLoopConfig(batch_size=8, micro_batch_size=1, memory_budget=budget)
         steps = plan_steps(student, student.tokenize(samples, 64), config)
-        trajectory = forward_sweep(student, steps, torch.ones(len(samples)), config)
-        return [len(step.retained) for step in trajectory.steps]
+        trajectory = Trajectory(student, steps, torch.ones(len(samples)), config)
+        return [len(step.retained) for step in next(trajectory.stretches_backwards()).steps]
 
     assert kept(1, SAMPLES) == [0, 0]  # not one graph fits
     assert kept(10**9, SAMPLES) == [8, 8]

@@ -9,7 +9,7 @@ from tests.tiny import FAMILIES, make_model, make_samples, make_tokenizer
 from tests.unroll import relative_error
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
-from trl_dpg.student import token_losses
+from trl_dpg.student import TokenizedExample
 
 
 TOKENIZER = make_tokenizer()
@@ -100,7 +100,7 @@ def test_padding_is_on_the_right_and_never_supervised():
     batch = student.collate(student.tokenize(["w1 w2 w3", "w4"], 64))
     assert batch.input_ids[1].tolist() == [*ids("w4 <eos>"), 0, 0]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.labels[1].tolist() == [*ids("w4 <eos>"), -100, -100]
+    assert batch.targets.tolist() == [1, 2, 3, 5] and batch.labels.tolist()[-1] == ids("<eos>")[0]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,48 @@ def test_texts_without_a_tokenizer_raise():
         Student(make_model()).tokenize(["w1"], 64)
 
 
-def test_token_losses_are_the_negative_log_likelihoods():
-    logits, labels = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    labels[0, 3] = -100
-    losses = token_losses(logits, labels)
-    expected = -logits.log_softmax(-1)[1, 2, labels[1, 3]]
-    assert losses[1, 3] == pytest.approx(expected.item()) and losses[0, 3] == 0 and (losses[:, 0] == 0).all()
+HEADS = ["untied", "tied", "frozen", "adapted", "copied", "soft-capped"]
+
+
+def make_student_with_head(kind):
+    model = make_model("llama-tied" if kind == "tied" else "llama", scale=1.0)
+    if kind == "frozen":
+        model.lm_head.requires_grad_(False)
+    if kind == "soft-capped":
+        forward = model.forward
+        model.forward = lambda **inputs: _soft_capped(forward(**inputs))
+    if kind == "adapted":
+        return Student(
+            model, peft_config=LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        )
+    if kind == "copied":
+        return Student(model, peft_config=LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    return Student(model)
+
+
+def _soft_capped(output):
+    output.logits = 2 * torch.tanh(output.logits / 2)
+    return output
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_losses_and_their_gradients_are_those_of_the_models_logits(kind):
+    student = make_student_with_head(kind)
+    batch = student.collate([TokenizedExample([3, 4, 5, 6], [-100, 4, -100, 6]), TokenizedExample([7, 8], [7, 8])])
+    assert batch.targets.tolist() == [1, 3, 5]
+    loss_weights = torch.tensor([0.5, 2.0, 3.0])
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    loss, losses = student.loss(student.model, batch, loss_weights)
+    gradients = torch.autograd.grad(loss, parameters)
+    logits = student.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = logits[[0, 0, 1], [0, 2, 0]]
+    expected = -logits.log_softmax(-1)[[0, 1, 2], [4, 6, 8]]
+    expected_gradients = torch.autograd.grad((loss_weights * expected).sum(), parameters)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(loss, (loss_weights * expected).sum())
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    assert student._head_is_linear == (kind != "soft-capped")
 
 
 # -- models ---------------------------------------------------------------------------------------------------------

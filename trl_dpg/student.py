@@ -3,7 +3,7 @@
 import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -15,11 +15,16 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
+
+from .cross_entropy import linear_cross_entropy
 
 
 if TYPE_CHECKING:
@@ -44,32 +49,20 @@ class TokenizedExample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Right-padded token ids, their attention mask (`None` when nothing is padded) and labels, each `[B, L]`."""
+    """
+    Right-padded samples on the student's device.
+
+    Attributes:
+        input_ids (`torch.Tensor` of shape `[B, L]`): Token ids.
+        attention_mask (`torch.Tensor` of shape `[B, L]` or `None`): `None` when nothing is padded.
+        labels (`torch.Tensor` of shape `[n]`): Ids of the n supervised tokens, sample after sample.
+        targets (`torch.Tensor` of shape `[n]`): Where they stand in the flattened `input_ids`.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """
-    Cross-entropy of every token.
-
-    Args:
-        logits (`torch.Tensor` of shape `[B, L, V]`):
-            Logits of a causal LM. Half-precision logits are cast to float32.
-        labels (`torch.Tensor` of shape `[B, L]`):
-            Token ids, -100 where no loss is taken.
-
-    Returns:
-        `torch.Tensor` of shape `[B, L]`: at position `k` the loss in nats of predicting `labels[:, k]` from the tokens
-        before it; 0 where the label is -100 and at position 0.
-    """
-    logits = logits[:, :-1]
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
-    return F.pad(losses.view(labels.size(0), -1), (1, 0))
+    targets: Tensor
 
 
 class _Scope(nn.Module):
@@ -173,6 +166,7 @@ class Student:
         )
         self._scope = _Scope(model)
         self._quantization_verified = False
+        self._head_is_linear: bool | None = None  # not yet known
 
     def _check_model(self):
         active = _active_dropout(self.model)
@@ -269,17 +263,57 @@ class Student:
     def unflatten(self, theta: Tensor, cast: bool = True) -> dict[str, Tensor]:
         """Views of a flat vector `[P]` by name, in the parameters' shapes and (with `cast`) dtypes; differentiable."""
         parts = theta.split([shape.numel() for shape in self._layout.shapes])
-        return {
-            name: part.view(shape).to(dtype) if cast else part.view(shape)
-            for name, part, shape, dtype in zip(
-                self._layout.names, parts, self._layout.shapes, self._layout.dtypes, strict=True
-            )
-        }
+        parts = [part.view(shape) for part, shape in zip(parts, self._layout.shapes, strict=True)]
+        return self.cast(parts) if cast else dict(zip(self._layout.names, parts, strict=True))
+
+    def cast(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One tensor for each trainable parameter, by name and in the parameter's dtype; differentiable."""
+        layout = zip(self._layout.names, parts, self._layout.dtypes, strict=True)
+        return {name: part.to(dtype) for name, part, dtype in layout}
 
     def run(self, parameters: dict[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
         """Call `function(model)` while `parameters` (see `unflatten`) stand in for the stored ones."""
         parameters = {f"model.{name}": value for name, value in parameters.items()}
         return torch.func.functional_call(self._scope, parameters, (function,))
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        loss_weights: Tensor,
+        through_theta: bool = True,
+        skip_values: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """
+        Weighted cross-entropy of a batch's supervised tokens, in nats.
+
+        Logits of a plain linear head, with LoRA or without, are computed a chunk of tokens at a time, see
+        [`~trl_dpg.cross_entropy.linear_cross_entropy`]. Any other head, or one whose logits the model processes
+        further (soft-capping), gives all of them at once.
+
+        Args:
+            model (`torch.nn.Module`): What [`Student.run`] hands out.
+            batch (`Batch`): The samples, with n supervised tokens.
+            loss_weights (`torch.Tensor` of shape `[n]`): Weight of each token's loss, in `accumulator_dtype`.
+            through_theta (`bool`): See `linear_cross_entropy`.
+            skip_values (`bool`): See `linear_cross_entropy`.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Their weighted sum, and each token's loss, `[n]`, detached.
+        """
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        if self._head_is_linear is not False:
+            head = model.get_output_embeddings()
+            with _standing_aside(head) as seen:
+                hidden = model(**inputs).logits
+            if self._head_is_linear is None:  # the first time
+                self._head_is_linear = hidden is seen[0] and _factors(head, hidden[:, -1:]) is not None
+        if self._head_is_linear:
+            factors = _factors(head, hidden.flatten(0, 1)[batch.targets - 1])
+            return linear_cross_entropy(*factors, batch.labels, loss_weights, through_theta, skip_values)
+        logits = model(**inputs).logits.flatten(0, 1)[batch.targets - 1]
+        losses = F.cross_entropy(logits.to(loss_weights.dtype), batch.labels, reduction="none")
+        return torch.dot(loss_weights, losses), losses.detach()
 
     @contextmanager
     def train_mode(self) -> Iterator[None]:
@@ -296,6 +330,37 @@ class Student:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+    @contextmanager
+    def block_checkpointing(self, enable: bool, kernels: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        """
+        Blocks keep their inputs only and are run again in the backward pass (Chen et al., arXiv 1604.06174).
+
+        Args:
+            enable (`bool`): Do so for every block; otherwise for those whose gradient checkpointing is on already.
+            kernels (`Callable`): Makes the context that a block runs in, each time.
+        """
+
+        def run(function, *args):
+            def within(*args):
+                with kernels():
+                    return function(*args)
+
+            return checkpoint(within, *args, use_reentrant=False)
+
+        blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+        own = [{name: value for name, value in vars(block).items() if name in names} for block in blocks]
+        for block in blocks:
+            block.gradient_checkpointing = enable or block.gradient_checkpointing
+            block._gradient_checkpointing_func = run
+        try:
+            yield
+        finally:
+            for block, values in zip(blocks, own, strict=True):
+                for name in names:
+                    delattr(block, name)
+                vars(block).update(values)
 
     def effective_weight(self, parameters: dict[str, Tensor], name: str) -> Tensor:
         """
@@ -462,14 +527,21 @@ class Student:
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
         """Right-pad samples to the longest and put them on the student's device."""
         length = max(len(example.input_ids) for example in examples)
-        padding = [length - len(example.input_ids) for example in examples]
 
         def padded(rows, value):
-            return torch.tensor([row + [value] * n for row, n in zip(rows, padding, strict=True)], device=self.device)
+            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
-        attention_mask = padded([[1] * len(example.input_ids) for example in examples], 0) if any(padding) else None
         input_ids = padded([example.input_ids for example in examples], self.pad_token_id)
-        return Batch(input_ids, attention_mask, padded([example.labels for example in examples], -100))
+        mask = padded([[1] * len(example.input_ids) for example in examples], 0)
+        labels = padded([example.labels for example in examples], -100)
+        labels[:, 0] = -100  # nothing precedes the first token
+        targets = (labels.flatten() != -100).nonzero().squeeze(1)
+        return Batch(
+            input_ids.to(self.device),
+            None if mask.all() else mask.to(self.device),
+            labels.flatten()[targets].to(self.device),
+            targets.to(self.device),
+        )
 
 
 class FinetunedStudent:
@@ -576,6 +648,41 @@ def _bnb_modules(model: nn.Module, class_name: str) -> dict[str, Any]:
 
     kind = {"Linear4bit": bnb.nn.Linear4bit, "Linear8bitLt": bnb.nn.Linear8bitLt}[class_name]
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+@contextmanager
+def _standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
+    """The head hands its input on as it is; the inputs are collected in a list."""
+    seen: list[Tensor] = []
+
+    def forward(hidden_states):
+        seen.append(hidden_states)
+        return hidden_states
+
+    own = {key: value for key, value in vars(head).items() if key == "forward"}
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward
+        vars(head).update(own)
+
+
+def _factors(head: nn.Module, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None] | None:
+    """X_j, W_j and b of a linear head, whose logits are Σ_j X_j W_jᵀ + b; `None` for any other head."""
+    if isinstance(head, ModulesToSaveWrapper):
+        head = head.modules_to_save[head.active_adapter]
+    if type(head) is nn.Linear:
+        return [hidden], [head.weight], head.bias
+    if not isinstance(head, LoraLayer) or type(head.base_layer) is not nn.Linear or any(head.lora_bias.values()):
+        return None
+    inputs, weights = [hidden], [head.base_layer.weight]
+    for adapter in [] if head.disable_adapters else head.active_adapters:
+        if adapter in head.lora_A:
+            down = head.lora_A[adapter]
+            inputs.append(down(hidden.to(down.weight.dtype)) * head.scaling[adapter])
+            weights.append(head.lora_B[adapter].weight)
+    return inputs, weights, head.base_layer.bias
 
 
 def _is_reentrant(module: nn.Module) -> bool:

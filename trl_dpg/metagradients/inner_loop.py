@@ -1,17 +1,19 @@
 """The inner loop: fine-tuning the student on the data, one optimizer step after the other (the forward sweep)."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import SchedulerType, get_scheduler
 
-from ..student import Batch, Student, TokenizedExample, token_losses
+from ..student import Batch, Student, TokenizedExample
+from .kernels import TwiceDifferentiable
 from .optimizers import Optimizer, adamw, clip, sgd
 
 
@@ -68,6 +70,9 @@ class InnerLoopConfig:
             Seed of the order.
         micro_batch_size (`int`, *optional*):
             Samples per forward pass. Bounds memory; never changes the numbers beyond rounding.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            The student's blocks keep their inputs only and run again in each backward pass. Bounds memory, takes
+            time; never changes the numbers.
         max_length (`int`, *optional*, defaults to `1024`):
             Longer samples are cut off, in tokens.
         loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
@@ -85,6 +90,13 @@ class InnerLoopConfig:
             Bytes for graphs kept from the forward sweep: as many of the last steps as fit are not computed again in
             the reverse sweep. `"auto"`: half of the device's free memory. `0`: recompute all. Never changes the
             numbers.
+        checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
+            Steps between the states (parameters and moments) that are kept for the reverse sweep. The steps in
+            between are computed again, one stretch at a time. `"auto"`: 1, every state, if they take less than half
+            of the free memory, otherwise √T, for which 2√T states are held. Never changes the numbers beyond
+            rounding.
+        offload_trajectory (`bool`, *optional*, defaults to `False`):
+            Keep the states in pinned host memory instead of on the student's GPU.
         hvp (`str`, *optional*, defaults to `"double_backward"`):
             `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose
             kernels are not twice differentiable (flash attention, custom kernels); inexact.
@@ -102,6 +114,7 @@ class InnerLoopConfig:
     shuffle: bool = False
     seed: int = 42
     micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
     max_length: int = 1024
     loss_normalization: str = "example_tokens"
     attribution: str = "metagradient"
@@ -110,6 +123,8 @@ class InnerLoopConfig:
     warmup_steps: int = 0
     per_token: bool = False
     memory_budget: int | str = "auto"
+    checkpoint_interval: int | str = "auto"
+    offload_trajectory: bool = False
     hvp: str = "double_backward"
 
     def __post_init__(self):
@@ -123,6 +138,10 @@ class InnerLoopConfig:
             raise ValueError(f"memory_budget must be 'auto' or a number of bytes, got {self.memory_budget}.")
         else:
             self.memory_budget = int(self.memory_budget)
+        if isinstance(self.checkpoint_interval, str):
+            _check_choice("checkpoint_interval", self.checkpoint_interval, ("auto",))
+        elif self.checkpoint_interval < 1:
+            raise ValueError(f"checkpoint_interval must be 'auto' or at least 1, got {self.checkpoint_interval}.")
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, _SCHEDULES)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
@@ -149,6 +168,11 @@ class InnerLoopConfig:
             return sgd(self.momentum, self.weight_decay)
         return adamw(self.betas, self.eps, self.eps_root, self.weight_decay)
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the reverse sweep differentiates the gradient's graph."""
+        return self.attribution == "metagradient" and self.hvp == "double_backward"
+
     def learning_rates(self, num_steps: int) -> list[float]:
         """The learning rate of each of `num_steps` steps, by transformers' own schedule."""
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
@@ -168,17 +192,18 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 class MicroBatch(NamedTuple):
     """
-    The part of a step's batch that one forward pass takes.
+    The part of a step's batch that one forward pass takes, with its n supervised tokens.
 
     Attributes:
-        rows (`torch.Tensor` of shape `[B]`): Which samples of the dataset these are.
-        batch (`Batch`): Their tokens, `[B, L]`.
-        coefficients (`torch.Tensor` of shape `[B, L]`): The normaliser c_{i,k} of each token's loss, 0 where
-            unsupervised.
+        batch (`Batch`): Its tokens, `[B, L]`.
+        rows (`torch.Tensor` of shape `[n]`): Which sample of the dataset each supervised token is of.
+        columns (`torch.Tensor` of shape `[n]`): Its position there.
+        coefficients (`torch.Tensor` of shape `[n]`): The normaliser c_{i,k} of its loss.
     """
 
-    rows: Tensor
     batch: Batch
+    rows: Tensor
+    columns: Tensor
     coefficients: Tensor
 
 
@@ -205,24 +230,19 @@ def plan_steps(
 
 def _micro_batch(student, examples, rows, step_samples, step_tokens, config) -> MicroBatch:
     batch = student.collate([examples[row] for row in rows])
-    supervised = (batch.labels != -100).to(student.accumulator_dtype)
-    supervised[:, 0] = 0  # nothing precedes the first token
+    counts = torch.tensor([examples[row].num_supervised for row in rows])
     if config.loss_normalization == "example_tokens":
-        coefficients = supervised / (supervised.sum(dim=1, keepdim=True) * step_samples)
+        normalizers = 1 / (counts.to(student.accumulator_dtype) * step_samples)
     elif config.loss_normalization == "max_length":
-        coefficients = supervised / (config.max_length * step_samples)
+        normalizers = torch.ones(len(rows), dtype=student.accumulator_dtype) / (config.max_length * step_samples)
     else:
-        coefficients = supervised / step_tokens
-    return MicroBatch(torch.tensor(rows, device=student.device), batch, coefficients)
-
-
-def attention_kernels(config: InnerLoopConfig) -> AbstractContextManager:
-    """
-    Attention by kernels that have a second derivative, if one is taken. Both sweeps must run the same ones.
-
-    The flash and memory-efficient kernels of `scaled_dot_product_attention` have none; the math kernel does.
-    """
-    return sdpa_kernel(SDPBackend.MATH) if config.hvp == "double_backward" else nullcontext()
+        normalizers = torch.ones(len(rows), dtype=student.accumulator_dtype) / step_tokens
+    return MicroBatch(
+        batch,
+        rows=torch.tensor(rows).repeat_interleave(counts).to(student.device),
+        columns=batch.targets % batch.input_ids.size(1),
+        coefficients=normalizers.repeat_interleave(counts).to(student.device),
+    )
 
 
 class Gradient(NamedTuple):
@@ -231,23 +251,33 @@ class Gradient(NamedTuple):
 
     Attributes:
         loss (`torch.Tensor`): Σ w_{i,k} c_{i,k} ℓ_{i,k}(θ_t), detached.
-        token_losses (`torch.Tensor` of shape `[B, L]`): c_{i,k} ℓ_{i,k}(θ_t), detached.
-        value (`torch.Tensor` of shape `[P]`): Its gradient in θ_t.
-        parameters (`dict[str, torch.Tensor]`): The weights it was taken at.
-        theta (`torch.Tensor` of shape `[P]`): θ_t, the leaf that `parameters` are views of.
-        token_weights (`torch.Tensor` of shape `[B, L]`): w_{i,k}.
+        token_losses (`torch.Tensor` of shape `[n]`): ℓ_{i,k}(θ_t), detached.
+        values (`list[torch.Tensor]`): Its gradient in each of the `leaves`, detached; partly left out with
+            `skip_values`.
+        edges (`list[GradientEdge | None]`): Where the values stand in the graph; `None` for constant ones.
+        leaves (`list[torch.Tensor]`): θ_t by parameter.
+        parameters (`dict[str, torch.Tensor]`): The model's weights: the leaves, in the model's dtypes.
+        token_weights (`torch.Tensor` of shape `[n]`): w_{i,k}.
     """
 
     loss: Tensor
     token_losses: Tensor
-    value: Tensor
+    values: list[Tensor]
+    edges: list[GradientEdge | None]
+    leaves: list[Tensor]
     parameters: dict[str, Tensor]
-    theta: Tensor
     token_weights: Tensor
 
 
 def micro_batch_gradient(
-    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, differentiable: bool
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    weights: Tensor,
+    config: InnerLoopConfig,
+    differentiable: bool = False,
+    through_theta: bool = True,
+    skip_values: bool = False,
 ) -> Gradient:
     """
     The gradient of a micro-batch's weighted loss at `theta`.
@@ -257,24 +287,34 @@ def micro_batch_gradient(
         theta (`torch.Tensor` of shape `[P]`): Trainable parameters.
         micro_batch (`MicroBatch`): The samples.
         weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
-        differentiable (`bool`): Keep the graph, so that the result can be differentiated in θ and in the token
-            weights.
+        config (`InnerLoopConfig`): The inner loop.
+        differentiable (`bool`): Keep the graph, so that the result can be differentiated in the token weights and
+        through_theta (`bool`): in θ.
+        skip_values (`bool`): Leave out values that only take time: the graph is all that is wanted.
     """
-    theta = theta.detach().requires_grad_()
-    token_weights = weights[micro_batch.rows, None].expand_as(micro_batch.coefficients).clone()
-    token_weights.requires_grad_(differentiable)
-    parameters = student.unflatten(theta)
+    leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
+    parameters = student.cast(leaves)
+    token_weights = weights[micro_batch.rows].requires_grad_(differentiable)
+    flags = {"through_theta": through_theta, "skip_values": skip_values}
 
     def gradient(model):
-        input_ids, attention_mask, labels = micro_batch.batch
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        losses = micro_batch.coefficients * token_losses(logits, labels)
-        loss = (token_weights * losses).sum()
-        (value,) = torch.autograd.grad(loss, theta, create_graph=differentiable)
-        return loss.detach(), losses.detach(), value
+        loss, losses = student.loss(model, micro_batch.batch, token_weights * micro_batch.coefficients, **flags)
+        return loss, losses, torch.autograd.grad(loss, leaves, create_graph=differentiable, materialize_grads=True)
 
-    loss, losses, value = student.run(parameters, gradient)
-    return Gradient(loss, losses, value, parameters, theta, token_weights)
+    def kernels():
+        return TwiceDifferentiable(**flags) if config.differentiates_twice else nullcontext()
+
+    with student.block_checkpointing(config.gradient_checkpointing, kernels), kernels():
+        loss, losses, values = student.run(parameters, gradient)
+    return Gradient(
+        loss.detach(),
+        losses.detach(),
+        values=[value.detach() for value in values],
+        edges=[get_gradient_edge(value) if value.requires_grad else None for value in values],
+        leaves=leaves,
+        parameters=parameters,
+        token_weights=token_weights,
+    )
 
 
 class Step(NamedTuple):
@@ -298,57 +338,143 @@ class Step(NamedTuple):
     retained: list[Gradient]
 
 
-class Trajectory(NamedTuple):
-    """A finished forward sweep: its steps, θ_T, s_T, and the training losses `[T]`."""
+class Stretch(NamedTuple):
+    """Consecutive steps of the inner loop from t = `first` on, and where they led: θ, s, and their training losses."""
 
+    first: int
     steps: list[Step]
     theta: Tensor
     state: Any
-    losses: Tensor
+    losses: list[Tensor]
 
 
-def forward_sweep(
-    student: Student, steps: Sequence[list[MicroBatch]], weights: Tensor, config: InnerLoopConfig
-) -> Trajectory:
+class Trajectory:
     """
-    Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t).
+    The fine-tuning: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t), t = 0 ... T-1.
 
-    The graphs of the last steps are kept as far as `config.memory_budget` goes. What a graph takes is measured on the
-    first micro-batch, whose own is dropped again if its step is not among them.
+    Made by the forward sweep, which is the constructor, and read backwards, once, by the reverse sweep. The states
+    before every `interval`-th step are kept. Of the last stretch of steps every state is; of an earlier one they are
+    computed again when the reverse sweep gets there (checkpointing, Griewank & Walther 2000). In a stretch, the
+    graphs of the last steps are kept as far as `config.memory_budget` goes.
 
     Args:
         student (`Student`): The model at its start; its stored weights are only read.
-        steps (`list[list[MicroBatch]]`): The micro-batches of each step.
+        steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
         weights (`torch.Tensor` of shape `[N]`): Data weights w.
         config (`InnerLoopConfig`): Optimizer and schedule.
+
+    Attributes:
+        theta (`torch.Tensor` of shape `[P]`): θ_T.
+        initial_theta (`torch.Tensor` of shape `[P]`): θ_0.
+        losses (`torch.Tensor` of shape `[T]`): Training losses.
     """
-    optimizer = config.make_optimizer()
-    theta = student.initial_theta()
-    state = optimizer.init(theta)
-    budget = _retention_budget(student, 4 * theta.nbytes * len(steps), config)
-    first_retained = None if budget > 0 else len(steps)  # None: not yet known
-    done, losses = [], []
-    for t, (micro_batches, lr) in enumerate(zip(steps, config.learning_rates(len(steps)), strict=True)):
-        gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
-        for micro_batch in micro_batches:
-            if first_retained is None:
-                graph_size = _GraphSize()
-                with graph_size:
-                    part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=True)
-                first_retained = _first_retained(steps, micro_batch, graph_size.bytes(student), budget)
-            else:
-                part = micro_batch_gradient(student, theta, micro_batch, weights, differentiable=t >= first_retained)
-            gradient += part.value.detach()
-            loss += part.loss
-            if t >= first_retained:
-                retained.append(part)
-            del part
-        done.append(Step(micro_batches, theta, state, gradient, lr, retained))
-        losses.append(loss)
-        if config.max_grad_norm is not None:
-            gradient = clip(gradient, config.max_grad_norm)
-        theta, state = optimizer.update(gradient, state, theta, lr)
-    return Trajectory(done, theta, state, torch.stack(losses))
+
+    def __init__(self, student: Student, steps: Sequence[list[MicroBatch]], weights: Tensor, config: InnerLoopConfig):
+        self._student, self._steps, self._weights, self._config = student, steps, weights, config
+        self._optimizer = config.make_optimizer()
+        self._rates = config.learning_rates(len(steps))
+        self.initial_theta = theta = student.initial_theta()
+        state = self._optimizer.init(theta)
+        self._graph_size: float | None = None  # bytes for each unit of `_size`; not yet known
+        step_bytes = 4 * theta.nbytes  # θ, g and two moments
+        interval = config.checkpoint_interval
+        if interval == "auto":
+            free = _free_memory(torch.device("cpu") if config.offload_trajectory else student.device)
+            interval = 1 if step_bytes * len(steps) <= free // 2 else math.isqrt(len(steps))
+        # Stretches of one step would each be computed again: every state is kept in a single stretch
+        length = len(steps) if interval == 1 else interval
+        self._budget = 0
+        if config.differentiates_twice:
+            self._budget = config.memory_budget
+            if self._budget == "auto":
+                held = 0 if config.offload_trajectory else step_bytes * (length + len(steps) // length)
+                self._budget = (_free_memory(student.device) - held) // 2
+
+        losses: list[Tensor] = []
+        self._checkpoints = []
+        for first in range(0, len(steps), length):
+            last = first + length >= len(steps)
+            self._checkpoints.append((first, min(first + length, len(steps)), self._put(theta), self._put(state)))
+            self._last = self._run(first, min(first + length, len(steps)), theta, state, keep=last)
+            theta, state = self._last.theta, self._last.state
+            losses += self._last.losses
+        self.theta = theta
+        self.losses = torch.stack(losses)
+
+    def stretches_backwards(self) -> Iterator[Stretch]:
+        """The stretches with all their steps, the last one first. Frees what it has handed out."""
+        yield self._last
+        del self._last
+        self._checkpoints.pop()
+        while self._checkpoints:
+            first, end, theta, state = self._checkpoints.pop()
+            yield self._run(first, end, self.get(theta), self.get(state), keep=True)
+
+    def _run(self, first: int, end: int, theta: Tensor, state: Any, keep: bool) -> Stretch:
+        """Take the steps t = `first` ... `end` - 1, and keep what the reverse sweep needs of them."""
+        student, optimizer, clip_norm = self._student, self._optimizer, self._config.max_grad_norm
+        # While a graph's size is not known, the next one is measured, and dropped again if it is not to be kept
+        first_retained = self._first_retained(first, end) if keep and self._budget > 0 else end
+        done, losses = [], []
+        for t in range(first, end):
+            gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
+            gradient_parts = list(student.unflatten(gradient, cast=False).values())
+            for micro_batch in self._steps[t]:
+                measure = _GraphSize() if first_retained is None else None
+                with measure or nullcontext():
+                    part = micro_batch_gradient(
+                        student,
+                        theta,
+                        micro_batch,
+                        self._weights,
+                        self._config,
+                        differentiable=first_retained is None or t >= first_retained,
+                        through_theta=t > 0,
+                    )
+                if measure is not None:
+                    self._graph_size = measure.bytes(student) / _size(micro_batch)
+                    first_retained = self._first_retained(first, end)
+                torch._foreach_add_(gradient_parts, part.values)
+                loss += part.loss
+                if t >= first_retained:
+                    retained.append(part._replace(values=[]))
+                del part
+            if keep:
+                step = Step(self._steps[t], theta, state, gradient, self._rates[t], retained)
+                done.append(
+                    step._replace(theta=self._put(theta), state=self._put(state), gradient=self._put(gradient))
+                )
+            losses.append(loss)
+            clipped = gradient if clip_norm is None else clip(gradient, clip_norm)
+            theta, state = optimizer.update(clipped, state, theta, self._rates[t])
+        return Stretch(first, done, theta, state, losses)
+
+    def _first_retained(self, first: int, end: int) -> int | None:
+        """The first of the last steps before `end` whose graphs together fit into the budget."""
+        if self._graph_size is None:
+            return None
+        budget = self._budget
+        while end > first and budget >= 0:
+            budget -= self._graph_size * sum(map(_size, self._steps[end - 1]))
+            end -= budget >= 0
+        return end
+
+    def _put(self, state: Any) -> Any:
+        """A state where states are kept. Copies to pinned memory do not wait for the device."""
+        if not self._config.offload_trajectory or self._student.device.type != "cuda":
+            return state
+        return _map(lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), state)
+
+    def get(self, state: Any) -> Any:
+        """A kept state on the student's device."""
+        return _map(lambda x: x.to(self._student.device, non_blocking=True), state)
+
+
+def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """`function` of a tensor, or of each tensor in an optimizer's state."""
+    if isinstance(state, Tensor):
+        return function(state)
+    return type(state)(*(function(x) if isinstance(x, Tensor) else x for x in state))
 
 
 class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
@@ -369,29 +495,14 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
         return sum(size for pointer, size in self.storages.items() if pointer not in weights)
 
 
-def _retention_budget(student: Student, trajectory_bytes: int, config: InnerLoopConfig) -> int:
-    """Bytes for retained graphs. "auto" leaves room for the trajectory: θ, g and two moments of every step."""
-    if config.attribution == "dataset" or config.hvp == "finite_difference":
-        return 0  # there is no second derivative to keep a graph for
-    if isinstance(config.memory_budget, int):
-        return config.memory_budget
-    if student.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(student.device)
-        free += torch.cuda.memory_reserved(student.device) - torch.cuda.memory_allocated(student.device)
-    else:
-        free = psutil.virtual_memory().available
-    return (free - trajectory_bytes) // 2
+def _size(micro_batch: MicroBatch) -> int:
+    """What a graph's size is proportional to. Activations grow with B · L; where attention keeps more, its part."""
+    return micro_batch.batch.input_ids.numel() * micro_batch.batch.input_ids.size(1)
 
 
-def _first_retained(steps: Sequence[list[MicroBatch]], measured: MicroBatch, measured_bytes: int, budget: int) -> int:
-    """The first of the last steps whose graphs together fit into the budget, judged by one micro-batch's graph."""
-
-    def size(micro_batch):
-        # Activations grow with B · L, attention weights with B · L²: the latter, to be safe.
-        return micro_batch.coefficients.numel() * micro_batch.coefficients.size(1)
-
-    first = len(steps)
-    while first > 0 and budget >= 0:
-        budget -= measured_bytes * sum(map(size, steps[first - 1])) // size(measured)
-        first -= budget >= 0
-    return first
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated there."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..metrics.base import Metric
 from ..student import Examples, FinetunedStudent, Student
-from .inner_loop import InnerLoopConfig, attention_kernels, forward_sweep, plan_steps
+from .inner_loop import InnerLoopConfig, Trajectory, plan_steps
 from .reverse import reverse_sweep
 
 
@@ -114,8 +114,7 @@ def metagradient(
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
         steps = plan_steps(student, tokenized, config)
-        with attention_kernels(config):
-            trajectory = forward_sweep(student, steps, data_weights, config)
+        trajectory = Trajectory(student, steps, data_weights, config)
         losses = trajectory.losses.float().cpu()
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0])
@@ -125,7 +124,7 @@ def metagradient(
             )
 
         theta = trajectory.theta.requires_grad_()
-        finetuned = FinetunedStudent(student, theta, trajectory.steps[0].theta)
+        finetuned = FinetunedStudent(student, theta, trajectory.initial_theta)
         attribute = config.attribution == "metagradient"
         with torch.set_grad_enabled(attribute):
             value, metric_gradient = finetuned.evaluate(metric)
@@ -145,8 +144,7 @@ def metagradient(
         if attribute:
             if metric_gradient is None:
                 raise ValueError(_NO_GRADIENT.format(metric_after))
-            with attention_kernels(config):
-                reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
+            reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
         else:
             scores = torch.full((len(tokenized),), metric_after)
@@ -173,8 +171,7 @@ def metagradient(
 
 def _check_attention(student: Student, config: InnerLoopConfig) -> None:
     implementation = student.model.config._attn_implementation or "eager"
-    differentiates_twice = config.attribution == "metagradient" and config.hvp == "double_backward"
-    if differentiates_twice and implementation not in ("eager", "sdpa"):
+    if config.differentiates_twice and implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"The student's attention ({implementation!r}) has no second derivative. Load it with "
             "attn_implementation='sdpa', or set hvp='finite_difference'."

@@ -6,29 +6,37 @@ An optimizer step is a function `U` of the gradient, the optimizer's state and t
 
 and the reverse sweep needs its VJP: from the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are elementwise,
 so they are written out here and no autograd graph is ever built over an optimizer state. Parameters, gradients and
-moments are flat tensors of shape `[P]`, one for all trainable parameters.
+moments are flat tensors of shape `[P]`, one for all trainable parameters. They are worked on block by block: the
+temporaries of a formula stay in the cache, and the step runs at the speed of reading its inputs once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, all of one size, as flat pieces that fit into a cache; pieces of contiguous tensors are views."""
+    size = 1 << 24 if tensors[0].is_cuda else 1 << 19
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
+
+
 class Optimizer(NamedTuple):
     """
-    An optimizer as three pure functions over flat tensors of shape `[P]`.
+    An optimizer as three functions over flat tensors of shape `[P]`.
 
     Attributes:
         init (`Callable`):
             `init(theta) -> state`.
         update (`Callable`):
-            `update(gradient, state, theta, lr) -> (theta, state)`: one step.
+            `update(gradient, state, theta, lr) -> (theta, state)`: one step; its inputs are left as they are.
         vjp (`Callable`):
-            `vjp(gradient, state, next_state, lr, theta_bar, state_bar) -> (gradient_bar, theta_bar, state_bar)`: pulls
-            the cotangents of a step's results back to its inputs. `state` and `next_state` are the state before and
-            after the step; `state_bar` has the type of the state.
+            `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: pulls the cotangents of a
+            step's results back to its inputs. `state` and `next_state` are the state before and after the step;
+            `state_bar` has the type of the state. The gradient's cotangent is written to `out`, the others replace
+            `theta_bar` and `state_bar` in place.
     """
 
     init: Callable
@@ -58,34 +66,46 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
     def init(theta):
         return AdamWState(0, torch.zeros_like(theta), torch.zeros_like(theta))
 
-    def moments(state):
-        """`m̂`, `√(v̂ + eps_root)` and the two bias corrections of a state after its step."""
-        correction1, correction2 = 1 - beta1**state.step, 1 - beta2**state.step
-        return (
-            state.exp_avg / correction1,
-            (state.exp_avg_sq / correction2 + eps_root).sqrt_(),
-            correction1,
-            correction2,
-        )
-
     def update(gradient, state, theta, lr):
-        exp_avg = (beta1 * state.exp_avg).add_(gradient, alpha=1 - beta1)
-        exp_avg_sq = (beta2 * state.exp_avg_sq).addcmul_(gradient, gradient, value=1 - beta2)
-        state = AdamWState(state.step + 1, exp_avg, exp_avg_sq)
-        m_hat, root, _, _ = moments(state)
-        return (theta * (1 - lr * weight_decay)).addcdiv_(m_hat, root.add_(eps), value=-lr), state
+        step = state.step + 1
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        next_theta, exp_avg, exp_avg_sq = (torch.empty_like(theta) for _ in range(3))
+        pieces = blocks(gradient, state.exp_avg, state.exp_avg_sq, theta, exp_avg, exp_avg_sq, next_theta)
+        for g, m, v, x, next_m, next_v, next_x in pieces:
+            torch.mul(m, beta1, out=next_m).add_(g, alpha=1 - beta1)
+            torch.mul(v, beta2, out=next_v).addcmul_(g, g, value=1 - beta2)
+            root = (next_v / correction2).add_(eps_root).sqrt_()
+            torch.mul(x, 1 - lr * weight_decay, out=next_x)
+            next_x.addcdiv_(next_m, root.add_(eps), value=-lr / correction1)
+        return next_theta, AdamWState(step, exp_avg, exp_avg_sq)
 
-    def vjp(gradient, state, next_state, lr, theta_bar, state_bar):
-        m_hat, root, correction1, correction2 = moments(next_state)
-        step_bar = theta_bar * -lr / (root + eps)  # cotangent of m̂
-        exp_avg_bar = state_bar.exp_avg + step_bar / correction1
-        # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0 every gradient so far was zero, and the
-        # factor 2g below makes the product zero whatever stands here; 0 / 0 must not.
-        root_bar = -step_bar * m_hat / (root + eps)
-        exp_avg_sq_bar = state_bar.exp_avg_sq + torch.where(root > 0, root_bar / (2 * correction2 * root), 0.0)
-        gradient_bar = (1 - beta1) * exp_avg_bar + 2 * (1 - beta2) * gradient * exp_avg_sq_bar
-        state_bar = AdamWState(state.step, beta1 * exp_avg_bar, beta2 * exp_avg_sq_bar)
-        return gradient_bar, theta_bar * (1 - lr * weight_decay), state_bar
+    def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
+        correction1, correction2 = 1 - beta1**next_state.step, 1 - beta2**next_state.step
+        pieces = blocks(
+            gradient,
+            next_state.exp_avg,
+            next_state.exp_avg_sq,
+            theta_bar,
+            state_bar.exp_avg,
+            state_bar.exp_avg_sq,
+            out,
+        )
+        for g, m, v, x_bar, m_bar, v_bar, g_bar in pieces:
+            root = (v / correction2).add_(eps_root).sqrt_()
+            divisor = root + eps
+            step_bar = (x_bar / divisor).mul_(-lr / correction1)  # m̄ of the step
+            m_bar.add_(step_bar)
+            # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0 every gradient so far was zero, and the
+            # factor 2g below makes the product zero whatever stands here; 0 / 0 must not.
+            step_bar.mul_(m).div_(divisor).div_(root).mul_(-0.5 / correction2)
+            if eps_root == 0:
+                step_bar.masked_fill_(root == 0, 0.0)
+            v_bar.add_(step_bar)
+            torch.mul(m_bar, 1 - beta1, out=g_bar).addcmul_(g, v_bar, value=2 * (1 - beta2))
+            m_bar.mul_(beta1)
+            v_bar.mul_(beta2)
+            x_bar.mul_(1 - lr * weight_decay)
+        return state_bar._replace(step=state.step)
 
     return Optimizer(init, update, vjp)
 
@@ -106,12 +126,18 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
         return SGDState(torch.zeros_like(theta))
 
     def update(gradient, state, theta, lr):
-        buffer = momentum * state.momentum_buffer + gradient + weight_decay * theta
-        return theta - lr * buffer, SGDState(buffer)
+        next_theta, buffer = torch.empty_like(theta), torch.empty_like(theta)
+        for g, b, x, next_b, next_x in blocks(gradient, state.momentum_buffer, theta, buffer, next_theta):
+            torch.mul(b, momentum, out=next_b).add_(g).add_(x, alpha=weight_decay)
+            torch.add(x, next_b, alpha=-lr, out=next_x)
+        return next_theta, SGDState(buffer)
 
-    def vjp(gradient, state, next_state, lr, theta_bar, state_bar):
-        buffer_bar = state_bar.momentum_buffer - lr * theta_bar
-        return buffer_bar, theta_bar + weight_decay * buffer_bar, SGDState(momentum * buffer_bar)
+    def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
+        for x_bar, b_bar, g_bar in blocks(theta_bar, state_bar.momentum_buffer, out):
+            torch.add(b_bar, x_bar, alpha=-lr, out=g_bar)
+            torch.mul(g_bar, momentum, out=b_bar)
+            x_bar.add_(g_bar, alpha=weight_decay)
+        return state_bar
 
     return Optimizer(init, update, vjp)
 
@@ -121,9 +147,11 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
     return gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
 
 
-def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> Tensor:
-    """Pull the cotangent of `clip(gradient, max_norm)` back to `gradient`; all shapes `[P]`."""
+def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> None:
+    """Pull the cotangent of `clip(gradient, max_norm)` back to `gradient`, in place; all shapes `[P]`."""
     norm = gradient.norm()
     scale = max_norm / (norm + 1e-6)
     through_norm = torch.dot(clipped_bar, gradient) * scale / ((norm + 1e-6) * norm)
-    return torch.where(scale < 1, scale * clipped_bar - through_norm * gradient, clipped_bar)
+    clipped = scale < 1
+    clipped_bar.mul_(torch.where(clipped, scale, 1.0))
+    clipped_bar.sub_(gradient * torch.where(clipped, through_norm, 0.0))

@@ -1,5 +1,7 @@
 """The reverse sweep: from the metric's gradient at the end of fine-tuning back to every sample's weight."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,40 +38,61 @@ def reverse_sweep(
         config (`InnerLoopConfig`): The same as in the forward sweep.
     """
     optimizer = config.make_optimizer()
-    theta_bar, next_state = metric_gradient, trajectory.state
-    state_bar = optimizer.init(metric_gradient)  # zeros
-    for t in reversed(range(len(trajectory.steps))):
-        step = trajectory.steps[t]
-        gradient = step.gradient if config.max_grad_norm is None else clip(step.gradient, config.max_grad_norm)
-        u, theta_bar, state_bar = optimizer.vjp(gradient, step.state, next_state, step.lr, theta_bar, state_bar)
-        if config.max_grad_norm is not None:
-            u = clip_vjp(step.gradient, config.max_grad_norm, u)
-        for micro_batch in step.micro_batches:
-            if config.hvp == "finite_difference":
-                token_bar, hessian_product = _shifted(student, step.theta, micro_batch, weights, u)
-            else:
-                if step.retained:
-                    part = step.retained.pop(0)
+    theta_bar = metric_gradient.clone()
+    state_bar = optimizer.init(theta_bar)  # zeros
+    u = torch.empty_like(theta_bar)
+    u_parts, theta_bar_parts = (list(student.unflatten(flat, cast=False).values()) for flat in (u, theta_bar))
+    for stretch in trajectory.stretches_backwards():
+        next_state = stretch.state
+        while stretch.steps:
+            t = stretch.first + len(stretch.steps) - 1
+            step = stretch.steps.pop()
+            theta, state, gradient = map(trajectory.get, (step.theta, step.state, step.gradient))
+            clipped = gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm)
+            state_bar = optimizer.vjp(clipped, state, next_state, step.lr, theta_bar, state_bar, out=u)
+            if config.max_grad_norm is not None:
+                clip_vjp(gradient, config.max_grad_norm, u)
+            for micro_batch in step.micro_batches:
+                if config.hvp == "finite_difference":
+                    token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
                 else:
-                    part = micro_batch_gradient(student, step.theta, micro_batch, weights, differentiable=True)
-                token_bar, hessian_product = _pull_back(student, part, u, through_theta=t > 0)
-                del part  # frees its graph
-            token_scores[micro_batch.rows, : token_bar.size(1)] += token_bar
-            if hessian_product is not None:
-                theta_bar = theta_bar + hessian_product
-        next_state = step.state
+                    if step.retained:
+                        part = step.retained.pop(0)
+                    else:
+                        part = micro_batch_gradient(
+                            student,
+                            theta,
+                            micro_batch,
+                            weights,
+                            config,
+                            differentiable=True,
+                            through_theta=t > 0,
+                            skip_values=True,
+                        )
+                    token_bar, products = _pull_back(student, part, u_parts, through_theta=t > 0)
+                    del part  # frees its graph
+                token_scores[micro_batch.rows, micro_batch.columns] += token_bar
+                for bar, product in zip(theta_bar_parts, products, strict=False):
+                    if product is not None:
+                        bar += product
+            next_state = state
 
 
-def _pull_back(student: Student, part: Gradient, u: Tensor, through_theta: bool) -> tuple[Tensor, Tensor | None]:
-    """∇_w ⟨u, g⟩ of shape `[B, L]` and, if asked for, ∇_θ ⟨u, g⟩ of shape `[P]`, of one micro-batch's gradient g."""
-    inputs = [part.token_weights, part.theta] if through_theta else [part.token_weights]
-    pulled = student.run(part.parameters, lambda _: torch.autograd.grad(part.value, inputs, u))
-    return pulled[0], pulled[1] if through_theta else None
+def _pull_back(
+    student: Student, part: Gradient, u: list[Tensor], through_theta: bool
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """∇_w ⟨u, g⟩ of shape `[n]` and, if asked for, ∇_θ ⟨u, g⟩ by parameter, of one micro-batch's gradient g."""
+    inputs = [part.token_weights, *part.leaves] if through_theta else [part.token_weights]
+    edges, cotangents = zip(*((edge, bar) for edge, bar in zip(part.edges, u, strict=True) if edge), strict=True)
+    token_bar, *products = student.run(
+        part.parameters, lambda _: torch.autograd.grad(edges, inputs, cotangents, allow_unused=True)
+    )
+    return token_bar, products
 
 
 def _shifted(
-    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor | None]:
+    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, u: Tensor, config: InnerLoopConfig
+) -> tuple[Tensor, Sequence[Tensor | None]]:
     """
     The same two by central differences along u, from first derivatives alone.
 
@@ -78,7 +101,7 @@ def _shifted(
     norm = u.norm()
     h = torch.finfo(theta.dtype).eps ** (1 / 3) * theta.norm() / torch.where(norm > 0, norm, 1.0)
     ahead, behind = (
-        micro_batch_gradient(student, theta + shift * u, micro_batch, weights, differentiable=False)
-        for shift in (h, -h)
+        micro_batch_gradient(student, theta + shift * u, micro_batch, weights, config) for shift in (h, -h)
     )
-    return (ahead.token_losses - behind.token_losses) / (2 * h), (ahead.value - behind.value) / (2 * h)
+    token_bar = micro_batch.coefficients * (ahead.token_losses - behind.token_losses) / (2 * h)
+    return token_bar, [(a - b) / (2 * h) for a, b in zip(ahead.values, behind.values, strict=True)]

@@ -3,10 +3,11 @@
 import math
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..student import Examples, FinetunedStudent, Student, TokenizedExample, token_losses
+from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from .base import Metric
 
 
@@ -49,8 +50,12 @@ class LanguageModelingMetric(Metric):
         num_tokens = sum(example.num_supervised for example in examples)
 
         def log_likelihood(batch):
-            logits = student(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            return -token_losses(logits, batch.labels).sum() / num_tokens
+            weights = torch.full(
+                batch.targets.shape, -1 / num_tokens, dtype=student.theta.dtype, device=student.device
+            )
+            return student.student.run(
+                student.parameters, lambda model: student.student.loss(model, batch, weights)[0]
+            )
 
         starts = range(0, len(examples), self.batch_size)
         return student.accumulate(

@@ -1,0 +1,96 @@
+"""The kernels of the sweeps against autograd's own, to the second derivative."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trl_dpg.metagradients import kernels
+
+
+D = torch.float64
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=D)
+
+
+MASK = (torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(0)) > 0.4) | torch.eye(7, dtype=torch.bool)
+QKV = [random(2, 4, 7, 8), random(2, 4, 7, 8) + 0.1, random(2, 4, 7, 8) - 0.1]
+GROUPED = [QKV[0], random(2, 2, 7, 8), random(2, 2, 7, 8) + 0.1]
+W1, W2 = random(5, 4), random(3, 5)
+
+
+def attention(**kwargs):
+    return lambda *qkv: F.scaled_dot_product_attention(*qkv, **kwargs)
+
+
+CASES = {
+    "silu": (F.silu, [4 * random(3, 5)]),
+    "attention": (attention(), QKV),
+    "causal": (attention(is_causal=True), QKV),
+    "masked": (attention(attn_mask=MASK, scale=0.7), QKV),
+    "additive mask": (attention(attn_mask=random(2, 4, 7, 7)), QKV),
+    "grouped queries": (attention(is_causal=True, enable_gqa=True), GROUPED),
+    "linear": (lambda x, w1, w2: F.linear(F.linear(x, w1).tanh(), w2), [random(2, 6, 4), W1, W2]),
+    "linear with bias": (F.linear, [random(2, 6, 4), W1, random(5)]),
+    "addmm": (torch.addmm, [random(5), random(6, 4), random(4, 5)]),
+}
+
+
+def derivatives(case, mode, through_theta=True):
+    """Value, gradients, and the derivative of the gradients along fixed directions in the inputs and a weight."""
+    function, inputs = CASES[case]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    with mode:
+        value = function(*inputs)
+        q = torch.linspace(-1, 1, value.numel(), dtype=D).view_as(value).requires_grad_()
+        gradients = torch.autograd.grad((value.sin() * q).sum(), inputs, create_graph=True)
+    along = [torch.linspace(-1, 2, g.numel(), dtype=D).view_as(g) for g in gradients]
+    second = torch.autograd.grad(gradients, [*inputs, q] if through_theta else [q], along, materialize_grads=True)
+    return value, gradients, second
+
+
+@pytest.mark.parametrize("block", [1 << 20, 16])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_have_exact_second_derivatives(case, block, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    ours = derivatives(case, kernels.TwiceDifferentiable(through_theta=True, skip_values=False))
+    torch.testing.assert_close(ours, derivatives(case, sdpa_kernel(SDPBackend.MATH)), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_values_the_second_derivative_is_the_same(case):
+    ours = derivatives(case, kernels.TwiceDifferentiable(through_theta=True, skip_values=True))
+    theirs = derivatives(case, sdpa_kernel(SDPBackend.MATH))
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-12, atol=1e-12)
+    if "linear" in case or case == "addmm":
+        assert any((gradient == 0).all() for gradient in ours[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_derivative_in_the_weight_alone_needs_no_other(case):
+    ours = derivatives(case, kernels.TwiceDifferentiable(through_theta=False, skip_values=True), through_theta=False)
+    theirs = derivatives(case, sdpa_kernel(SDPBackend.MATH), through_theta=False)
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_is_computed_from_parameters_keeps_its_gradients_value():
+    x, v = random(6, 4), random(5, 4).requires_grad_()
+
+    def second(mode):
+        with mode:
+            value = F.linear(x, v / v.norm(dim=1, keepdim=True))  # weight normalisation
+            (gradient,) = torch.autograd.grad(value.sin().sum(), v, create_graph=True)
+        return torch.autograd.grad(gradient, v, torch.ones_like(v))[0]
+
+    ours = second(kernels.TwiceDifferentiable(through_theta=True, skip_values=True))
+    torch.testing.assert_close(ours, second(sdpa_kernel(SDPBackend.MATH)))
+
+
+def test_rows_that_see_nothing_are_finite():
+    mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
+    mask[:, :, 3] = False
+    with kernels.TwiceDifferentiable(through_theta=True, skip_values=False):
+        value = F.scaled_dot_product_attention(*QKV, attn_mask=mask)
+    assert value.isfinite().all()
