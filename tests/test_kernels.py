@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.tiny import make_model
 from trl_dpg.metagradients import kernels
+from trl_dpg.metagradients.layers import lean_layers
 
 
 D = torch.float64
@@ -27,6 +30,7 @@ def attention(**kwargs):
 
 CASES = {
     "silu": (F.silu, [4 * random(3, 5)]),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (8,), w, 1e-6), [random(2, 3, 8), random(8)]),
     "attention": (attention(), QKV),
     "causal": (attention(is_causal=True), QKV),
     "masked": (attention(attn_mask=MASK, scale=0.7), QKV),
@@ -86,6 +90,33 @@ def test_a_weight_that_is_computed_from_parameters_keeps_its_gradients_value():
 
     ours = second(kernels.TwiceDifferentiable(through_theta=True, skip_values=True))
     torch.testing.assert_close(ours, second(sdpa_kernel(SDPBackend.MATH)))
+
+
+def test_rms_norm_layers_of_a_model_are_seen_and_left_as_they_were():
+    model = make_model("qwen3", dtype=D)
+    ids = torch.arange(12).view(2, 6)
+    plain = model(ids).logits
+    calls = []
+    original = kernels._RMSNorm.apply
+    with pytest.MonkeyPatch.context() as patch, lean_layers(model):
+        patch.setattr(kernels._RMSNorm, "apply", lambda *args: calls.append(1) or original(*args))
+        with kernels.TwiceDifferentiable(through_theta=True, skip_values=False):
+            ours = model(ids).logits
+    assert len(calls) == 9  # two layers of four, and the last one
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)  # transformers' own is float32 inside
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_lora_layers_compute_the_same():
+    torch.manual_seed(0)
+    peft_config = LoraConfig(r=4, lora_alpha=9, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(make_model("gpt2", dtype=D), peft_config)
+    ids = torch.arange(12).view(2, 6)
+    plain = model(input_ids=ids).logits
+    with lean_layers(model):
+        assert sum("forward" in vars(module) for module in model.modules()) == 8  # four in each of two layers
+        torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-12, atol=1e-12)
+    assert all("forward" not in vars(module) for module in model.modules())
 
 
 def test_rows_that_see_nothing_are_finite():

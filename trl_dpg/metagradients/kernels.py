@@ -8,7 +8,7 @@ student runs in a sweep:
 - `scaled_dot_product_attention`: its fast kernels have no second derivative, its math kernel keeps several `[L, L]`
   tensors. Here the probabilities are computed again from queries and keys, some heads at a time, so that memory grows
   with L.
-- `silu`: some twenty passes become few.
+- `silu` and RMSNorm: some twenty passes become few.
 - `linear`: in the reverse sweep the gradient g_t is known already, and only its graph is wanted. The weight gradients'
   values are left out: a third of the work of a backward pass.
 """
@@ -27,7 +27,8 @@ BLOCK = 1 << 20
 
 class TwiceDifferentiable(TorchFunctionMode):
     """
-    Runs `silu`, `scaled_dot_product_attention` and (with `skip_values`) `linear` by the kernels of this file.
+    Runs `silu`, `rms_norm`, `scaled_dot_product_attention` and (with `skip_values`) `linear` by the kernels of this
+    file.
 
     Args:
         through_theta (`bool`):
@@ -45,11 +46,13 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.silu:
             return _SiLU.apply(args[0], self.through_theta)
+        if function is F.rms_norm and kwargs["weight"] is not None and kwargs["eps"] is not None:
+            return _RMSNorm.apply(args[0], kwargs["weight"], kwargs["eps"], self.through_theta)
         if function is F.scaled_dot_product_attention:
             return _attention(self.through_theta, *args, **kwargs)
         if self.skip_values and function is F.linear and not kwargs and _is_parameter(args[1]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
-        if self.skip_values and function is torch.addmm and _is_parameter(args[2]):  # GPT-2's
+        if self.skip_values and function is torch.addmm and not kwargs and _is_parameter(args[2]):  # GPT-2's
             return _Linear.apply(args[1], args[2].mT, args[0])
         return function(*args, **kwargs)
 
@@ -137,6 +140,72 @@ class _SiLUBackward(Function):
         return to_y_bar, to_x, None
 
 
+class _RMSNorm(Function):
+    """y = w ∘ n with n = r x and r = (mean(x²) + eps)^(-1/2) over the last dimension; n in float32 or wider"""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, through_theta):
+        ctx.save_for_backward(x, weight)
+        ctx.eps, ctx.through_theta = eps, through_theta
+        return weight * _normalized(x, eps)[0].to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, y_bar):
+        return *_RMSNormBackward.apply(*ctx.saved_tensors, y_bar, ctx.eps, ctx.through_theta), None, None
+
+
+def _normalized(x, eps):
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = torch.linalg.vecdot(x, x).div_(x.size(-1)).add_(eps).rsqrt_().unsqueeze(-1)
+    return x * r, r
+
+
+def _mean(a, b):
+    return torch.linalg.vecdot(a, b).div_(a.size(-1)).unsqueeze(-1)
+
+
+class _RMSNormBackward(Function):
+    """x̄ = r (c - n mean(n ∘ c)) with c = w ∘ ȳ, and w̄ = Σ ȳ ∘ n"""
+
+    @staticmethod
+    def forward(ctx, x, weight, y_bar, eps, through_theta):
+        ctx.save_for_backward(x, weight, y_bar)
+        ctx.eps, ctx.through_theta = eps, through_theta
+        n, r = _normalized(x, eps)
+        c = weight * y_bar
+        x_bar = torch.addcmul(c, n, _mean(n, c.to(n.dtype)), value=-1).mul_(r)
+        weight_bar = n.mul_(y_bar).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return x_bar.to(x.dtype), weight_bar
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a, a_weight):
+        """
+        The derivative of n along a is ṅ = r (a - n mean(n ∘ a)); ȳ's cotangent is w ∘ ṅ + a_w ∘ n. With m_c = mean(n ∘
+        c) and so on, the gradient of ⟨c, ṅ⟩ in x is r² (n (3 m_c m_a - m_ca) - m_a c - m_c a).
+        """
+        x, weight, y_bar = ctx.saved_tensors
+        n, r = _normalized(x, ctx.eps)
+        a = a.to(n.dtype)
+        m_a = _mean(n, a)
+        n_dot = torch.addcmul(a, n, m_a, value=-1).mul_(r)
+        to_y_bar = weight * n_dot
+        if ctx.needs_input_grad[1]:
+            to_y_bar.addcmul_(n, a_weight)
+        if not ctx.through_theta:
+            return None, None, to_y_bar.to(y_bar.dtype), None, None
+        c = (weight * y_bar).to(n.dtype)
+        m_c = _mean(n, c)
+        to_x = (n * (3 * m_c * m_a - _mean(c, a))).addcmul_(c, m_a, value=-1).addcmul_(a, m_c, value=-1).mul_(r * r)
+        to_weight = None
+        if ctx.needs_input_grad[1]:
+            to_weight = n_dot.mul_(y_bar).flatten(0, -2).sum(0).to(weight.dtype)
+            # ⟨a_w ∘ ȳ, n⟩ in x
+            b = (a_weight * y_bar).to(n.dtype)
+            to_x += b.addcmul_(n, _mean(n, b), value=-1).mul_(r)
+        return to_x.to(x.dtype), to_weight, to_y_bar.to(y_bar.dtype), None, None
+
+
 def _attention(
     through_theta, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
@@ -152,11 +221,12 @@ def _attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, least)
         attn_mask = attn_mask.clamp(min=least).expand(query.size(0), query.size(1), -1, -1)
     scale = query.size(-1) ** -0.5 if scale is None else scale
+    query, key, value = (x.contiguous() for x in (query, key, value))  # or every product copies them
     return _Attention.apply(query, key, value, attn_mask, scale, through_theta)
 
 
 def _blocks(query: Tensor, key: Tensor, *others: Tensor | None):
-    """Slices of `[B, H, ...]` tensors, whole heads, whose attention weights fill a block."""
+    """Slices of `[B, H, ...]` tensors, whole heads, whose attention weights fill a block; contiguous if those are."""
     batch, heads = query.shape[:2]
     weights = query.size(2) * key.size(2)
     step_heads = max(1, min(heads, 4 * BLOCK // weights))
@@ -187,14 +257,14 @@ class _Attention(Function):
     def forward(ctx, query, key, value, mask, scale, through_theta):
         ctx.save_for_backward(query, key, value, mask)
         ctx.scale, ctx.through_theta = scale, through_theta
-        output = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.size(-1)))
+        output = query.new_empty(*query.shape[:-1], value.size(-1))
         for q, k, v, m, out in _blocks(query, key, value, mask, output):
-            out.copy_(_probabilities(q, k, m, scale) @ v)
+            torch.matmul(_probabilities(q, k, m, scale), v, out=out)
         return output
 
     @staticmethod
     def backward(ctx, output_bar):
-        bars = _AttentionBackward.apply(*ctx.saved_tensors, output_bar, ctx.scale, ctx.through_theta)
+        bars = _AttentionBackward.apply(*ctx.saved_tensors, output_bar.contiguous(), ctx.scale, ctx.through_theta)
         return *bars, None, None, None
 
 
@@ -208,10 +278,10 @@ class _AttentionBackward(Function):
         bars = [torch.empty_like(x) for x in (query, key, value)]
         for q, k, v, m, o_bar, q_bar, k_bar, v_bar in _blocks(query, key, value, mask, output_bar, *bars):
             p = _probabilities(q, k, m, scale)
-            v_bar.copy_(p.mT @ o_bar)
+            torch.matmul(p.mT, o_bar, out=v_bar)
             s_bar = _softmax_vjp(p, o_bar @ v.mT).mul_(scale)
-            q_bar.copy_(s_bar @ k)
-            k_bar.copy_(s_bar.mT @ q)
+            torch.matmul(s_bar, k, out=q_bar)
+            torch.matmul(s_bar.mT, q, out=k_bar)
         return tuple(bars)
 
     @staticmethod
@@ -225,15 +295,16 @@ class _AttentionBackward(Function):
         query, key, value, mask = saved
         scale = ctx.scale
         outs = [torch.empty_like(x) for x in (output_bar, query, key, value)]
-        blocks = _blocks(query, key, value, mask, output_bar, a_query, a_key, a_value, *outs)
+        cotangents = (a.contiguous() for a in (a_query, a_key, a_value))
+        blocks = _blocks(query, key, value, mask, output_bar, *cotangents, *outs)
         for q, k, v, m, o_bar, a_q, a_k, a_v, to_o_bar, to_q, to_k, to_v in blocks:
             p = _probabilities(q, k, m, scale)
             s_dot = torch.matmul(a_q, k.mT).add_(q @ a_k.mT).mul_(scale)
             p_dot = _softmax_vjp(p, s_dot)
-            to_o_bar.copy_(p_dot @ v).add_(p @ a_v)
+            torch.matmul(p_dot, v, out=to_o_bar).add_(p @ a_v)
             if not ctx.through_theta:
                 continue
-            to_v.copy_(p_dot.mT @ o_bar)
+            torch.matmul(p_dot.mT, o_bar, out=to_v)
             g = o_bar @ v.mT
             s_bar = _softmax_vjp(p, g)
             # ∂⟨Ō, Ȯ⟩/∂P = G ∘ (Ṡ - Σ P ∘ Ṡ) - Ṡ Σ P ∘ G + Ō a_Vᵀ
@@ -241,8 +312,8 @@ class _AttentionBackward(Function):
             p_bar.addcmul_(g, s_dot.sub_((p * s_dot).sum(-1, keepdim=True)))
             s_bar_bar = _softmax_vjp(p, p_bar).mul_(scale)
             s_bar.mul_(scale)
-            to_q.copy_(s_bar @ a_k).add_(s_bar_bar @ k)
-            to_k.copy_(s_bar.mT @ a_q).add_(s_bar_bar.mT @ q)
+            torch.matmul(s_bar, a_k, out=to_q).add_(s_bar_bar @ k)
+            torch.matmul(s_bar.mT, a_q, out=to_k).add_(s_bar_bar.mT @ q)
         if not ctx.through_theta:
             return None, None, None, None, outs[0], None, None
         return outs[1], outs[2], outs[3], None, outs[0], None, None

@@ -1,6 +1,7 @@
 """`metagradient`: how much each sample of a dataset moves a metric of the student fine-tuned on it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils import logging
 from ..metrics.base import Metric
 from ..student import Examples, FinetunedStudent, Student
 from .inner_loop import InnerLoopConfig, Trajectory, plan_steps
+from .layers import lean_layers
 from .reverse import reverse_sweep
 
 
@@ -109,7 +111,8 @@ def metagradient(
 
     # Whatever the caller's modes: gradients on, and no automatic casts.
     autocast = torch.autocast(student.device.type, enabled=False)
-    with student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
+    layers = lean_layers(student.model) if config.differentiates_twice else nullcontext()
+    with student.train_mode(), layers, torch.inference_mode(False), torch.enable_grad(), autocast:
         student.verify_quantization()
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
