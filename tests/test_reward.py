@@ -1,5 +1,6 @@
 """The reward in TRL's own trainers, and over several ranks."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ import textwrap
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from tests.tiny import make_model, make_tokenizer
@@ -82,6 +85,129 @@ def test_the_naive_reward_is_the_change_of_the_datasets_metric():
         assert columns["dpg_score"][k::2] == pytest.approx([alone.metric_after - alone.metric_before] * 4)
 
 
+# -- the generator's tokens -----------------------------------------------------------------------------------------
+
+PER_TOKEN = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-6, batch_size=4, per_token=True)
+IDS = [[*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id] for text in TEXTS]
+
+
+def character_student():
+    vocab = {token: k for k, token in enumerate(["<pad>", "<eos>", *"w0123456789 <>eosadi"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return Student(make_model(scale=1.0), processing_class=fast)
+
+
+def character_scores(student, rows):
+    """For "w1 w2 w3": w1| w2| w3|eos is 2 characters, 3, 3, and eos."""
+    scores = metagradient(student, rows, METRIC, PER_TOKEN).token_scores
+    starts = [len(row["prompt"]) if isinstance(row, dict) else 0 for row in rows]
+    lengths = [[2, *[3] * (len(ids) - 2), 1] for ids in IDS]
+    return [
+        torch.stack([part.sum() for part in row[start : start + sum(n)].split(n)])
+        for row, start, n in zip(scores, starts, lengths, strict=True)
+    ]
+
+
+def assert_all_close(got, expected):
+    assert len(got) == len(expected)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
+
+
+def test_a_generator_of_words_receives_the_scores_of_a_students_characters():
+    reward, columns = DPGReward(character_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER), {}
+    rewards = reward(PROMPTS, TEXTS, completion_ids=IDS, log_extra=columns.__setitem__)
+    scores = reward.last_token_scores
+    assert [len(row) for row in scores] == [len(ids) for ids in IDS]
+    assert all((row != 0).all() for row in scores)
+    assert_all_close(scores, character_scores(character_student(), TEXTS))
+    assert [row.sum().item() for row in scores] == pytest.approx(columns["dpg_score"], rel=1e-4)
+    assert columns["dpg_token_scores"] == [row.tolist() for row in scores]
+    plain = DPGReward(character_student(), METRIC, CONFIG)
+    assert rewards == pytest.approx(plain(PROMPTS, TEXTS)) and plain.last_token_scores is None
+
+
+def test_a_generator_with_the_students_tokenizer_receives_the_students_scores():
+    reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
+    reward(PROMPTS, TEXTS, completion_ids=IDS)
+    scores = metagradient(make_student(), TEXTS, METRIC, PER_TOKEN).token_scores
+    assert_all_close(reward.last_token_scores, [row[: len(ids)] for row, ids in zip(scores, IDS, strict=True)])
+
+
+def test_what_the_student_learns_about_eos_goes_to_the_last_token_if_none_was_written():
+    scores = {}
+    for name, ids in dict(ended=IDS, cut=[ids[:-1] for ids in IDS]).items():
+        reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
+        reward(PROMPTS, TEXTS, completion_ids=ids)
+        scores[name] = reward.last_token_scores
+    assert_all_close(scores["cut"], [torch.cat([row[:-2], row[-2:].sum()[None]]) for row in scores["ended"]])
+
+
+def test_token_scores_of_messages_are_those_of_their_text():
+    reward = DPGReward(character_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
+    reward(PROMPTS, [[{"role": "assistant", "content": text}] for text in TEXTS], completion_ids=IDS)
+    assert_all_close(reward.last_token_scores, character_scores(character_student(), TEXTS))
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_token_scores_given_the_prompt_are_those_of_the_completion_alone(conversational):
+    def rendered(student):
+        student.processing_class.chat_template = (
+            "{% for m in messages %}{{ 'wo ' if m.role == 'user' else 'wa ' }}{{ m.content }}"
+            "{{ ' ' if m.role == 'user' else '<eos>' }}{% endfor %}{% if add_generation_prompt %}wa {% endif %}"
+        )
+        return student
+
+    # Either way the student reads "wo w1 wa w1 w2 w3<eos>" and learns from "w1 w2 w3<eos>"
+    prompts, completions = [f"wo {prompt} wa " for prompt in PROMPTS], TEXTS
+    rows = [{"prompt": p, "completion": t} for p, t in zip(prompts, TEXTS, strict=True)]
+    expected = character_scores(character_student(), rows)
+    if conversational:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+        completions = [[{"role": "assistant", "content": text}] for text in TEXTS]
+    reward = DPGReward(
+        rendered(character_student()), METRIC, PER_TOKEN, train_on="prompt_completion", processing_class=TOKENIZER
+    )
+    reward(prompts, completions, completion_ids=IDS)
+    assert_all_close(reward.last_token_scores, expected)
+
+
+def test_tokens_that_the_student_did_not_read_score_zero():
+    config = dataclasses.replace(PER_TOKEN, max_length=4)
+    reward, columns = DPGReward(character_student(), METRIC, config, processing_class=TOKENIZER), {}
+    completions = [*TEXTS[:-1], ""]
+    reward(PROMPTS, completions, completion_ids=[*IDS[:-1], [1]], log_extra=columns.__setitem__)
+    for row, score in zip(reward.last_token_scores, columns["dpg_score"], strict=True):
+        assert row.sum().item() == pytest.approx(score, rel=1e-4)
+        assert (row[2:] == 0).all()  # of "w1 w2 w3" it read "w1 w"
+    assert all((row[:2] != 0).all() for row in reward.last_token_scores[:-1])
+    assert reward.last_token_scores[-1].tolist() == [0.0]
+
+
+def test_token_scores_of_several_datasets_come_in_the_completions_order():
+    config = dataclasses.replace(PER_TOKEN, batch_size=2)
+    reward = DPGReward(make_student(), METRIC, config, False, 2, processing_class=TOKENIZER)
+    reward(PROMPTS, TEXTS, completion_ids=IDS)
+    for k in (0, 1):
+        alone = metagradient(make_student(), TEXTS[k::2], METRIC, config).token_scores
+        expected = [row[: len(ids)] for row, ids in zip(alone, IDS[k::2], strict=True)]
+        assert_all_close(reward.last_token_scores[k::2], expected)
+
+
+def test_token_scores_without_the_generators_tokenizer_or_ids_raise():
+    with pytest.raises(ValueError, match="trainer's `processing_class`"):
+        DPGReward(make_student(), METRIC, PER_TOKEN)(PROMPTS, TEXTS, completion_ids=IDS)
+    with pytest.raises(ValueError, match="`completion_ids`"):
+        DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)(PROMPTS, TEXTS)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+NAIVE = InnerLoopConfig(attribution="dataset", per_token=True)
+SLOW = Student(make_model(vocab_size=400), ByT5Tokenizer())
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -90,6 +216,8 @@ def test_the_naive_reward_is_the_change_of_the_datasets_metric():
         (dict(train_on="prompt"), "train_on 'prompt'"),
         (dict(metric=3), "must be a callable.*got 3"),
         (dict(student=Student(make_model())), "no tokenizer"),
+        (dict(inner_loop_config=InnerLoopConfig(per_token=True), student=SLOW), "ByT5Tokenizer.*Use a fast tokenizer"),
+        (dict(inner_loop_config=NAIVE, cross_group_batching=False, num_generations=2), "no scores per_token"),
     ],
 )
 def test_bad_options_raise(kwargs, message):
@@ -186,6 +314,10 @@ RANKS = """
     for name, kwargs in dict(together=dict(), apart=dict(cross_group_batching=False, num_generations=2)).items():
         results[name] = DPGReward(make_student(), METRIC, CONFIG, **kwargs)(PROMPTS[mine], TEXTS[mine])
 
+    reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
+    reward(PROMPTS[mine], TEXTS[mine], completion_ids=IDS[mine])
+    results["tokens"] = [scores.tolist() for scores in reward.last_token_scores]
+
     def metric(student):
         if state.process_index == 0:
             raise RuntimeError("no benchmark")
@@ -211,9 +343,13 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
         "together": DPGReward(make_student(), METRIC, CONFIG)(PROMPTS, TEXTS),
         "apart": DPGReward(make_student(), METRIC, CONFIG, **apart)(PROMPTS, TEXTS),
     }
+    reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
+    reward(PROMPTS, TEXTS, completion_ids=IDS)
     for rank, error in enumerate(["no benchmark", "The DPG reward failed on rank 0: RuntimeError('no benchmark')"]):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         assert results["error"] == error
+        tokens = [torch.tensor(scores) for scores in results["tokens"]]
+        assert_all_close(tokens, reward.last_token_scores[4 * rank : 4 * rank + 4])
         for name, rewards in alone.items():
             assert results[name] == pytest.approx(rewards[4 * rank : 4 * rank + 4], rel=1e-5)
 

@@ -1,5 +1,6 @@
 """The trainer: configuration, logging, evaluation, model card."""
 
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -132,6 +133,25 @@ def test_a_student_can_have_its_own_tokenizer(tmp_path):
     assert len(train_logs(trainer)) == 1
 
 
+def test_the_generators_tokens_are_scored_in_their_own_positions(tmp_path):
+    sampled = []
+
+    def keep(completion_ids, **kwargs):
+        sampled.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    tokenizer = make_tokenizer([f"w{k}" for k in reversed(range(50))])
+    args = config(tmp_path, per_token=True, log_completions=True)
+    trainer = make_trainer(args, student_processing_class=tokenizer, reward_funcs=keep)
+    trainer.train()
+    scores = trainer.dpg_reward.last_token_scores
+    assert [len(row) for row in scores] == [len(ids) for ids in sampled]
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    for row, logged, total in zip(scores, table["dpg_token_scores"], table["dpg_score"], strict=True):
+        assert logged.tolist() == row.tolist()
+        assert row.sum().item() == pytest.approx(total, rel=1e-4, abs=1e-9)
+
+
 def test_a_student_object_is_used_as_it_is(tmp_path):
     student = Student(make_model(seed=2), processing_class=TOKENIZER)
     trainer = make_trainer(config(tmp_path), student=student, student_processing_class=None)
@@ -150,12 +170,13 @@ def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
 def test_yaml_and_flags_reach_the_inner_loop(tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"output_dir: {tmp_path}\nstudent_learning_rate: 5.0e-6\nstudent_eps_root: 1.0e-9\nstudent_optimizer: sgd\n"
+        "per_token: true\n"
         "student_batch_size: 4\nuse_cpu: true\nbf16: false\nstudent_model_init_kwargs: {revision: main}\n"
     )
     parser = TrlParser(DPGConfig)
     (args,) = parser.parse_args_and_config(["--config", str(tmp_path / "run.yaml"), "--student_num_epochs", "2"])
     assert args.inner_loop_config() == InnerLoopConfig(
-        optimizer="sgd", learning_rate=5e-6, batch_size=4, num_epochs=2, seed=args.seed
+        optimizer="sgd", learning_rate=5e-6, batch_size=4, num_epochs=2, seed=args.seed, per_token=True
     )
     assert args.student_model_init_kwargs == {"revision": "main"}
 

@@ -92,6 +92,9 @@ class DPGConfig(GRPOConfig):
             completion of each prompt.
         train_on (`str`, *optional*, defaults to `"completion"`):
             `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+        per_token (`bool`, *optional*, defaults to `False`):
+            Also score each of the generator's tokens: `trainer.dpg_reward.last_token_scores`, and the column
+            `dpg_token_scores` in the table of completions.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["student_model_init_kwargs"]
@@ -177,6 +180,7 @@ class DPGConfig(GRPOConfig):
         default="completion",
         metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
     )
+    per_token: bool = field(default=False, metadata={"help": "Also score each of the generator's tokens."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -214,6 +218,7 @@ class DPGConfig(GRPOConfig):
             max_length=self.student_max_length,
             loss_normalization=self.student_loss_normalization,
             attribution=self.attribution,
+            per_token=self.per_token,
             max_grad_norm=self.student_max_grad_norm,
             lr_scheduler_type=self.student_lr_scheduler_type,
             warmup_steps=self.student_warmup_steps,

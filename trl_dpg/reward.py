@@ -4,23 +4,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from .alignment import TokenBytes, decode_with_ends, message_text, redistribute, translate
 from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
 from .student import FinetunedStudent, Student
 
 
 Message = dict[str, Any]
 Text = str | list[Message]
-
-
-def _text(message: Message) -> str:
-    """A message's text: its content, or the text parts of a structured one; empty for a mere tool call."""
-    content = message.get("content") or ""
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 class DPGReward:
@@ -49,11 +46,19 @@ class DPGReward:
         train_on (`str`, *optional*, defaults to `"completion"`):
             `"completion"`: the student is trained on the completion's text alone. `"prompt_completion"`: on the
             completion given its prompt (through the student's chat template if conversational).
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The generator's tokenizer. Needed for the scores of its tokens (`per_token=True`); [`DPGTrainer`] sets it.
+
+    Attributes:
+        last_token_scores (`list[torch.Tensor]` or `None`):
+            With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call: a tensor
+            for each completion, as long as its `completion_ids`, which sums to the completion's raw score.
 
     Raises:
         `ValueError`:
-            If an option is unknown, or the naive baseline (`attribution="dataset"`) is asked for with
-            `cross_group_batching`, which would reward all completions alike.
+            If an option is unknown, the naive baseline (`attribution="dataset"`) is asked for with
+            `cross_group_batching`, which would reward all completions alike, or the scores of tokens are asked for
+            with that baseline, which has none, or with a slow tokenizer of the student.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class DPGReward:
         cross_group_batching: bool = True,
         num_generations: int | None = None,
         train_on: str = "completion",
+        processing_class: PreTrainedTokenizerBase | None = None,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
@@ -83,6 +89,15 @@ class DPGReward:
             )
         if not cross_group_batching and num_generations is None:
             raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
+        if inner_loop_config.per_token:
+            if inner_loop_config.attribution == "dataset":
+                raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
+            if not student.processing_class.is_fast:
+                raise ValueError(
+                    f"The student's tokenizer ({type(student.processing_class).__name__}) is a slow one, which does "
+                    "not tell where its tokens lie in the text, so their scores cannot be given to the generator's "
+                    "tokens. Use a fast tokenizer, or per_token=False."
+                )
         self.__name__ = "dpg"  # the reward's name in TRL's logs
         self.student = student
         self.metric = metric
@@ -90,6 +105,9 @@ class DPGReward:
         self.cross_group_batching = cross_group_batching
         self.num_generations = num_generations
         self.train_on = train_on
+        self.processing_class = processing_class
+        self.last_token_scores: list[Tensor] | None = None
+        self._token_bytes: TokenBytes | None = None
         self._start: tuple[list[int], float] | None = None  # versions of the student's weights, and its metric
 
     def __call__(
@@ -98,6 +116,7 @@ class DPGReward:
         completions: list[Text],
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list], None] | None = None,
+        completion_ids: list[list[int]] | None = None,
         **kwargs,
     ) -> list[float]:
         """
@@ -108,12 +127,19 @@ class DPGReward:
             completions (`list`): This rank's completions, texts or messages; those of one prompt are consecutive.
             log_metric (`Callable`, *optional*): TRL's, for the scalars under `dpg/`.
             log_extra (`Callable`, *optional*): TRL's, for the raw scores in the table of completions.
+            completion_ids (`list[list[int]]`, *optional*): The generator's token ids, needed with `per_token=True`.
 
         Returns:
             `list[float]`:
                 A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all
                 scores are equal.
         """
+        per_token = self.inner_loop_config.per_token
+        if per_token and (self.processing_class is None or completion_ids is None):
+            raise ValueError(
+                "The scores of the generator's tokens (per_token=True) need its tokenizer and the ids it sampled: "
+                "give DPGReward the trainer's `processing_class`, and its calls `completion_ids`, as TRL does."
+            )
         started = time.perf_counter()
         local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         examples = gather_object(local)
@@ -129,15 +155,27 @@ class DPGReward:
         equal = scale <= 1e-6 * raw.abs().max()  # what is left is rounding
         rewards = torch.zeros_like(raw) if equal else raw / scale
 
+        counts = gather_object([len(local)])
+        first = sum(counts[: PartialState().process_index])
+        mine = slice(first, first + len(local))
+        if per_token:
+            student_tokens: dict[int, Any] = {
+                row: (scores, ends)
+                for rows, output in zip(datasets, outputs, strict=True)
+                for row, scores, ends in zip(rows, output.token_scores, output.token_ends, strict=True)  # type: ignore
+            }
+            self.last_token_scores = [
+                self._at_generator_tokens(student_tokens[first + k], completion, ids)
+                for k, (completion, ids) in enumerate(zip(completions, completion_ids, strict=True))  # type: ignore
+            ]
         if log_metric is not None:
             for name, value in self._figures(raw, outputs).items():
                 log_metric(f"dpg/{name}", value)
             log_metric("dpg/seconds", time.perf_counter() - started)
-        counts = gather_object([len(local)])
-        first = sum(counts[: PartialState().process_index])
-        mine = slice(first, first + len(local))
         if log_extra is not None:
             log_extra("dpg_score", raw[mine].tolist())
+            if self.last_token_scores is not None:
+                log_extra("dpg_token_scores", [scores.tolist() for scores in self.last_token_scores])
         return rewards[mine].tolist()
 
     def _example(self, prompt: Text, completion: Text) -> Any:
@@ -145,7 +183,7 @@ class DPGReward:
             return {"prompt": prompt, "completion": completion}
         if isinstance(completion, str):
             return completion
-        return "".join(_text(message) for message in completion)
+        return "".join(message_text(message) for message in completion)
 
     def _split(self, prompts: list[Text]) -> list[list[int]]:
         """Which samples make up each dataset."""
@@ -191,6 +229,17 @@ class DPGReward:
                 raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
         everyones = {index: output for part in gather_object([outputs]) for index, output in part.items()}
         return [everyones[index] for index in range(len(datasets))]
+
+    def _at_generator_tokens(
+        self, student_tokens: tuple[Tensor, np.ndarray], completion: Text, completion_ids: list[int]
+    ) -> Tensor:
+        """The student's tokens' scores (padded) and ends, as the scores of the generator's tokens `[C]`."""
+        scores, ends = student_tokens
+        if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
+            self._token_bytes = TokenBytes(self.processing_class)
+        contents = [completion] if isinstance(completion, str) else [message_text(message) for message in completion]
+        text, target_ends = decode_with_ends(completion_ids, self._token_bytes)
+        return redistribute(scores[: len(ends)], ends, translate(target_ends, text, contents))
 
     def _figures(self, raw: Tensor, outputs: list[MetagradientOutput]) -> dict[str, float]:
         """What is logged; figures of several datasets are averaged."""

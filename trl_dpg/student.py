@@ -5,8 +5,11 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -24,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
 
+from .alignment import ends_from_offsets, message_text, translate
 from .cross_entropy import linear_cross_entropy
 
 
@@ -36,11 +40,16 @@ Examples: TypeAlias = Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
 
 
 class TokenizedExample(NamedTuple):
-    """Token ids of one sample, its labels (-100 where no loss is taken), as many, and whether it was cut off."""
+    """
+    Token ids of one sample, its labels (-100 where no loss is taken), as many, and whether it was cut off.
+
+    `ends` `[L]`, if asked for, is where each token ends in the sample's text, or its completion's, see `alignment`.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool = False
+    ends: np.ndarray | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -445,7 +454,9 @@ class Student:
 
     # -- text -------------------------------------------------------------------------------------------------------
 
-    def tokenize(self, examples: Examples, max_length: int, add_eos: bool = True) -> list[TokenizedExample]:
+    def tokenize(
+        self, examples: Examples, max_length: int, add_eos: bool = True, return_ends: bool = False
+    ) -> list[TokenizedExample]:
         """
         Token ids and labels of samples, as [`~trl.SFTTrainer`] would train on them.
 
@@ -459,11 +470,14 @@ class Student:
                 Longer samples are cut off at the end, and so are those longer than the model's positions.
             add_eos (`bool`, *optional*, defaults to `True`):
                 Ends texts and completions with the eos token, as SFT does. Chat templates bring their own.
+            return_ends (`bool`, *optional*, defaults to `False`):
+                Also return where each token ends in the text or completion (of messages: in their joined contents).
+                `None` for samples that are token ids, and with a slow tokenizer, which does not know.
         """
         if isinstance(examples, str):
             raise ValueError("The samples are one string; pass a list of them.")
         rows = [{"text": example} if isinstance(example, str) else example for example in examples]
-        tokenized = [self._tokenize_row(row, add_eos) for row in rows]
+        tokenized = [self._tokenize_row(row, add_eos, return_ends) for row in rows]
         vocab_size = self.model.get_input_embeddings().weight.shape[0]
         largest = max((max(example.input_ids, default=0) for example in tokenized), default=0)
         if largest >= vocab_size:
@@ -475,11 +489,16 @@ class Student:
             max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
         )
         return [
-            TokenizedExample(input_ids[:max_length], labels[:max_length], truncated=len(input_ids) > max_length)
-            for input_ids, labels, _ in tokenized
+            TokenizedExample(
+                example.input_ids[:max_length],
+                example.labels[:max_length],
+                truncated=len(example.input_ids) > max_length,
+                ends=None if example.ends is None else example.ends[:max_length],
+            )
+            for example in tokenized
         ]
 
-    def _tokenize_row(self, row: Mapping[str, Any], add_eos: bool) -> TokenizedExample:
+    def _tokenize_row(self, row: Mapping[str, Any], add_eos: bool, return_ends: bool) -> TokenizedExample:
         if "input_ids" in row:
             input_ids = list(row["input_ids"])
             labels = list(row["labels"]) if row.get("labels") is not None else input_ids
@@ -492,37 +511,65 @@ class Student:
                 "The student has no tokenizer, so samples must be token ids (`input_ids`). Pass `processing_class`."
             )
         eos = tokenizer.eos_token if add_eos and tokenizer.eos_token is not None else ""
+        offsets = {"return_offsets_mapping": True} if return_ends and tokenizer.is_fast else {}
 
         def ended(text):
             return text if text.endswith(eos) else text + eos
 
+        def chat(messages):
+            kwargs = {"tokenizer_kwargs": offsets} if offsets else {}
+            return tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
+
         if "messages" in row:
-            input_ids = tokenizer.apply_chat_template(row["messages"], return_dict=True)["input_ids"]
-            return TokenizedExample(input_ids, input_ids)
+            encoded = chat(row["messages"])
+            return TokenizedExample(encoded["input_ids"], encoded["input_ids"], ends=self._ends(row, encoded))
         if "prompt" in row and "completion" in row:
             prompt, completion = row["prompt"], row["completion"]
             if isinstance(prompt, str):
                 prompt_ids = tokenizer(prompt)["input_ids"]
-                input_ids = tokenizer(prompt + (ended(completion) if completion else ""))["input_ids"]
+                encoded = tokenizer(prompt + (ended(completion) if completion else ""), **offsets)
             else:
                 prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
                     "input_ids"
                 ]
-                input_ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-                completion = "".join(message["content"] for message in completion)
+                encoded = chat(prompt + completion)
+                completion = "".join(message_text(message) for message in completion)
             if not completion:
-                return TokenizedExample(prompt_ids, [-100] * len(prompt_ids))
+                ends = np.zeros(len(prompt_ids)) if offsets else None
+                return TokenizedExample(prompt_ids, [-100] * len(prompt_ids), ends=ends)
+            input_ids = encoded["input_ids"]
             # Tokens may merge across the boundary: the completion starts where the two tokenisations part.
             pairs = zip(prompt_ids, input_ids, strict=False)
             start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(prompt_ids), len(input_ids)))
-            return TokenizedExample(input_ids, [-100] * start + input_ids[start:])
+            return TokenizedExample(input_ids, [-100] * start + input_ids[start:], ends=self._ends(row, encoded))
         if "text" in row:
-            input_ids = tokenizer(ended(row["text"]))["input_ids"] if row["text"] else []
-            return TokenizedExample(input_ids, input_ids)
+            if not row["text"]:
+                return TokenizedExample([], [], ends=np.zeros(0) if offsets else None)
+            encoded = tokenizer(ended(row["text"]), **offsets)
+            return TokenizedExample(encoded["input_ids"], encoded["input_ids"], ends=self._ends(row, encoded))
         raise ValueError(
             f"A sample has the columns {sorted(row)}; expected `text`, `prompt` and `completion`, `messages`, or "
             "`input_ids`."
         )
+
+    def _ends(self, row: Mapping[str, Any], encoded: Mapping[str, Any]) -> np.ndarray | None:
+        """Where the tokens of a row end in its text or completion; `None` if their offsets were not asked for."""
+        if "offset_mapping" not in encoded:
+            return None
+        render = partial(self.processing_class.apply_chat_template, tokenize=False)  # type: ignore[union-attr]
+        start = 0
+        if "messages" in row:
+            text, contents = render(row["messages"]), [message_text(message) for message in row["messages"]]
+        elif "prompt" in row and "completion" in row:
+            prompt, completion = row["prompt"], row["completion"]
+            if isinstance(prompt, str):
+                text, contents, start = prompt + completion, [completion], len(prompt)
+            else:
+                text, contents = render(prompt + completion), [message_text(message) for message in completion]
+                start = len(commonprefix([render(prompt, add_generation_prompt=True), text]))  # noqa: RUF071
+        else:
+            text, contents = row["text"], [row["text"]]
+        return translate(ends_from_offsets(encoded["offset_mapping"]), text, contents, start)
 
     def collate(self, examples: Sequence[TokenizedExample]) -> Batch:
         """Right-pad samples to the longest and put them on the student's device."""

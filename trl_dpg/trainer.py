@@ -160,6 +160,7 @@ class DPGTrainer(GRPOTrainer):
             reward_processing_classes=reward_processing_classes,
             **kwargs,
         )
+        self.dpg_reward.processing_class = self._tokenizer
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval

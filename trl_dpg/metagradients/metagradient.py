@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -35,6 +36,9 @@ class MetagradientOutput:
             ∂Φ/∂w_i in the order of the samples, float32 on the CPU. 0 for samples without a supervised token.
         token_scores (`torch.Tensor` of shape `[N, L]` or `None`):
             ∂Φ/∂w_{i,k}, at the position of the token that is predicted; rows sum to `scores`. With `per_token=True`.
+        token_ends (`list[np.ndarray]` or `None`):
+            With `token_scores`, where each of a sample's tokens ends in its text (or its completion's), in characters;
+            see `trl_dpg.alignment`. `None` for samples that are token ids, and with a slow tokenizer.
         metric_before (`float`): Φ of the student at its start.
         metric_after (`float`): Φ of the fine-tuned student.
         losses (`torch.Tensor` of shape `[T]`): Training loss of each student step, in nats, float32 on the CPU.
@@ -51,6 +55,7 @@ class MetagradientOutput:
     proxies: dict[str, float] = field(default_factory=dict)
     num_truncated: int = 0
     num_empty: int = 0
+    token_ends: list[np.ndarray | None] | None = None
 
 
 def metagradient(
@@ -94,7 +99,7 @@ def metagradient(
     """
     config = config or InnerLoopConfig()
     _check_attention(student, config)
-    tokenized = student.tokenize(examples, config.max_length)
+    tokenized = student.tokenize(examples, config.max_length, return_ends=config.per_token)
     num_truncated = sum(example.truncated for example in tokenized)
     num_empty = sum(example.num_supervised == 0 for example in tokenized)
     if num_truncated:
@@ -169,6 +174,7 @@ def metagradient(
         proxies=proxies,
         num_truncated=num_truncated,
         num_empty=num_empty,
+        token_ends=[example.ends for example in tokenized] if config.per_token and attribute else None,
     )
 
 

@@ -1,0 +1,185 @@
+"""
+Where tokens lie in a text, and scores carried from one tokenizer's tokens to another's by those places.
+
+A tokenisation is described by the *ends* of its tokens: an array of shape `[n]`, in characters from the beginning of
+the text, never decreasing. A token covers what lies between the end before it and its own, so that every character
+belongs to a token: the spaces that a tokenizer leaves out belong to the token after them. A token without characters
+(eos) has no width. Tokens that hold some bytes of one character share it equally, and their ends are fractions.
+"""
+
+import codecs
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE's token names
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """A message's text: its content, or the text parts of a structured one; empty for a mere tool call."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """
+    Ends of the tokens that a fast tokenizer gives the character spans `offsets` (`return_offsets_mapping=True`).
+
+    Tokens of one character all have its span there; it is divided among them.
+
+    Args:
+        offsets (`list[tuple[int, int]]`): First character of each token, and the one after its last.
+
+    Returns:
+        `np.ndarray` of shape `[n]`.
+    """
+    starts, ends = np.array(offsets, dtype=np.float64).reshape(-1, 2).T
+    split = (starts[1:] < ends[:-1]) & (ends[:-1] <= ends[1:])  # the next token begins before this one ends
+    tokens = np.flatnonzero(split)
+    return np.maximum.accumulate(_share(ends, tokens, starts[tokens + 1], ends[tokens]))
+
+
+def _share(ends: np.ndarray, tokens: np.ndarray, begins: np.ndarray, finishes: np.ndarray) -> np.ndarray:
+    """`ends` with the characters from `begins` to `finishes`, inside of which `tokens` end, divided equally."""
+    ends = ends.copy()
+    split = zip(tokens.tolist(), begins.tolist(), finishes.tolist(), strict=True)
+    for (begin, finish), group in groupby(split, key=lambda token: token[1:]):
+        inside = [token for token, *_ in group]
+        # One more token than end inside of it has a share: the one that completes it
+        ends[inside] = np.linspace(begin, finish, len(inside) + 2)[1:-1]
+    return ends
+
+
+class TokenBytes(dict[int, bytes]):
+    """
+    The UTF-8 bytes that each token id of a tokenizer adds to a text; none for special tokens. Filled as it is read.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Any tokenizer, fast or slow.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> bytes:
+        # What it adds to itself: decoders drop the space before a text's first token.
+        once, twice = (
+            self.tokenizer.decode([token_id] * n, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for n in (1, 2)
+        )
+        self[token_id] = twice[len(once) :].encode()
+        if "\ufffd" in twice:  # part of a character, which its name tells: "<0xE2>" or, byte by byte, "âĺ"
+            name = self.tokenizer.convert_ids_to_tokens(token_id)
+            if re.fullmatch("<0x[0-9A-F]{2}>", name):
+                self[token_id] = bytes.fromhex(name[3:5])
+            elif all(character in _BYTE_OF for character in name):
+                self[token_id] = bytes(_BYTE_OF[character] for character in name)
+        return self[token_id]
+
+
+def decode_with_ends(token_ids: Sequence[int], token_bytes: TokenBytes) -> tuple[str, np.ndarray]:
+    """
+    The text of token ids as they were sampled, special tokens left out, and the tokens' ends in it.
+
+    Reading the text with the tokenizer again need not give the same tokens; and decoding every prefix takes quadratic
+    time. The bytes are decoded in one pass.
+
+    Args:
+        token_ids (`list[int]`): Ids of n tokens.
+        token_bytes (`TokenBytes`): Of their tokenizer.
+
+    Returns:
+        `tuple[str, np.ndarray]`: The text, and the ends, of shape `[n]`. Bytes that make no character are U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces, unfinished, pending = [], [], False
+    for token_id in token_ids:
+        data = token_bytes[token_id]
+        if pending or not data.isascii():
+            pieces.append(decoder.decode(data))
+            pending = decoder.getstate()[0] != b""
+        else:
+            pieces.append(data.decode())
+        unfinished.append(pending)
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.float64)
+    text = "".join(pieces) + decoder.decode(b"", final=True)
+    tokens = np.flatnonzero(unfinished[:-1])
+    ends[-1:] = len(text)
+    return text, _share(ends, tokens, ends[tokens], ends[tokens] + 1)
+
+
+def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int = 0) -> np.ndarray:
+    """
+    Ends in a text that was rendered from other texts, as ends in those.
+
+    Args:
+        ends (`np.ndarray` of shape `[n]`):
+            Positions in `text`.
+        text (`str`):
+            The rendered text, e.g. a conversation in a chat template.
+        contents (`list[str]`):
+            The texts it was rendered from, in order. What was stripped or rewritten is matched as far as it goes.
+        start (`int`, *optional*, defaults to `0`):
+            Where in `text` the contents begin.
+
+    Returns:
+        `np.ndarray` of shape `[n]`:
+            Positions in the concatenated contents. What stands before, between or after them has no width.
+    """
+    here, there, length = [start], [0], 0
+    for content in contents:
+        stripped = content.strip()
+        if (found := text.find(content, start)) >= 0:
+            blocks = [(found, 0, len(content))]
+        elif (found := text.find(stripped, start)) >= 0:
+            blocks = [(found, content.find(stripped), len(stripped))]
+        else:
+            matcher = SequenceMatcher(None, text[start:], content, autojunk=False)
+            blocks = [(start + a, b, size) for a, b, size in matcher.get_matching_blocks() if size]
+        for a, b, size in blocks:
+            here += [a, a + size]
+            there += [length + b, length + b + size]
+        start = here[-1]
+        length += len(content)
+    return np.interp(ends, [*here, here[-1]], [*there, length])
+
+
+def redistribute(scores: Tensor, ends: np.ndarray, target_ends: np.ndarray) -> Tensor:
+    """
+    Scores of one tokenisation's tokens, handed to those of another by the characters they have in common.
+
+    A token's score is divided in proportion to the characters. That of a token without characters goes to the token
+    that covers its place, and at the end of the text (eos) to the last token. The sum is preserved.
+
+    Args:
+        scores (`torch.Tensor` of shape `[n]`): On the CPU.
+        ends (`np.ndarray` of shape `[n]`): Ends of the tokens that have the scores.
+        target_ends (`np.ndarray` of shape `[m]`): Ends of the tokens that receive them.
+
+    Returns:
+        `torch.Tensor` of shape `[m]`, in the type of `scores`.
+    """
+    if len(target_ends) == 0:
+        return scores.new_zeros(0)
+    values = scores.double().numpy()
+    bare = np.diff(ends, prepend=0.0) == 0
+    # Along the text, the sum of scores rises linearly within each token: the receivers get its differences.
+    risen = np.append(0.0, np.cumsum(np.where(bare, 0.0, values)))
+    received = np.interp(target_ends, np.append(0.0, ends), risen)
+    received[-1] = risen[-1]
+    shares = np.diff(received, prepend=0.0)
+    places = np.searchsorted(target_ends, ends[bare])
+    places[ends[bare] >= target_ends[-1]] = len(target_ends) - 1
+    np.add.at(shares, places, values[bare])
+    return torch.from_numpy(shares).to(scores.dtype)
