@@ -72,6 +72,12 @@ class DPGConfig(GRPOConfig):
             Samples per forward pass of the student; memory only.
         student_memory_budget (`str`, *optional*, defaults to `"auto"`):
             Bytes for graphs kept from the forward sweep, or `"auto"`; `"0"` recomputes all.
+        student_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            The student's blocks keep their inputs only and run again in each backward pass; memory only.
+        student_checkpoint_interval (`str`, *optional*, defaults to `"auto"`):
+            Steps between the student's states that are kept, or `"auto"`; `"1"` keeps every one.
+        student_offload_trajectory (`bool`, *optional*, defaults to `False`):
+            Keep those states in pinned host memory.
         student_hvp (`str`, *optional*, defaults to `"double_backward"`):
             `"double_backward"`, or `"finite_difference"` for kernels that are not twice differentiable.
         student_num_epochs (`int`, *optional*, defaults to `1`):
@@ -151,6 +157,15 @@ class DPGConfig(GRPOConfig):
     student_memory_budget: str = field(
         default="auto", metadata={"help": "Bytes for graphs kept from the student's forward sweep, or 'auto'."}
     )
+    student_gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Run the student's blocks again in each backward pass; memory only."}
+    )
+    student_checkpoint_interval: str = field(
+        default="auto", metadata={"help": "Steps between the student's states that are kept, or 'auto'."}
+    )
+    student_offload_trajectory: bool = field(
+        default=False, metadata={"help": "Keep the student's states in pinned host memory."}
+    )
     student_hvp: str = field(
         default="double_backward",
         metadata={"help": "'double_backward', or 'finite_difference' for kernels that are not twice differentiable."},
@@ -201,7 +216,6 @@ class DPGConfig(GRPOConfig):
 
     def inner_loop_config(self) -> InnerLoopConfig:
         """The student's fine-tuning as [`InnerLoopConfig`]."""
-        budget = str(self.student_memory_budget)
         return InnerLoopConfig(
             optimizer=self.student_optimizer,
             learning_rate=self.student_learning_rate,
@@ -222,7 +236,10 @@ class DPGConfig(GRPOConfig):
             max_grad_norm=self.student_max_grad_norm,
             lr_scheduler_type=self.student_lr_scheduler_type,
             warmup_steps=self.student_warmup_steps,
-            memory_budget=int(budget) if budget.isdecimal() else budget,
+            gradient_checkpointing=self.student_gradient_checkpointing,
+            memory_budget=_number_or_word(self.student_memory_budget),
+            checkpoint_interval=_number_or_word(self.student_checkpoint_interval),
+            offload_trajectory=self.student_offload_trajectory,
             hvp=self.student_hvp,
         )
 
@@ -247,3 +264,7 @@ class DPGConfig(GRPOConfig):
             bnb_4bit_compute_dtype=self.student_bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=self.student_use_bnb_nested_quant,
         )
+
+
+def _number_or_word(value: int | str) -> int | str:
+    return int(value) if str(value).isdecimal() else value

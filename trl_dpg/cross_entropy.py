@@ -141,7 +141,7 @@ class _Gradient(Function):
             along = [(a, w) for a, w in zip(a_x, weights, strict=True) if a is not None]
             along += [(x, a) for x, a in zip(x, a_weights, strict=True) if a is not None]
             if along:
-                z_dot = _product(*zip(*along, strict=True), a_bias, q.dtype)
+                z_dot = _product([x for x, _ in along], [w for _, w in along], a_bias, q.dtype)
             else:
                 z_dot = torch.zeros_like(probabilities).add_(a_bias)
             mean = torch.linalg.vecdot(probabilities, z_dot)

@@ -287,7 +287,7 @@ class Student:
 
     def loss(
         self,
-        model: nn.Module,
+        model: Any,
         batch: Batch,
         loss_weights: Tensor,
         through_theta: bool = True,
@@ -310,17 +310,17 @@ class Student:
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Their weighted sum, and each token's loss, `[n]`, detached.
         """
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         if self._head_is_linear is not False:
             head = model.get_output_embeddings()
             with _standing_aside(head) as seen:
-                hidden = model(**inputs).logits
+                hidden = model(**arguments).logits
             if self._head_is_linear is None:  # the first time
                 self._head_is_linear = hidden is seen[0] and _factors(head, hidden[:, -1:]) is not None
         if self._head_is_linear:
-            factors = _factors(head, hidden.flatten(0, 1)[batch.targets - 1])
-            return linear_cross_entropy(*factors, batch.labels, loss_weights, through_theta, skip_values)
-        logits = model(**inputs).logits.flatten(0, 1)[batch.targets - 1]
+            inputs, weights, bias = _factors(head, hidden.flatten(0, 1)[batch.targets - 1])
+            return linear_cross_entropy(inputs, weights, bias, batch.labels, loss_weights, through_theta, skip_values)
+        logits = model(**arguments).logits.flatten(0, 1)[batch.targets - 1]
         losses = F.cross_entropy(logits.to(loss_weights.dtype), batch.labels, reduction="none")
         return torch.dot(loss_weights, losses), losses.detach()
 
@@ -715,7 +715,7 @@ def _standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
         vars(head).update(own)
 
 
-def _factors(head: nn.Module, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None] | None:
+def _factors(head: Any, hidden: Tensor) -> Any:
     """X_j, W_j and b of a linear head, whose logits are Σ_j X_j W_jᵀ + b; `None` for any other head."""
     if isinstance(head, ModulesToSaveWrapper):
         head = head.modules_to_save[head.active_adapter]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -377,18 +378,19 @@ class Trajectory:
         state = self._optimizer.init(theta)
         self._graph_size: float | None = None  # bytes for each unit of `_size`; not yet known
         step_bytes = 4 * theta.nbytes  # θ, g and two moments
-        interval = config.checkpoint_interval
-        if interval == "auto":
+        if isinstance(config.checkpoint_interval, int):
+            interval = config.checkpoint_interval
+        else:
             free = _free_memory(torch.device("cpu") if config.offload_trajectory else student.device)
             interval = 1 if step_bytes * len(steps) <= free // 2 else math.isqrt(len(steps))
         # Stretches of one step would each be computed again: every state is kept in a single stretch
         length = len(steps) if interval == 1 else interval
         self._budget = 0
-        if config.differentiates_twice:
+        if config.differentiates_twice and isinstance(config.memory_budget, int):
             self._budget = config.memory_budget
-            if self._budget == "auto":
-                held = 0 if config.offload_trajectory else step_bytes * (length + len(steps) // length)
-                self._budget = (_free_memory(student.device) - held) // 2
+        elif config.differentiates_twice:
+            held = 0 if config.offload_trajectory else step_bytes * (length + len(steps) // length)
+            self._budget = (_free_memory(student.device) - held) // 2
 
         losses: list[Tensor] = []
         self._checkpoints = []
@@ -420,20 +422,16 @@ class Trajectory:
             gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
             gradient_parts = list(student.unflatten(gradient, cast=False).values())
             for micro_batch in self._steps[t]:
-                measure = _GraphSize() if first_retained is None else None
-                with measure or nullcontext():
-                    part = micro_batch_gradient(
-                        student,
-                        theta,
-                        micro_batch,
-                        self._weights,
-                        self._config,
-                        differentiable=first_retained is None or t >= first_retained,
-                        through_theta=t > 0,
-                    )
-                if measure is not None:
-                    self._graph_size = measure.bytes(student) / _size(micro_batch)
+                gradient_of = partial(
+                    micro_batch_gradient, student, theta, micro_batch, self._weights, self._config, through_theta=t > 0
+                )
+                if first_retained is None:
+                    with _GraphSize() as measured:
+                        part = gradient_of(differentiable=True)
+                    self._graph_size = measured.bytes(student) / _size(micro_batch)
                     first_retained = self._first_retained(first, end)
+                else:
+                    part = gradient_of(differentiable=t >= first_retained)
                 torch._foreach_add_(gradient_parts, part.values)
                 loss += part.loss
                 if t >= first_retained:
@@ -449,11 +447,11 @@ class Trajectory:
             theta, state = optimizer.update(clipped, state, theta, self._rates[t])
         return Stretch(first, done, theta, state, losses)
 
-    def _first_retained(self, first: int, end: int) -> int | None:
-        """The first of the last steps before `end` whose graphs together fit into the budget."""
+    def _first_retained(self, first: int, end: int) -> Any:
+        """The first of the last steps before `end` whose graphs together fit into the budget; `None` if not known."""
         if self._graph_size is None:
             return None
-        budget = self._budget
+        budget: float = self._budget
         while end > first and budget >= 0:
             budget -= self._graph_size * sum(map(_size, self._steps[end - 1]))
             end -= budget >= 0
@@ -483,6 +481,10 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self):
         self.storages: dict[int, int] = {}
         super().__init__(self._count, lambda tensor: tensor)
+
+    def __enter__(self):
+        super().__enter__()
+        return self
 
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -59,7 +59,7 @@ class TwiceDifferentiable(TorchFunctionMode):
 
 def _is_parameter(weight: Tensor) -> bool:
     """Whether it is trained, and is no function of what is trained but for a cast."""
-    return weight.requires_grad and (weight.is_leaf or "ToCopy" in weight.grad_fn.name())
+    return weight.requires_grad and (weight.grad_fn is None or "ToCopy" in weight.grad_fn.name())
 
 
 class _Linear(Function):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,9 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     transformers writes one RMSNorm for each family, most of them alike; those that are not (Gemma's) are left as they
     are.
     """
-    forwards: dict[nn.Module, Callable] = {}
+    forwards: dict[Any, Callable] = {}
     alike: dict[type, bool] = {}
+    layer: Any
     for layer in model.modules():
         kind = type(layer)
         if kind.__name__.endswith("RMSNorm") and "variance_epsilon" in vars(layer):
@@ -40,13 +42,13 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _is_rms_norm(layer: nn.Module) -> bool:
+def _is_rms_norm(layer: Any) -> bool:
     x = torch.linspace(-1, 2, layer.weight.numel(), device=layer.weight.device, dtype=torch.float32)
     y = F.rms_norm(x, x.shape, layer.weight.float(), layer.variance_epsilon)
     return torch.allclose(layer(x).float(), y, rtol=1e-4, atol=1e-6)
 
 
-def _rms_norm(layer: nn.Module) -> Callable:
+def _rms_norm(layer: Any) -> Callable:
     return lambda x: F.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
 
 
