@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.tiny import FAMILIES, make_model, make_samples, make_tokenizer
+from tests.tiny import FAMILIES, VOCAB, make_model, make_samples, make_tokenizer
 from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
-from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
-from trl_dpg.metagradients import reverse
+from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cross_entropy, metagradient
+from trl_dpg.metagradients import inner_loop, reverse
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
@@ -26,8 +26,11 @@ def with_lora(model, **kwargs):
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **kwargs))
 
 
+@pytest.mark.parametrize("lean", [False, True], ids=["default", "chunked-checkpointed"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
+def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora, lean, monkeypatch):
+    if lean:  # three tokens of the vocabulary at a time, blocks run again, two stretches of steps
+        monkeypatch.setattr(cross_entropy, "chunk_elements", lambda device: 3 * VOCAB)
     samples, log_ratios = SAMPLES[:8], {}
     cells = itertools.product(
         FAMILIES, [("adamw", 1e-3), ("sgd", 0.1)], (8, 2, 1), (torch.ones(8), RANDOM_WEIGHTS[:8])
@@ -40,7 +43,13 @@ def test_scores_are_as_accurate_as_a_plain_float32_unroll(lora):
         single = log_likelihood(BENCHMARK, torch.float32)
         float32 = unroll(model, samples, single, weights, dtype=torch.float32, **plain)[0]
         config = InnerLoopConfig(
-            optimizer=optimizer, learning_rate=lr, batch_size=batch_size, eps_root=EPS_ROOT, momentum=0.9
+            optimizer=optimizer,
+            learning_rate=lr,
+            batch_size=batch_size,
+            eps_root=EPS_ROOT,
+            momentum=0.9,
+            gradient_checkpointing=lean,
+            checkpoint_interval=max(1, 4 // batch_size) if lean else "auto",
         )
         ours = metagradient(Student(model), samples, METRIC, config, weights=weights).scores
         error = relative_error(ours, exact)
@@ -163,6 +172,54 @@ def test_gradient_checkpointing_does_not_change_the_numbers(memory_budget):
         return metagradient(Student(model), SAMPLES, METRIC, config).scores
 
     assert relative_error(scores(True), scores(False)) <= 5e-5
+
+
+@pytest.mark.parametrize("memory_budget", [0, "auto"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_checkpoints_do_not_change_the_numbers(optimizer, memory_budget):
+    def scores(interval):
+        config = InnerLoopConfig(
+            optimizer=optimizer,
+            learning_rate=1e-3,
+            eps_root=EPS_ROOT,
+            momentum=0.9,
+            batch_size=3,
+            checkpoint_interval=interval,
+            memory_budget=memory_budget,
+        )
+        out = metagradient(Student(make_model(scale=1.0)), SAMPLES, METRIC, config, RANDOM_WEIGHTS)
+        assert len(out.losses) == 6
+        return out.scores
+
+    every_state_kept = scores(1)
+    for interval in (2, 4, 5, 6, 100):
+        assert relative_error(scores(interval), every_state_kept) <= 5e-5, interval
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10**12, [9]), (10**5, [3, 3, 3])], ids=["plenty", "scarce"])
+def test_scarce_memory_holds_the_square_root_of_the_states(free, kept, monkeypatch):
+    monkeypatch.setattr(inner_loop, "_free_memory", lambda device: free)
+    student = Student(make_model(scale=1.0))
+    config = InnerLoopConfig(batch_size=2)
+    steps = inner_loop.plan_steps(student, student.tokenize(make_samples(18), 64), config)
+    trajectory = inner_loop.Trajectory(student, steps, torch.ones(18), config)
+    assert [len(stretch.steps) for stretch in trajectory.stretches_backwards()] == kept
+
+
+def test_a_checkpoint_interval_below_one_raises():
+    with pytest.raises(ValueError, match="checkpoint_interval must be 'auto' or at least 1, got 0"):
+        InnerLoopConfig(checkpoint_interval=0)
+
+
+def test_a_bfloat16_base_with_float32_adapters_agrees_with_float32():
+    """The bar of the number formats: Pearson 0.995 with the scores of the float32 model."""
+    scores = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = with_lora(make_model(scale=1.0).to(torch.bfloat16).to(dtype))
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        config = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-5, batch_size=4)
+        scores.append(metagradient(Student(model), SAMPLES, METRIC, config).scores)
+    assert torch.corrcoef(torch.stack(scores))[0, 1] >= 0.995
 
 
 def test_a_budget_and_micro_batches_bound_what_is_kept():

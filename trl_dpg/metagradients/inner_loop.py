@@ -419,8 +419,7 @@ class Trajectory:
         first_retained = self._first_retained(first, end) if keep and self._budget > 0 else end
         done, losses = [], []
         for t in range(first, end):
-            gradient, loss, retained = torch.zeros_like(theta), theta.new_zeros(()), []
-            gradient_parts = list(student.unflatten(gradient, cast=False).values())
+            gradient, loss, retained = None, theta.new_zeros(()), []
             for micro_batch in self._steps[t]:
                 gradient_of = partial(
                     micro_batch_gradient, student, theta, micro_batch, self._weights, self._config, through_theta=t > 0
@@ -432,11 +431,16 @@ class Trajectory:
                     first_retained = self._first_retained(first, end)
                 else:
                     part = gradient_of(differentiable=t >= first_retained)
-                torch._foreach_add_(gradient_parts, part.values)
+                if gradient is None:
+                    gradient = torch.cat([value.flatten() for value in part.values])
+                else:
+                    torch._foreach_add_(list(student.unflatten(gradient, cast=False).values()), part.values)
                 loss += part.loss
                 if t >= first_retained:
                     retained.append(part._replace(values=[]))
                 del part
+            if gradient is None:  # a batch of empty samples
+                gradient = torch.zeros_like(theta)
             if keep:
                 step = Step(self._steps[t], theta, state, gradient, self._rates[t], retained)
                 done.append(

@@ -35,8 +35,8 @@ class Optimizer(NamedTuple):
         vjp (`Callable`):
             `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: pulls the cotangents of a
             step's results back to its inputs. `state` and `next_state` are the state before and after the step;
-            `state_bar` has the type of the state. The gradient's cotangent is written to `out`, the others replace
-            `theta_bar` and `state_bar` in place.
+            `state_bar` has the type of the state. The gradient's cotangent is written to `out`, which may be
+            `gradient` itself; the others replace `theta_bar` and `state_bar` in place.
     """
 
     init: Callable
@@ -101,7 +101,7 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
             if eps_root == 0:
                 step_bar.masked_fill_(root == 0, 0.0)
             v_bar.add_(step_bar)
-            torch.mul(m_bar, 1 - beta1, out=g_bar).addcmul_(g, v_bar, value=2 * (1 - beta2))
+            torch.mul(g, v_bar, out=g_bar).mul_(2 * (1 - beta2)).add_(m_bar, alpha=1 - beta1)
             m_bar.mul_(beta1)
             v_bar.mul_(beta2)
             x_bar.mul_(1 - lr * weight_decay)

@@ -40,18 +40,18 @@ def reverse_sweep(
     optimizer = config.make_optimizer()
     theta_bar = metric_gradient.clone()
     state_bar = optimizer.init(theta_bar)  # zeros
-    u = torch.empty_like(theta_bar)
-    u_parts, theta_bar_parts = (list(student.unflatten(flat, cast=False).values()) for flat in (u, theta_bar))
+    theta_bar_parts = list(student.unflatten(theta_bar, cast=False).values())
     for stretch in trajectory.stretches_backwards():
         next_state = stretch.state
         while stretch.steps:
             t = stretch.first + len(stretch.steps) - 1
             step = stretch.steps.pop()
             theta, state, gradient = map(trajectory.get, (step.theta, step.state, step.gradient))
-            clipped = gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm)
-            state_bar = optimizer.vjp(clipped, state, next_state, step.lr, theta_bar, state_bar, out=u)
+            u = gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm)
+            state_bar = optimizer.vjp(u, state, next_state, step.lr, theta_bar, state_bar, out=u)
             if config.max_grad_norm is not None:
                 clip_vjp(gradient, config.max_grad_norm, u)
+            u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
                 if config.hvp == "finite_difference":
                     token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
