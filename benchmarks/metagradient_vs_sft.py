@@ -2,7 +2,8 @@
 What does a metagradient cost over the fine-tuning it differentiates?
 
 Seconds of `metagradient` over seconds of a plain PyTorch SFT loop of the same steps (AdamW, the fastest attention),
-both without the metric: medians of interleaved repetitions in one process.
+both without the metric: medians of interleaved repetitions in one process. `qlora` is LoRA over a 4-bit base (nf4,
+float32 compute), in the SFT loop as well.
 
     python benchmarks/metagradient_vs_sft.py                          # reference model on the CPU
     python benchmarks/metagradient_vs_sft.py --device cuda --hidden 2048 --layers 16 --vocab 128256
@@ -10,12 +11,13 @@ both without the metric: medians of interleaved repetitions in one process.
 
 import argparse
 import statistics
+import tempfile
 import time
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from trl_dpg import InnerLoopConfig, Student, metagradient
 
@@ -31,7 +33,17 @@ def make_model(args, kind):
         max_position_embeddings=args.length,
     )
     model = LlamaForCausalLM(config).to(args.device)
-    if kind == "lora":
+    if kind == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = LlamaForCausalLM.from_pretrained(
+                folder, quantization_config=quantization, device_map={"": args.device}, dtype=torch.float32
+            )
+        model.config.name_or_path = ""  # nowhere to look for a tokenizer: samples are token ids
+    if kind in ("lora", "qlora"):
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     return model.train()
 
