@@ -39,6 +39,8 @@ def add_arguments(parser, steps):
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
     parser.add_argument("--eps", type=float, default=1e-8)
     parser.add_argument("--eps-root", type=float, default=1e-6)
+    parser.add_argument("--checkpoint-interval", type=int, default=1, help="ours: steps between the states kept")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="ours: blocks are run again")
 
 
 # -- the workers' half ------------------------------------------------------------------------------------------------

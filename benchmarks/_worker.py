@@ -45,6 +45,8 @@ def ours(settings, memory_budget):
         eps=settings["eps"],
         eps_root=settings["eps_root"],
         memory_budget=memory_budget,
+        checkpoint_interval=settings["checkpoint_interval"],
+        gradient_checkpointing=settings["gradient_checkpointing"],
     )
 
     def metric(finetuned):

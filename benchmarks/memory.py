@@ -31,7 +31,11 @@ def run(args):
     data = torch.randint(0, args.vocab, (int(args.steps) * args.batch, args.length))
     samples = [{"input_ids": row} for row in data.tolist()]
     config = InnerLoopConfig(
-        batch_size=args.batch, learning_rate=1e-6, memory_budget=0, checkpoint_interval=args.checkpoint_interval
+        batch_size=args.batch,
+        learning_rate=1e-6,
+        memory_budget=0,
+        checkpoint_interval=args.checkpoint_interval,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
     metagradient(student, samples[:1], head_sum, config, metric_before=0.0)  # imports and thread pools
     before = _reset_peak(args.device)
@@ -44,7 +48,8 @@ def cell(args, **changes):
     command = [sys.executable, __file__]
     for name, value in options.items():
         values = value if isinstance(value, (list, tuple)) else [value]
-        command += ["--cell"] if name == "cell" else [f"--{name.replace('_', '-')}", *map(str, values)]
+        if value is not False:
+            command += [f"--{name.replace('_', '-')}", *(() if value is True else map(str, values))]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -75,7 +80,6 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=(4096, 32000, 128256))
-    parser.add_argument("--checkpoint-interval", default=1, type=lambda x: int(x) if x.isdecimal() else x)
     parser.add_argument("--cell", action="store_true", help=argparse.SUPPRESS)
     add_arguments(parser, steps="1,8,32")
     arguments = parser.parse_args()

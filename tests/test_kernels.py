@@ -31,6 +31,10 @@ def attention(**kwargs):
 CASES = {
     "silu": (F.silu, [4 * random(3, 5)]),
     "rms_norm": (lambda x, w: F.rms_norm(x, (8,), w, 1e-6), [random(2, 3, 8), random(8)]),
+    "transposed silu": (lambda x: F.silu(x.transpose(1, 2)), [random(2, 3, 5)]),
+    "learned mask": (lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), [*QKV, random(7, 7)]),
+    "attention without heads": (attention(is_causal=True), [random(2, 7, 8), random(2, 7, 8) + 0.1, random(2, 7, 8)]),
+    "rms_norm over two": (lambda x, w: F.rms_norm(x, (3, 8), w, 1e-6), [random(2, 3, 8), random(3, 8)]),
     "attention": (attention(), QKV),
     "causal": (attention(is_causal=True), QKV),
     "masked": (attention(attn_mask=MASK, scale=0.7), QKV),
@@ -79,12 +83,17 @@ def test_the_derivative_in_the_weight_alone_needs_no_other(case):
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-12, atol=1e-12)
 
 
-def test_a_weight_that_is_computed_from_parameters_keeps_its_gradients_value():
+@pytest.mark.parametrize(
+    "weight_of",
+    [lambda v: v / v.norm(dim=1, keepdim=True), lambda v: (v @ v.mT @ v).float().double()],
+    ids=["normalised", "product, cast"],
+)
+def test_a_weight_that_is_computed_from_parameters_keeps_its_gradients_value(weight_of):
     x, v = random(6, 4), random(5, 4).requires_grad_()
 
     def second(mode):
         with mode:
-            value = F.linear(x, v / v.norm(dim=1, keepdim=True))  # weight normalisation
+            value = F.linear(x, weight_of(v))
             (gradient,) = torch.autograd.grad(value.sin().sum(), v, create_graph=True)
         return torch.autograd.grad(gradient, v, torch.ones_like(v))[0]
 

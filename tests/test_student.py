@@ -162,7 +162,7 @@ def test_losses_and_their_gradients_are_those_of_the_models_logits(kind):
     torch.testing.assert_close(loss, (loss_weights * expected).sum())
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
-    assert student._head_is_linear == (kind != "soft-capped")
+    assert student._head_comes_last == (kind != "soft-capped")
 
 
 # -- models ---------------------------------------------------------------------------------------------------------

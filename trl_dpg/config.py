@@ -73,7 +73,8 @@ class DPGConfig(GRPOConfig):
         student_memory_budget (`str`, *optional*, defaults to `"auto"`):
             Bytes for graphs kept from the forward sweep, or `"auto"`; `"0"` recomputes all.
         student_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            The student's blocks keep their inputs only and run again in each backward pass; memory only.
+            The student's blocks keep their inputs only and run again in each backward pass; spares memory in the
+            forward sweep.
         student_checkpoint_interval (`str`, *optional*, defaults to `"auto"`):
             Steps between the student's states that are kept, or `"auto"`; `"1"` keeps every one.
         student_offload_trajectory (`bool`, *optional*, defaults to `False`):

@@ -175,7 +175,7 @@ class Student:
         )
         self._scope = _Scope(model)
         self._quantization_verified = False
-        self._head_is_linear: bool | None = None  # not yet known
+        self._head_comes_last: bool | None = None  # not yet known
 
     def _check_model(self):
         active = _active_dropout(self.model)
@@ -311,13 +311,15 @@ class Student:
             `tuple[torch.Tensor, torch.Tensor]`: Their weighted sum, and each token's loss, `[n]`, detached.
         """
         arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-        if self._head_is_linear is not False:
-            head = model.get_output_embeddings()
+        head = model.get_output_embeddings()
+        if self._head_comes_last is not False and head is not None and _is_linear_head(head):
             with _standing_aside(head) as seen:
                 hidden = model(**arguments).logits
-            if self._head_is_linear is None:  # the first time
-                self._head_is_linear = hidden is seen[0] and _factors(head, hidden[:, -1:]) is not None
-        if self._head_is_linear:
+            if self._head_comes_last is None:  # the first time
+                self._head_comes_last = len(seen) == 1 and hidden is seen[0]
+        else:
+            self._head_comes_last = False
+        if self._head_comes_last:
             inputs, weights, bias = _factors(head, hidden.flatten(0, 1)[batch.targets - 1])
             return linear_cross_entropy(inputs, weights, bias, batch.labels, loss_weights, through_theta, skip_values)
         logits = model(**arguments).logits.flatten(0, 1)[batch.targets - 1]
@@ -355,7 +357,7 @@ class Student:
                 with kernels():
                     return function(*args)
 
-            return checkpoint(within, *args, use_reentrant=False)
+            return checkpoint(within, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
 
         blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         names = ("gradient_checkpointing", "_gradient_checkpointing_func")
@@ -715,14 +717,30 @@ def _standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
         vars(head).update(own)
 
 
-def _factors(head: Any, hidden: Tensor) -> Any:
-    """X_j, W_j and b of a linear head, whose logits are Σ_j X_j W_jᵀ + b; `None` for any other head."""
-    if isinstance(head, ModulesToSaveWrapper):
-        head = head.modules_to_save[head.active_adapter]
-    if type(head) is nn.Linear:
+def _trained_copy(head: Any) -> Any:
+    """The module behind a head that PEFT trains a copy of (`modules_to_save`), as its `forward` chooses it."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    (adapter,) = [head.active_adapter] if isinstance(head.active_adapter, str) else head.active_adapter[:1]
+    if head.disable_adapters or adapter not in head.modules_to_save:
+        return head.original_module
+    return head.modules_to_save[adapter]
+
+
+def _is_linear_head(head: Any) -> bool:
+    """Whether it computes Σ_j X_j W_jᵀ + b with the factors of `_factors`."""
+    head = _trained_copy(head)
+    if not isinstance(head, LoraLayer):
+        return type(head) is nn.Linear
+    plain = not (head.merged or head.lora_variant or any(head.lora_bias.values()))
+    return plain and type(head.base_layer) is nn.Linear
+
+
+def _factors(head: Any, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """X_j, W_j and b of a linear head."""
+    head = _trained_copy(head)
+    if not isinstance(head, LoraLayer):
         return [hidden], [head.weight], head.bias
-    if not isinstance(head, LoraLayer) or type(head.base_layer) is not nn.Linear or any(head.lora_bias.values()):
-        return None
     inputs, weights = [hidden], [head.base_layer.weight]
     for adapter in [] if head.disable_adapters else head.active_adapters:
         if adapter in head.lora_A:

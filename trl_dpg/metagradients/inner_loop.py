@@ -72,8 +72,9 @@ class InnerLoopConfig:
         micro_batch_size (`int`, *optional*):
             Samples per forward pass. Bounds memory; never changes the numbers beyond rounding.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            The student's blocks keep their inputs only and run again in each backward pass. Bounds memory, takes
-            time; never changes the numbers.
+            The student's blocks keep their inputs only and run again in each backward pass. Spares memory in the
+            forward sweep; in the reverse sweep the gradient's own graph holds the blocks' activations all the same.
+            Takes time; never changes the numbers.
         max_length (`int`, *optional*, defaults to `1024`):
             Longer samples are cut off, in tokens.
         loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
@@ -143,6 +144,8 @@ class InnerLoopConfig:
             _check_choice("checkpoint_interval", self.checkpoint_interval, ("auto",))
         elif self.checkpoint_interval < 1:
             raise ValueError(f"checkpoint_interval must be 'auto' or at least 1, got {self.checkpoint_interval}.")
+        else:
+            self.checkpoint_interval = int(self.checkpoint_interval)
         _check_choice("lr_scheduler_type", self.lr_scheduler_type, _SCHEDULES)
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
@@ -289,8 +292,8 @@ def micro_batch_gradient(
         micro_batch (`MicroBatch`): The samples.
         weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
         config (`InnerLoopConfig`): The inner loop.
-        differentiable (`bool`): Keep the graph, so that the result can be differentiated in the token weights and
-        through_theta (`bool`): in θ.
+        differentiable (`bool`): Keep the graph, so that the result can be differentiated in the token weights.
+        through_theta (`bool`): And in θ.
         skip_values (`bool`): Leave out values that only take time: the graph is all that is wanted.
     """
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
@@ -493,7 +496,7 @@ class _GraphSize(torch.autograd.graph.saved_tensors_hooks):
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that holds its own output would never be freed
 
     def bytes(self, student: Student) -> int:
         """Bytes held beside the model's own weights."""

@@ -27,8 +27,8 @@ BLOCK = 1 << 20
 
 class TwiceDifferentiable(TorchFunctionMode):
     """
-    Runs `silu`, `rms_norm`, `scaled_dot_product_attention` and (with `skip_values`) `linear` by the kernels of this
-    file.
+    Runs `silu`, `rms_norm`, `scaled_dot_product_attention` and (with `skip_values`) `linear` and `addmm` by the
+    kernels of this file. Dropout is taken to be off.
 
     Args:
         through_theta (`bool`):
@@ -46,20 +46,33 @@ class TwiceDifferentiable(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.silu:
             return _SiLU.apply(args[0], self.through_theta)
-        if function is F.rms_norm and kwargs["weight"] is not None and kwargs["eps"] is not None:
+        if function is F.rms_norm and _over_last_dimension(kwargs["weight"], kwargs["eps"]):
             return _RMSNorm.apply(args[0], kwargs["weight"], kwargs["eps"], self.through_theta)
-        if function is F.scaled_dot_product_attention:
+        if function is F.scaled_dot_product_attention and args[0].dim() == 4:
             return _attention(self.through_theta, *args, **kwargs)
         if self.skip_values and function is F.linear and not kwargs and _is_parameter(args[1]):
             return _Linear.apply(*args, *[None] * (3 - len(args)))
-        if self.skip_values and function is torch.addmm and not kwargs and _is_parameter(args[2]):  # GPT-2's
-            return _Linear.apply(args[1], args[2].mT, args[0])
+        if (
+            self.skip_values
+            and function is torch.addmm
+            and not kwargs
+            and args[0].dim() == 1
+            and _is_parameter(args[2])
+        ):
+            return _Linear.apply(args[1], args[2].mT, args[0])  # GPT-2's linear layer
         return function(*args, **kwargs)
 
 
 def _is_parameter(weight: Tensor) -> bool:
     """Whether it is trained, and is no function of what is trained but for a cast."""
-    return weight.requires_grad and (weight.grad_fn is None or "ToCopy" in weight.grad_fn.name())
+    if weight.grad_fn is None:
+        return weight.requires_grad
+    (source, _), *others = weight.grad_fn.next_functions
+    return "ToCopy" in weight.grad_fn.name() and not others and source is not None and "Accumulate" in source.name()
+
+
+def _over_last_dimension(weight: Tensor | None, eps: float | None) -> bool:
+    return weight is not None and weight.dim() == 1 and eps is not None
 
 
 class _Linear(Function):
@@ -131,7 +144,7 @@ class _SiLUBackward(Function):
         to_y_bar = torch.ops.aten.silu_backward(cotangent, x)
         if not ctx.through_theta:
             return to_y_bar, None, None
-        to_x = torch.empty_like(x)
+        to_x = torch.empty_like(x, memory_format=torch.contiguous_format)  # written through flat views
         flat = (tensor.reshape(-1).split(BLOCK) for tensor in (x, y_bar, cotangent, to_x))
         for x, y_bar, cotangent, out in zip(*flat, strict=True):
             sigmoid = torch.sigmoid(x)
@@ -209,12 +222,14 @@ class _RMSNormBackward(Function):
 def _attention(
     through_theta, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """`scaled_dot_product_attention` of `[B, H, L, E]` tensors."""
+    """`scaled_dot_product_attention` of `[B, H, L, E]` tensors, in float32 or wider."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
     if is_causal:
         size = query.size(-2), key.size(-2)
         attn_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+    dtype = query.dtype
+    query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if attn_mask is not None:
         least = torch.finfo(query.dtype).min  # not -inf: a row of padding may see nothing at all
         if attn_mask.dtype == torch.bool:
@@ -222,7 +237,9 @@ def _attention(
         attn_mask = attn_mask.clamp(min=least).expand(query.size(0), query.size(1), -1, -1)
     scale = query.size(-1) ** -0.5 if scale is None else scale
     query, key, value = (x.contiguous() for x in (query, key, value))  # or every product copies them
-    return _Attention.apply(query, key, value, attn_mask, scale, through_theta)
+    if attn_mask is not None and attn_mask.requires_grad:  # a learned bias
+        return (((query * scale) @ key.mT + attn_mask).softmax(-1) @ value).to(dtype)
+    return _Attention.apply(query, key, value, attn_mask, scale, through_theta).to(dtype)
 
 
 def _blocks(query: Tensor, key: Tensor, *others: Tensor | None):
@@ -246,7 +263,7 @@ def _probabilities(query, key, mask, scale):
 
 
 def _softmax_vjp(probabilities, cotangent):
-    """P ∘ (C - Σ P ∘ C), the cotangent of the softmax's input; also its derivative along C. Overwrites C."""
+    """P ∘ (C - Σ P ∘ C), the cotangent of the softmax's input; also its derivative along C"""
     return torch.ops.aten._softmax_backward_data(cotangent, probabilities, -1, probabilities.dtype)
 
 

@@ -54,9 +54,8 @@ def _rms_norm(layer: Any) -> Callable:
 
 def _is_plain_lora(layer: LoraLayer) -> bool:
     return (
-        len(layer.lora_A) > 0
-        and all(isinstance(adapter, nn.Linear) for adapter in layer.lora_A.values())
-        and not (layer.disable_adapters or layer.lora_variant or any(layer.lora_bias.values()))
+        type(layer).__name__ in ("Linear", "Linear4bit")  # of PEFT's lora.layer and lora.bnb
+        and not (layer.disable_adapters or layer.merged or layer.lora_variant or any(layer.lora_bias.values()))
     )
 
 

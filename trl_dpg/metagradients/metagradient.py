@@ -116,13 +116,17 @@ def metagradient(
 
     # Whatever the caller's modes: gradients on, and no automatic casts.
     autocast = torch.autocast(student.device.type, enabled=False)
-    layers = lean_layers(student.model) if config.differentiates_twice else nullcontext()
-    with student.train_mode(), layers, torch.inference_mode(False), torch.enable_grad(), autocast:
+
+    def layers():
+        return lean_layers(student.model) if config.differentiates_twice else nullcontext()
+
+    with student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
         student.verify_quantization()
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
         steps = plan_steps(student, tokenized, config)
-        trajectory = Trajectory(student, steps, data_weights, config)
+        with layers():
+            trajectory = Trajectory(student, steps, data_weights, config)
         losses = trajectory.losses.float().cpu()
         if not losses.isfinite().all():
             step = int((~losses.isfinite()).nonzero()[0])
@@ -152,7 +156,8 @@ def metagradient(
         if attribute:
             if metric_gradient is None:
                 raise ValueError(_NO_GRADIENT.format(metric_after))
-            reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
+            with layers():
+                reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
         else:
             scores = torch.full((len(tokenized),), metric_after)

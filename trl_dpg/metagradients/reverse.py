@@ -53,6 +53,7 @@ def reverse_sweep(
                 clip_vjp(gradient, config.max_grad_norm, u)
             u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
+                token_bar: Tensor | None
                 if config.hvp == "finite_difference":
                     token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
                 else:
@@ -71,7 +72,8 @@ def reverse_sweep(
                         )
                     token_bar, products = _pull_back(student, part, u_parts, through_theta=t > 0)
                     del part  # frees its graph
-                token_scores[micro_batch.rows, micro_batch.columns] += token_bar
+                if token_bar is not None:
+                    token_scores[micro_batch.rows, micro_batch.columns] += token_bar
                 for bar, product in zip(theta_bar_parts, products, strict=False):
                     if product is not None:
                         bar += product
@@ -80,7 +82,7 @@ def reverse_sweep(
 
 def _pull_back(
     student: Student, part: Gradient, u: list[Tensor], through_theta: bool
-) -> tuple[Tensor, Sequence[Tensor | None]]:
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """∇_w ⟨u, g⟩ of shape `[n]` and, if asked for, ∇_θ ⟨u, g⟩ by parameter, of one micro-batch's gradient g."""
     inputs = [part.token_weights, *part.leaves] if through_theta else [part.token_weights]
     edges, cotangents = zip(*((edge, bar) for edge, bar in zip(part.edges, u, strict=True) if edge), strict=True)
