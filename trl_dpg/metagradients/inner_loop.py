@@ -376,7 +376,6 @@ class Trajectory:
     def __init__(self, student: Student, steps: Sequence[list[MicroBatch]], weights: Tensor, config: InnerLoopConfig):
         self._student, self._steps, self._weights, self._config = student, steps, weights, config
         self._optimizer = config.make_optimizer()
-        self._offload = config.offload_trajectory and student.device.type == "cuda"
         self._rates = config.learning_rates(len(steps))
         self.initial_theta = theta = student.initial_theta()
         state = self._optimizer.init(theta)
@@ -422,12 +421,7 @@ class Trajectory:
         # While a graph's size is not known, the next one is measured, and dropped again if it is not to be kept
         first_retained = self._first_retained(first, end) if keep and self._budget > 0 else end
         done, losses = [], []
-        # One tensor for all states: they would lie scattered among the graphs, whose memory could not be used again
-        num_states = 2 + optimizer.num_moments  # g, θ, moments
-        states = theta.new_empty(end - first if keep and not self._offload else 0, num_states, theta.numel())
         for t in range(first, end):
-            # `.data`: a write to one step's states is none to those that another step's graph has saved
-            out = states[t - first].data if len(states) else theta.new_empty(num_states, theta.numel())
             gradient, loss, retained = None, theta.new_zeros(()), []
             for micro_batch in self._steps[t]:
                 gradient_of = partial(
@@ -441,7 +435,7 @@ class Trajectory:
                 else:
                     part = gradient_of(differentiable=t >= first_retained)
                 if gradient is None:
-                    gradient = torch.cat([value.flatten() for value in part.values], out=out[0])
+                    gradient = torch.cat([value.flatten() for value in part.values])
                 else:
                     torch._foreach_add_(list(student.unflatten(gradient, cast=False).values()), part.values)
                 loss += part.loss
@@ -449,7 +443,7 @@ class Trajectory:
                     retained.append(part._replace(values=[]))
                 del part
             if gradient is None:  # a batch of empty samples
-                gradient = out[0].zero_()
+                gradient = torch.zeros_like(theta)
             if keep:
                 step = Step(self._steps[t], theta, state, gradient, self._rates[t], retained)
                 done.append(
@@ -457,7 +451,7 @@ class Trajectory:
                 )
             losses.append(loss)
             clipped = gradient if clip_norm is None else clip(gradient, clip_norm)
-            theta, state = optimizer.update(clipped, state, theta, self._rates[t], out[1:])
+            theta, state = optimizer.update(clipped, state, theta, self._rates[t])
         return Stretch(first, done, theta, state, losses)
 
     def _first_retained(self, first: int, end: int) -> Any:
@@ -472,7 +466,7 @@ class Trajectory:
 
     def _put(self, state: Any) -> Any:
         """A state where states are kept. Copies to pinned memory do not wait for the device."""
-        if not self._offload:
+        if not self._config.offload_trajectory or self._student.device.type != "cuda":
             return state
         return _map(lambda x: torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True), state)
 

@@ -28,13 +28,10 @@ class Optimizer(NamedTuple):
     An optimizer as three functions over flat tensors of shape `[P]`.
 
     Attributes:
-        num_moments (`int`):
-            Tensors of shape `[P]` in a state.
         init (`Callable`):
             `init(theta) -> state`.
         update (`Callable`):
-            `update(gradient, state, theta, lr, out) -> (theta, state)`: one step, written to the rows of `out`, of
-            shape `[1 + num_moments, P]`; its inputs are left as they are.
+            `update(gradient, state, theta, lr) -> (theta, state)`: one step; its inputs are left as they are.
         vjp (`Callable`):
             `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: pulls the cotangents of a
             step's results back to its inputs. `state` and `next_state` are the state before and after the step;
@@ -42,7 +39,6 @@ class Optimizer(NamedTuple):
             `gradient` itself; the others replace `theta_bar` and `state_bar` in place.
     """
 
-    num_moments: int
     init: Callable
     update: Callable
     vjp: Callable
@@ -70,10 +66,10 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
     def init(theta):
         return AdamWState(0, torch.zeros_like(theta), torch.zeros_like(theta))
 
-    def update(gradient, state, theta, lr, out):
+    def update(gradient, state, theta, lr):
         step = state.step + 1
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        next_theta, exp_avg, exp_avg_sq = out
+        next_theta, exp_avg, exp_avg_sq = (torch.empty_like(theta) for _ in range(3))
         pieces = blocks(gradient, state.exp_avg, state.exp_avg_sq, theta, exp_avg, exp_avg_sq, next_theta)
         for g, m, v, x, next_m, next_v, next_x in pieces:
             torch.mul(m, beta1, out=next_m).add_(g, alpha=1 - beta1)
@@ -111,7 +107,7 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
             x_bar.mul_(1 - lr * weight_decay)
         return state_bar._replace(step=state.step)
 
-    return Optimizer(2, init, update, vjp)
+    return Optimizer(init, update, vjp)
 
 
 class SGDState(NamedTuple):
@@ -129,8 +125,8 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
     def init(theta):
         return SGDState(torch.zeros_like(theta))
 
-    def update(gradient, state, theta, lr, out):
-        next_theta, buffer = out
+    def update(gradient, state, theta, lr):
+        next_theta, buffer = torch.empty_like(theta), torch.empty_like(theta)
         for g, b, x, next_b, next_x in blocks(gradient, state.momentum_buffer, theta, buffer, next_theta):
             torch.mul(b, momentum, out=next_b).add_(g).add_(x, alpha=weight_decay)
             torch.add(x, next_b, alpha=-lr, out=next_x)
@@ -143,7 +139,7 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
             x_bar.add_(g_bar, alpha=weight_decay)
         return state_bar
 
-    return Optimizer(1, init, update, vjp)
+    return Optimizer(init, update, vjp)
 
 
 def clip(gradient: Tensor, max_norm: float) -> Tensor:
