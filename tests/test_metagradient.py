@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.tiny import FAMILIES, VOCAB, make_model, make_samples, make_tokenizer
 from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
@@ -204,6 +205,22 @@ def test_scarce_memory_holds_the_square_root_of_the_states(free, kept, monkeypat
     steps = inner_loop.plan_steps(student, student.tokenize(make_samples(18), 64), config)
     trajectory = inner_loop.Trajectory(student, steps, torch.ones(18), config)
     assert [len(stretch.steps) for stretch in trajectory.stretches_backwards()] == kept
+
+
+@pytest.mark.parametrize("memory_budget", [1, "auto"])
+def test_no_graph_outlives_its_call(memory_budget, monkeypatch):
+    saved = []
+    count = inner_loop._GraphSize._count
+
+    def record(self, tensor):
+        saved.append(StorageWeakRef(tensor.untyped_storage()))
+        return count(self, tensor)
+
+    monkeypatch.setattr(inner_loop._GraphSize, "_count", record)
+    model = make_model("gpt2", scale=1.0)  # its activation saves what tanh returns
+    metagradient(Student(model), SAMPLES, METRIC, InnerLoopConfig(memory_budget=memory_budget))
+    weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
+    assert len(saved) > 50 and not [ref for ref in saved if not ref.expired() and ref not in weights]
 
 
 def test_a_checkpoint_interval_below_one_raises():

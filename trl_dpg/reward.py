@@ -108,7 +108,8 @@ class DPGReward:
         self.processing_class = processing_class
         self.last_token_scores: list[Tensor] | None = None
         self._token_bytes: TokenBytes | None = None
-        self._start: tuple[list[int], float] | None = None  # versions of the student's weights, and its metric
+        # Versions of the student's weights, the metric, and its value there
+        self._start: tuple[list[int], Callable, float] | None = None
 
     def __call__(
         self,
@@ -210,15 +211,15 @@ class DPGReward:
                 self.student.to(there)
             for index in range(state.process_index, len(datasets), state.num_processes):
                 versions = [parameter._version for parameter in self.student.model.parameters()]
-                known = self._start is not None and self._start[0] == versions
+                known = self._start is not None and self._start[:2] == (versions, self.metric)
                 outputs[index] = metagradient(
                     self.student,
                     datasets[index],
                     self.metric,
                     self.inner_loop_config,
-                    metric_before=self._start[1] if known else None,  # type: ignore[index]
+                    metric_before=self._start[2] if known else None,  # type: ignore[index]
                 )
-                self._start = (versions, outputs[index].metric_before)
+                self._start = (versions, self.metric, outputs[index].metric_before)
         except Exception as raised:
             error = raised
         errors = gather_object([repr(error) if error is not None else None])

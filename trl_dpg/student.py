@@ -360,10 +360,11 @@ class Student:
             return checkpoint(within, *args, use_reentrant=False, preserve_rng_state=False)  # no dropout
 
         blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        blocks = [block for block in blocks if enable or block.gradient_checkpointing]
         names = ("gradient_checkpointing", "_gradient_checkpointing_func")
         own = [{name: value for name, value in vars(block).items() if name in names} for block in blocks]
         for block in blocks:
-            block.gradient_checkpointing = enable or block.gradient_checkpointing
+            block.gradient_checkpointing = True
             block._gradient_checkpointing_func = run
         try:
             yield
