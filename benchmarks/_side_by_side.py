@@ -134,24 +134,12 @@ class Rival:
 
 def save_inputs(args, kind, steps, folder):
     """The start of every rival: the model, its adapters, and random token ids."""
-    from peft import LoraConfig, get_peft_model  # the workers need neither
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
+    from metagradient_vs_sft import make_model  # the rival's environment has none of what it needs
 
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=args.vocab,
-        hidden_size=args.hidden,
-        intermediate_size=args.hidden * 8 // 3,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.length,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "full")
+    make_model(args, "full").save_pretrained(folder / "full")
     if kind == "lora":
-        model = LlamaForCausalLM.from_pretrained(folder / "full")
-        model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        model = make_model(args, "lora")
+        model.peft_config["default"].base_model_name_or_path = str(folder / "full")
         model.save_pretrained(folder / "lora")
     torch.save(torch.randint(0, args.vocab, (steps * args.batch, args.length)), folder / "data.pt")
     torch.save(torch.randint(0, args.vocab, (args.batch, args.length)), folder / "held_out.pt")

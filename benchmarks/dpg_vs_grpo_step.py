@@ -15,11 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from trl_dpg import DPGReward, DPGTrainer
+from trl_dpg import DPGReward
 from trl_dpg.scripts import quickstart
+
+
+class Trained(Exception):
+    """Ends an act after its training."""
 
 
 class Clock(TrainerCallback):
@@ -34,9 +37,8 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds.append(time.perf_counter() - self.started)
 
-
-class Trained(Exception):
-    """Ends an act after its training."""
+    def on_train_end(self, args, state, control, **kwargs):
+        raise Trained
 
 
 def step_seconds(act, way, steps):
@@ -45,18 +47,10 @@ def step_seconds(act, way, steps):
     def train(generator, tokenizer, prompts, table, **arguments):
         arguments["args"].max_steps = steps
         arguments["args"].per_token = way == "per token"
-        trainer = DPGTrainer(
-            model=generator,
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=tokenizer,
-            callbacks=[clock],
-            **arguments,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        raise Trained
+        train_generator(generator, tokenizer, prompts, clock, **arguments)
 
-    score, quickstart.train_generator = DPGReward.__call__, train
+    score, train_generator = DPGReward.__call__, quickstart.train_generator
+    quickstart.train_generator = train
     if way == "GRPO":
         DPGReward.__call__ = lambda self, prompts, completions, **kwargs: [0.0] * len(completions)
     try:
@@ -65,7 +59,7 @@ def step_seconds(act, way, steps):
     except Trained:
         return statistics.median(clock.seconds[2:])
     finally:
-        DPGReward.__call__ = score
+        DPGReward.__call__, quickstart.train_generator = score, train_generator
 
 
 def main(args):

@@ -722,7 +722,7 @@ def _trained_copy(head: Any) -> Any:
     """The module behind a head that PEFT trains a copy of (`modules_to_save`), as its `forward` chooses it."""
     if not isinstance(head, ModulesToSaveWrapper):
         return head
-    (adapter,) = [head.active_adapter] if isinstance(head.active_adapter, str) else head.active_adapter[:1]
+    adapter = head.active_adapters[0]
     if head.disable_adapters or adapter not in head.modules_to_save:
         return head.original_module
     return head.modules_to_save[adapter]
