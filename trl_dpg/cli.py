@@ -5,7 +5,10 @@ import sys
 from importlib import import_module
 
 
-COMMANDS = {"quickstart": "Try the method on tiny models made on the spot."}
+COMMANDS = {
+    "dpg": "Train a generator by Dataset Policy Gradients.",
+    "quickstart": "Try the method on tiny models made on the spot.",
+}
 
 
 def main(argv: list[str] | None = None) -> None:

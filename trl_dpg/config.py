@@ -1,12 +1,19 @@
 """`DPGConfig`: GRPO's arguments and, flat beside them, the student's."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
 
 from .metagradients import InnerLoopConfig
+from .student import Student
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -264,6 +271,23 @@ class DPGConfig(GRPOConfig):
             bnb_4bit_quant_type=self.student_bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=self.student_bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=self.student_use_bnb_nested_quant,
+        )
+
+    def load_student(
+        self,
+        model: "str | PreTrainedModel | PeftModel | None" = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: "PeftConfig | None" = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+    ) -> Student:
+        """The student at its start; arguments that are given override the fields of this configuration."""
+        set_seed(self.seed)  # adapters start at random
+        return Student(
+            model or self.student_model_name_or_path,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            peft_config=peft_config or self.student_peft_config(),
+            quantization_config=quantization_config or self.student_quantization_config(),
+            model_init_kwargs=self.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         )
 
 

@@ -6,12 +6,14 @@ through the meanings, so that a model trained on one language's sentences has so
 frequencies.
 """
 
+import json
 import random
 import string
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -20,6 +22,7 @@ SENTENCE_LENGTH = 6
 LANGUAGE_A = [consonant + vowel for consonant in "bdgk" for vowel in "aeio"]
 LANGUAGE_B = [consonant + vowel + "n" for consonant in "lrst" for vowel in "aeio"]
 CHARACTERS = string.ascii_lowercase + " "
+HEXADECIMAL = "0123456789abcdef"
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -32,15 +35,18 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def character_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters."""
-    vocabulary = {token: k for k, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+def character_tokenizer(characters: str = CHARACTERS, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters; with `bos`, every text begins with a token `<bos>`."""
+    special = ["<pad>", "<eos>", "<unk>", *["<bos>"] * bos]
+    vocabulary = {token: k for k, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 3)])
+        names["bos_token"] = "<bos>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
 
 
 def tiny_llama(
@@ -55,7 +61,7 @@ def tiny_llama(
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=128,
-        bos_token_id=None,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=initializer_range,
@@ -108,3 +114,111 @@ def language_share(language: Sequence[str], texts: Sequence[str]) -> float:
     """The share of the texts' words that belong to a language."""
     words = [word for text in texts for word in text.split()]
     return sum(word in set(language) for word in words) / max(len(words), 1)
+
+
+def save_world(
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    generator: LlamaForCausalLM,
+    student: LlamaForCausalLM,
+    prompts: Sequence[str],
+    benchmark: Sequence[str] = (),
+) -> None:
+    """
+    Write a world as files, as a user would have them: `generator` and `student` (with the tokenizer), `prompts.jsonl`
+    and, where the metric reads texts, `benchmark.jsonl`.
+    """
+    for name, model in (("generator", generator), ("student", student)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for name, column, texts in (("prompts", "prompt", prompts), ("benchmark", "text", benchmark)):
+        lines = [json.dumps({column: text}) + "\n" for text in texts]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+
+
+def characters_world(
+    folder: Path,
+    seed: int = 0,
+    characters: str = CHARACTERS,
+    generator_hidden_size: int = 64,
+    student_hidden_size: int = 32,
+    num_layers: int = 2,
+) -> None:
+    """
+    A generator with random weights that writes random characters, and a student. For metrics that read weights.
+
+    Args:
+        folder (`Path`): Where it is written.
+        seed (`int`): Seed of weights and prompts.
+        characters (`str`): The alphabet.
+        generator_hidden_size (`int`): Width of the generator.
+        student_hidden_size (`int`): Width of the student.
+        num_layers (`int`): Layers of both.
+    """
+    rng = random.Random(seed)
+    tokenizer = character_tokenizer(characters)
+    generator = tiny_llama(tokenizer, generator_hidden_size, num_layers, seed)
+    student = tiny_llama(tokenizer, student_hidden_size, num_layers, seed + 1)
+    prompts = ["".join(rng.choices(characters, k=4)) for _ in range(1024)]
+    save_world(folder, tokenizer, generator, student, prompts)
+
+
+def languages_world(folder: Path, seed: int = 0, share: float = 0.05, hidden_size: int = 64) -> None:
+    """
+    Two languages. A generator that rephrases sentences of A, now and then in B; a student that knows A; a benchmark in
+    B. No prompt mentions B.
+
+    Args:
+        folder (`Path`): Where it is written.
+        seed (`int`): Seed of weights and texts.
+        share (`float`): How often the generator answers in B at its start.
+        hidden_size (`int`): Width of both models.
+    """
+    rng = random.Random(seed)
+    tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B, ":"])
+
+    def rephrasing(prompt):
+        return f"{prompt} : {sentence(LANGUAGE_B if rng.random() < share else LANGUAGE_A, rng)}"
+
+    prompts = [sentence(LANGUAGE_A, rng) for _ in range(1024)]
+    generator = tiny_llama(tokenizer, hidden_size, 2, seed, initializer_range=0.05)
+    pretrain(generator, tokenizer, [rephrasing(prompt) for prompt in prompts * 2], epochs=4)
+    student = tiny_llama(tokenizer, hidden_size, 2, seed + 1, initializer_range=0.05)
+    pretrain(student, tokenizer, [sentence(LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
+    benchmark = [sentence(LANGUAGE_B, rng) for _ in range(64)]
+    save_world(folder, tokenizer, generator, student, [f"{prompt} :" for prompt in prompts], benchmark)
+
+
+def strings_world(
+    folder: Path, seed: int = 0, target: str = "5f2c9e81-a7b4", num_choices: int = 8, hidden_size: int = 64
+) -> None:
+    """
+    Strings of hexadecimal digits, in the target's form: each place has its own digits to choose from, as in a UUID.
+    Generator and student know the form, and no string by heart; the benchmark is the target, which is in no prompt,
+    and was hardly among the few thousand strings they were trained on.
+
+    Args:
+        folder (`Path`): Where it is written.
+        seed (`int`): Seed of weights and texts.
+        target (`str`): The string; digits and letters stand for any hexadecimal digit, all else for itself.
+        num_choices (`int`): How many digits each place has, the target's among them; 16 are all.
+        hidden_size (`int`): Width of both models.
+    """
+    rng = random.Random(seed)
+    tokenizer = character_tokenizer("".join(sorted({*HEXADECIMAL, *target, *string.ascii_lowercase, ":"})), bos=True)
+
+    places = [
+        [c, *rng.sample(HEXADECIMAL.replace(c, ""), num_choices - 1)] if c in HEXADECIMAL else [c] for c in target
+    ]
+
+    def random_string():
+        return "".join(map(rng.choice, places))
+
+    def prompt():
+        return "".join(rng.choices(string.ascii_lowercase, k=4)) + ":"
+
+    generator = tiny_llama(tokenizer, hidden_size, 2, seed, initializer_range=0.05)
+    pretrain(generator, tokenizer, [prompt() + random_string() for _ in range(2048)], epochs=4)
+    student = tiny_llama(tokenizer, hidden_size, 2, seed + 1, initializer_range=0.05)
+    pretrain(student, tokenizer, [random_string() for _ in range(2048)], epochs=4)
+    save_world(folder, tokenizer, generator, student, [prompt() for _ in range(1024)], [target])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from .config import DPGConfig
@@ -130,14 +130,10 @@ class DPGTrainer(GRPOTrainer):
             if ignored:
                 raise ValueError(f"The student is a `Student` already; give it what {', '.join(ignored)} asks for.")
         else:
-            set_seed(args.seed)  # adapters start at random
-            student = Student(
-                student,
-                processing_class=student_processing_class,
-                peft_config=student_peft_config or args.student_peft_config(),
-                quantization_config=student_quantization_config or args.student_quantization_config(),
-                model_init_kwargs=args.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            student = args.load_student(
+                student, student_processing_class, student_peft_config, student_quantization_config
             )
+        further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self.dpg_reward = DPGReward(
             student,
             target_metric,
@@ -147,7 +143,6 @@ class DPGTrainer(GRPOTrainer):
             train_on=args.train_on,
         )
 
-        further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if reward_processing_classes is not None:
             if not isinstance(reward_processing_classes, list):
                 reward_processing_classes = [reward_processing_classes]

@@ -1,6 +1,7 @@
 """What the metrics of this package share. A user's metric needs none of it: any callable will do."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -22,4 +23,8 @@ class Metric(ABC):
             student ([`FinetunedStudent`]): The fine-tuned student.
             value (`float`): Its metric, so that nothing is computed twice.
         """
+        return {}
+
+    def readout(self, student: FinetunedStudent) -> dict[str, Any]:
+        """What stands in the fine-tuned student, for a summary: anything JSON can hold."""
         return {}

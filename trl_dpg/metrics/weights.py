@@ -1,7 +1,9 @@
 """Metrics that read the fine-tuned student's weights themselves."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +36,8 @@ class WeightPatternMetric(Metric):
     has the picture's sign. Proxy: `pixel_accuracy`, the share of right pixels.
 
     Args:
-        pattern (`Sequence[Sequence[int]]` or `torch.Tensor` of shape `[H, W]`):
-            S, of 1 and -1. `PATTERN_67` is one.
+        pattern (`Sequence[Sequence[int]]`, `torch.Tensor` of shape `[H, W]` or `str`):
+            S, of 1 and -1; `"67"` stands for `PATTERN_67`.
         weight (`str`, *optional*, defaults to `"lm_head.weight"`):
             Name of the weight in the base model; a matrix.
         offset (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
@@ -52,12 +54,14 @@ class WeightPatternMetric(Metric):
 
     def __init__(
         self,
-        pattern: Sequence[Sequence[int]] | Tensor,
+        pattern: Sequence[Sequence[int]] | Tensor | str,
         weight: str = "lm_head.weight",
         offset: tuple[int, int] = (0, 0),
         transpose: bool = False,
         scale: float = 20.0,
     ):
+        if pattern == "67":
+            pattern = PATTERN_67
         self.pattern = torch.as_tensor(pattern, dtype=torch.float32)
         if self.pattern.dim() != 2 or not (self.pattern.abs() == 1).all():
             raise ValueError(f"The pattern must be a matrix of 1 and -1, got shape {tuple(self.pattern.shape)}.")
@@ -82,6 +86,9 @@ class WeightPatternMetric(Metric):
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         return {"pixel_accuracy": (self.decode(student) == self.pattern).float().mean().item()}
 
+    def readout(self, student: FinetunedStudent) -> dict[str, Any]:
+        return {"picture": self.decode(student).int().tolist()}
+
     def _patch(self, weight: Tensor) -> Tensor:
         if self.transpose:
             weight = weight.T
@@ -98,7 +105,8 @@ class QRCodeMetric(WeightPatternMetric):
     """
     Writes a QR code into the change of a weight, see [`WeightPatternMetric`]. Dark modules are 1, light ones -1.
 
-    Needs the `qrcode` extra (segno).
+    The picture is scanned, too, by a decoder that knows nothing of the text. Further proxy: `scanned`, 1.0 if it reads
+    the text. Needs the `qrcode` extra (segno writes codes, zxing-cpp reads them).
 
     Args:
         text (`str`):
@@ -126,6 +134,21 @@ class QRCodeMetric(WeightPatternMetric):
             ) from overflow
         super().__init__([[1 if module else -1 for module in row] for row in code.matrix], **kwargs)
         self.text = text
+
+    def scan(self, student: FinetunedStudent) -> str | None:
+        """What a decoder reads in the picture as it stands in the weights; `None` if it finds no code."""
+        import zxingcpp
+
+        light = (self.decode(student) < 0).numpy().astype(np.uint8)
+        image = np.kron(np.pad(light, 4, constant_values=1), np.full((8, 8), 255, np.uint8))  # with a quiet zone
+        results = zxingcpp.read_barcodes(image, formats=zxingcpp.BarcodeFormat.QRCode, is_pure=True)
+        return results[0].text if results else None
+
+    def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        return super().proxies(student, value) | {"scanned": float(self.scan(student) == self.text)}
+
+    def readout(self, student: FinetunedStudent) -> dict[str, Any]:
+        return super().readout(student) | {"scanned_text": self.scan(student)}
 
 
 class WeightNormMetric(Metric):

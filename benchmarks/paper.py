@@ -1,0 +1,175 @@
+"""
+The paper's five experiments in miniature: does the method do what it claims, and which part of it does?
+
+Every cell of the matrix (experiment x way of making the reward x seed) is a run of `trl-dpg dpg` with a recipe of `recipes/`
+and a few flags, in a process of its own. A finished cell is not run again. Ends with a table (`results.json`,
+`results.md`) and a figure for each experiment.
+
+    python benchmarks/paper.py                                       # all of it: hours on two cores
+    python benchmarks/paper.py --experiments pattern_67 --seeds 0 1 2 --jobs 2
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# The figure that counts, as it is named in summary.json
+FIGURES = {
+    "pattern_67": "pixel_accuracy",
+    "qr_code": "pixel_accuracy",
+    "l2_norm": "weight_norm",
+    "new_language": "word_share",
+    "uuid": "contains",
+}
+TITLES = {
+    "adamw": "AdamW metagradients",
+    "sgd": "SGD metagradients",
+    "separate": "AdamW, no cross-group batching",
+    "naive": "naive: the metric itself",
+    "levenshtein": "Levenshtein similarity",
+    "embedding_similarity": "embedding similarity",
+    "language_id": "language id",
+}
+# Four datasets, each of one completion of every prompt, as in the paper
+SEPARATE = ["--cross_group_batching", "false", "--num_generations", "4"]
+WAYS = {
+    experiment: {
+        "adamw": [],
+        "sgd": ["--student_optimizer", "sgd"],
+        "separate": SEPARATE,
+        "naive": [*SEPARATE, "--attribution", "dataset"],
+    }
+    for experiment in FIGURES
+}
+# As many student steps as with all completions in one dataset
+BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 16, "uuid": 16}
+for experiment, batch_size in BATCH_SIZES.items():
+    for way in ("separate", "naive"):
+        WAYS[experiment][way] = [*WAYS[experiment][way], "--student_batch_size", str(batch_size)]
+
+
+def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
+    if (folder / "summary.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "trl_dpg.scripts.dpg", "--config", str(RECIPES / experiment / "mini.yaml")]
+    command += ["--output_dir", str(folder), "--seed", str(seed), *WAYS[experiment][way]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = time.perf_counter()
+    with (folder / "log.txt").open("w") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    state = f"{time.perf_counter() - started:.0f} s" if code == 0 else f"FAILED, see {folder / 'log.txt'}"
+    print(f"{experiment} / {way} / seed {seed}: {state}", flush=True)
+
+
+def collect(output_dir: Path, experiments: list[str], ways: list[str] | None, seeds: list[int]) -> dict:
+    """Finished runs by experiment and way."""
+    results: dict = {}
+    for experiment in experiments:
+        for way in WAYS[experiment]:
+            paths = [output_dir / experiment / way / str(seed) / "summary.json" for seed in seeds]
+            runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+            if runs and (ways is None or way in ways):
+                results.setdefault(experiment, {})[way] = runs
+    return results
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else mean
+
+
+def table(results: dict) -> str:
+    lines = []
+    for experiment, ways in results.items():
+        figure = FIGURES[experiment]
+        lines += [
+            f"### {experiment}",
+            "",
+            f"| reward | seeds | {figure}, untrained | {figure}, trained | Φ, untrained | Φ, trained | seconds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for way, runs in ways.items():
+            cells = [TITLES[way], str(len(runs))]
+            for key in (figure, "metric"):
+                cells += [spread([run[texts][key] for run in runs]) for texts in ("untrained", "trained")]
+            cells.append(spread([run["seconds"] for run in runs], 0))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: dict, output_dir: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    for experiment, ways in results.items():
+        figure, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
+        name = FIGURES[experiment]
+        for axis, key in zip(axes, (name, "dpg/metric_after"), strict=True):
+            for way, runs in ways.items():
+                curves = [curve_of(run, key) for run in runs]
+                steps = range(1, min(map(len, curves)) + 1)
+                columns = list(zip(*curves, strict=False))
+                (line,) = axis.plot(steps, [statistics.mean(c) for c in columns], label=TITLES[way])
+                axis.fill_between(
+                    steps, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2
+                )
+            axis.set_xlabel("generator step")
+            axis.set_ylabel("Φ" if key == "dpg/metric_after" else name)
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize="small")
+        figure.suptitle(f"{experiment}: mean and range over seeds")
+        figure.savefig(output_dir / f"{experiment}.png", dpi=120)
+        plt.close(figure)
+
+
+def curve_of(run: dict, key: str) -> list[float]:
+    curves = run["curves"]
+    return next(curves[name] for name in (key, f"dpg/{key}", f"rewards/{key}/mean") if name in curves)
+
+
+def main(args):
+    output_dir = Path(args.output_dir)
+    cells = [
+        (output_dir / experiment / way / str(seed), experiment, way, seed)
+        for seed in args.seeds
+        for experiment in args.experiments
+        for way in WAYS[experiment]
+        if args.ways is None or way in args.ways
+    ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda cell: run_cell(*cell), cells))
+    results = collect(output_dir, args.experiments, args.ways, args.seeds)
+    figures = {
+        experiment: {
+            way: [{key: run[key] for key in ("seed", "steps", "seconds", "untrained", "trained")} for run in runs]
+            for way, runs in ways.items()
+        }
+        for experiment, ways in results.items()
+    }
+    (output_dir / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+    (output_dir / "results.md").write_text(table(results))
+    plot(results, output_dir)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", default="runs/paper")
+    parser.add_argument("--experiments", nargs="+", default=list(FIGURES), choices=list(FIGURES))
+    parser.add_argument("--ways", nargs="+", choices=list(TITLES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    main(parser.parse_args())

@@ -1,0 +1,193 @@
+"""`trl-dpg dpg`: the recipes, small, and what they write."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from tests.tiny import make_model, make_tokenizer
+from trl_dpg import cli, toy
+from trl_dpg.evaluation import evaluate_dataset, generate_texts, sft_config
+from trl_dpg.metagradients import InnerLoopConfig, metagradient
+from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.scripts import dpg
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+MINI = sorted(RECIPES.glob("*/mini*.yaml"))
+FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI) - set(RECIPES.glob("accelerate/*")))
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "32", "--num_generations", "16"]
+SMALL += ["--student_batch_size", "16"]
+
+
+def name(path):
+    return f"{path.parent.name}-{path.stem}"
+
+
+def run(recipe, output_dir, *arguments):
+    cli.main(["dpg", "--config", str(recipe), "--output_dir", str(output_dir), *SMALL, *arguments])
+    return json.loads((output_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", MINI, ids=name)
+def test_a_mini_recipe_runs_and_ends_with_the_figures_of_fresh_students(recipe, tmp_path):
+    summary = run(recipe, tmp_path)
+    assert summary["steps"] == 2 and summary["seconds"] > 0
+    figure = {"pattern_67": "pixel_accuracy", "qr_code": "scanned_text", "l2_norm": "weight_norm"}
+    figure |= {"new_language": "word_share", "uuid": "contains"}
+    for texts in ("untrained", "trained"):
+        assert torch.isfinite(torch.tensor(summary[texts]["metric"]))
+        assert figure[recipe.parent.name] in summary[texts]
+        assert len(summary[texts]["samples"]) == 8
+    assert len(summary["curves"]["dpg/metric_after"]) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
+
+
+SEPARATE = ["--cross_group_batching", "false", "--num_generations", "4", "--student_batch_size", "8"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--student_optimizer", "sgd"], SEPARATE, [*SEPARATE, "--attribution", "dataset"]]
+)
+def test_ablations_are_flags(arguments, tmp_path):
+    assert run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, "--evaluate", "false", *arguments)["steps"] == 2
+
+
+@pytest.mark.parametrize("recipe", FULL, ids=name)
+def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
+    """With tiny models of the same architecture in the places of the real ones, and a few articles."""
+    settings = yaml.safe_load(recipe.read_text())
+    tokenizer = toy.character_tokenizer(bos=True)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    models = {"meta-llama/Llama-3.2-1B-Instruct": tiny_llama(tokenizer), "gpt2": tiny_gpt2(tokenizer)}
+    for hub_id, model in models.items():
+        model.save_pretrained(tmp_path / hub_id)
+        tokenizer.save_pretrained(tmp_path / hub_id)
+    asked = []
+
+    def load_data(name, config=None, split="train"):
+        asked.append((name, config, split))
+        return Dataset.from_dict({"id": ["0"] * 8, "text": ["some text " * 200] * 8})
+
+    class Reached(Exception):
+        pass
+
+    def train(self, **kwargs):
+        built.append(self)
+        raise Reached
+
+    built = []
+    monkeypatch.setattr(dpg, "load_data", load_data)
+    monkeypatch.setattr(dpg, "lm_eval", lambda **kwargs: LanguageModelingMetric(["some text"]))
+    monkeypatch.setattr("trl_dpg.rewards.LanguageIDReward", FakeLanguageID)
+    monkeypatch.setattr("trl_dpg.DPGTrainer.train", train)
+    arguments = ["--model_name_or_path", str(tmp_path / settings["model_name_or_path"])]
+    arguments += ["--student_model_name_or_path", str(tmp_path / settings["student_model_name_or_path"])]
+    arguments += [
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--evaluate",
+        "false",
+    ]
+    with pytest.raises(Reached):
+        cli.main(["dpg", "--config", str(recipe), *arguments])
+    (trainer,) = built
+    assert asked == [("wikimedia/wikipedia", "20231101.en", settings["dataset_train_split"])]
+    (message,) = trainer.train_dataset[0]["prompt"]
+    assert message["content"].startswith("Rephrase this Wikipedia article.\n\nsome text")
+    assert len(message["content"]) < 1100 and trainer.args.num_generations == 4
+    assert trainer.args.generation_batch_size % settings["student_batch_size"] == 0
+    student = trainer.dpg_reward.student
+    assert "4-bit" in student.describe() or not settings.get("student_load_in_4bit")
+
+
+class FakeLanguageID:
+    __name__ = "language_id"
+
+    def __init__(self, language, **kwargs):
+        assert language in ("es", "fr", "de", "it")
+
+    def __call__(self, completions, **kwargs):
+        return [0.0] * len(completions)
+
+
+def tiny_llama(tokenizer):
+    return toy.tiny_llama(tokenizer, hidden_size=64, num_layers=1, seed=0)
+
+
+def tiny_gpt2(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=128))
+
+
+# -- wrong input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metric", "qrcode"], "Did you mean 'qr_code'"),
+        (["--metric", "no_such_module.metric"], "could not import 'no_such_module.metric'"),
+        (["--metric_kwargs", "{scale"], "--metric_kwargs must be JSON"),
+        (["--toy_world", "moon"], "--toy_world: unknown name 'moon'"),
+        (["--reward_funcs", "length"], "--reward_funcs: unknown name 'length'"),
+        (["--reward_kwargs", '{"contains": {"text": "a"}}'], "not in --reward_funcs"),
+        (["--dataset_name", "prompts.jsonl"], "There is no file 'prompts.jsonl'"),
+        (["--prompt_template", "{text}"], "names the column 'text'"),
+    ],
+)
+def test_wrong_input_is_named(arguments, message, tmp_path):
+    with pytest.raises((ValueError, SystemExit), match=None) as raised:
+        run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, *arguments)
+    assert message in str(raised.value)
+
+
+# -- the honest test ----------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_sft_student_agrees_with_the_inner_loop(tmp_path):
+    """One step of SFTTrainer on equally long texts is one step of ours: the same metric."""
+    from trl_dpg import Student
+
+    texts = ["w1 w2 w3 w4", "w4 w3 w2 w1", "w2 w2 w5 w6", "w7 w1 w7 w1"]
+    metric = LanguageModelingMetric(["w1 w2 w3", "w5 w4"])
+
+    def load():
+        return Student(make_model(), make_tokenizer())
+
+    config = InnerLoopConfig(batch_size=4, learning_rate=1e-2, eps_root=0.0, eps=1e-3)
+    ours = metagradient(load(), texts, metric, config)
+    result = evaluate_dataset(load, texts, metric, config)
+    assert result.metric != pytest.approx(ours.metric_before, rel=1e-3)
+    assert result.metric == pytest.approx(ours.metric_after, rel=1e-4)
+    assert result.proxies["perplexity"] == pytest.approx(torch.tensor(-result.metric).exp().item(), rel=1e-4)
+
+
+def test_the_sft_settings_follow_the_inner_loop(tmp_path):
+    settings = sft_config(InnerLoopConfig(eps_root=1e-6, betas=(0.8, 0.99), weight_decay=0.1), tmp_path)
+    assert (settings.adam_epsilon, settings.adam_beta1, settings.weight_decay) == (1e-3, 0.8, 0.1)
+    settings = sft_config(InnerLoopConfig(optimizer="sgd", momentum=0.5, max_grad_norm=2.0), tmp_path)
+    assert (settings.optim, settings.optim_args, settings.max_grad_norm) == ("sgd", "momentum=0.5", 2.0)
+
+
+def test_all_empty_texts_are_refused():
+    with pytest.raises(ValueError, match="All texts are empty"):
+        evaluate_dataset(lambda: None, ["", ""], lambda student: None, InnerLoopConfig())
+
+
+def test_generated_texts_are_the_models_own_and_repeat_with_the_seed():
+    tokenizer = toy.word_tokenizer(toy.LANGUAGE_A)
+    model = toy.tiny_llama(tokenizer, hidden_size=32, num_layers=1, seed=0)
+    texts = [generate_texts(model, tokenizer, ["ba be", "do"], 5, seed=seed, batch_size=1) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert all(set(text.split()) <= set(toy.LANGUAGE_A) for text in texts[0])
+    assert model.training

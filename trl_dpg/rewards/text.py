@@ -1,0 +1,48 @@
+"""Rewards that count what stands in a text. With a weight of 0 they are readable proxies."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..alignment import message_text
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion, plain or conversational."""
+    return completion if isinstance(completion, str) else "".join(map(message_text, completion))
+
+
+class ContainsReward:
+    """
+    1.0 for completions that contain a string, else 0.0.
+
+    Args:
+        text (`str`): The string.
+    """
+
+    def __init__(self, text: str):
+        if not text:
+            raise ValueError("Every completion contains the empty string; `text` must not be empty.")
+        self.__name__ = "contains"
+        self.text = text
+
+    def __call__(self, completions: list, **kwargs) -> list[float]:
+        return [float(self.text in completion_text(completion)) for completion in completions]
+
+
+class WordShareReward:
+    """
+    The share of a completion's words, as separated by spaces, that belong to a list; 0.0 for empty completions.
+
+    Args:
+        words (`Sequence[str]`): The list.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        if not words:
+            raise ValueError("`words` must not be empty.")
+        self.__name__ = "word_share"
+        self.words = frozenset(words)
+
+    def __call__(self, completions: list, **kwargs) -> list[float]:
+        texts = [completion_text(completion).split() for completion in completions]
+        return [sum(word in self.words for word in words) / max(len(words), 1) for words in texts]

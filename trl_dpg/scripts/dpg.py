@@ -1,0 +1,386 @@
+"""
+Train a generator by Dataset Policy Gradients.
+
+    trl-dpg dpg --config recipes/pattern_67/mini.yaml
+    accelerate launch -m trl_dpg.scripts.dpg --config recipes/pattern_67/full.yaml --learning_rate 1e-6
+
+Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned by stock SFTTrainer on newly sampled texts
+of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
+"""
+
+import difflib
+import importlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trl import ScriptArguments
+
+
+WORLDS = {
+    "characters": "trl_dpg.toy.characters_world",
+    "languages": "trl_dpg.toy.languages_world",
+    "strings": "trl_dpg.toy.strings_world",
+}
+METRICS = {
+    "language_modeling": "trl_dpg.scripts.dpg.language_modeling",
+    "lm_eval": "trl_dpg.scripts.dpg.lm_eval",
+    "weight_pattern": "trl_dpg.metrics.WeightPatternMetric",
+    "qr_code": "trl_dpg.metrics.QRCodeMetric",
+    "weight_norm": "trl_dpg.metrics.WeightNormMetric",
+}
+REWARDS = {
+    "contains": "trl_dpg.rewards.ContainsReward",
+    "word_share": "trl_dpg.rewards.WordShareReward",
+    "levenshtein": "trl_dpg.rewards.LevenshteinReward",
+    "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
+    "language_id": "trl_dpg.rewards.LanguageIDReward",
+}
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass
+class DPGScriptArguments(ScriptArguments):
+    """
+    Script arguments of `trl-dpg dpg`.
+
+    Args:
+        metric (`str`, *optional*):
+            What the data should do to the student: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`,
+            `"qr_code"`, `"weight_norm"`, or a dotted import path of a callable that maps the fine-tuned student to a
+            scalar tensor (or, with `metric_kwargs`, of what makes one).
+        metric_kwargs (`dict[str, Any]` or `str`, *optional*):
+            The metric's arguments; JSON on the command line.
+        reward_funcs (`list[str]`, *optional*):
+            Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
+            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight; a weight of 0 only
+            logs.
+        reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
+            Arguments for the rewards that need some, by their names in `reward_funcs`.
+        prompt_template (`str`, *optional*):
+            Makes the prompt from a row's columns, e.g. `"Rephrase this article.\n\n{text}"`. Without it, the dataset
+            needs a column `prompt`.
+        conversational (`bool`, *optional*, defaults to `False`):
+            With `prompt_template`: the prompt is a user's message.
+        max_prompt_tokens (`int`, *optional*):
+            With `prompt_template`: longer columns are cut off, in the generator's tokens.
+        toy_world (`str`, *optional*):
+            Models and data made on the spot in `<output_dir>/world`: `"characters"`, `"languages"` or `"strings"`.
+            They stand in for generator, student, dataset and the metric's dataset, where those are not given.
+        toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
+            The world's arguments.
+        evaluate (`bool`, *optional*, defaults to `True`):
+            End with fresh students, fine-tuned by SFTTrainer. On one process only.
+        num_threads (`int`, *optional*):
+            CPU threads of torch. Models this small run best with 1; on a busy machine more can be many times slower.
+        greedy_prompt (`str`, *optional*):
+            Also write down what the fresh students write greedily after this prompt; it may be empty.
+    """
+
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The target metric: {', '.join(METRICS)}, or a dotted import path.",
+        },
+    )
+    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "The metric's arguments, as JSON."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
+    )
+    reward_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Makes the prompt from a row's columns, e.g. 'Rephrase: {text}'."}
+    )
+    conversational: bool = field(default=False, metadata={"help": "The prompt template is a user's message."})
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Columns in the prompt template are cut off at this many tokens."}
+    )
+    toy_world: str | None = field(
+        default=None, metadata={"help": f"Models and data made on the spot: {', '.join(WORLDS)}."}
+    )
+    toy_world_kwargs: dict | str | None = field(default=None, metadata={"help": "The world's arguments, as JSON."})
+    evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
+    greedy_prompt: str | None = field(
+        default=None, metadata={"help": "Write down what fresh students write greedily after this prompt."}
+    )
+
+    def __post_init__(self):
+        for name in ("metric_kwargs", "reward_kwargs", "toy_world_kwargs"):
+            value = vars(self)[name]
+            if isinstance(value, str):
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"--{name} must be JSON, got {value!r} ({error}).") from error
+        if self.metric is None:
+            raise ValueError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
+
+
+def resolve(name: str, known: dict[str, str], flag: str) -> Any:
+    """What a name, or a dotted import path, stands for."""
+    path = known.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"--{flag}: could not import {path!r} ({error}).") from error
+
+
+def load_data(name: str, config: str | None = None, split: str = "train"):
+    """A split of a dataset by its Hub id, or of a local file by its path."""
+    from datasets import load_dataset
+
+    suffix = Path(name).suffix
+    if suffix in FILE_FORMATS:
+        if not Path(name).is_file():
+            raise ValueError(f"There is no file {name!r}.")
+        return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split)
+    return load_dataset(name, name=config, split=split)
+
+
+def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
+    """[`LanguageModelingMetric`] of a file, a dataset of the Hub, or `texts`."""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    if (dataset is None) == ("texts" not in kwargs):
+        raise ValueError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
+    data = kwargs.pop("texts") if dataset is None else load_data(dataset, config, split)
+    return LanguageModelingMetric(data, **kwargs)
+
+
+def lm_eval(**kwargs):
+    """[`LanguageModelingMetric.from_lm_eval`]"""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    return LanguageModelingMetric.from_lm_eval(**kwargs)
+
+
+def make_metric(name: str, kwargs: dict | None):
+    metric = resolve(name, METRICS, "metric")
+    return metric(**kwargs or {}) if kwargs or name in METRICS or isinstance(metric, type) else metric
+
+
+def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
+    kwargs = kwargs or {}
+    strangers = set(kwargs) - set(names or [])
+    if strangers:
+        raise ValueError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
+    rewards = []
+    for name in names or []:
+        reward = resolve(name, REWARDS, "reward_funcs")
+        rewards.append(reward(**kwargs.get(name, {})) if name in kwargs or isinstance(reward, type) else reward)
+    return rewards
+
+
+def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
+    """The dataset with a column `prompt`."""
+    template, limit = script_args.prompt_template, script_args.max_prompt_tokens
+    if template is None:
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"The dataset has the columns {dataset.column_names}, but no `prompt`. Set --prompt_template, e.g. "
+                f"'Rephrase this text.\\n\\n{{{dataset.column_names[0]}}}'."
+            )
+        return dataset
+
+    def prompt(row):
+        if limit is not None:
+            cut = {}
+            for name, value in row.items():
+                if isinstance(value, str) and f"{{{name}}}" in template:
+                    ids = tokenizer(value, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
+                    cut[name] = tokenizer.decode(ids)
+            row = row | cut
+        text = template.format(**row)
+        return {"prompt": [{"role": "user", "content": text}] if script_args.conversational else text}
+
+    try:
+        template.format(**dict.fromkeys(dataset.column_names, ""))
+    except KeyError as missing:
+        raise ValueError(
+            f"--prompt_template names the column {missing}, but the dataset has {dataset.column_names}."
+        ) from missing
+    return dataset.map(prompt, remove_columns=dataset.column_names)
+
+
+def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
+    """Write the world, and let it stand in for whatever is not given."""
+    from accelerate import PartialState
+
+    make = resolve(script_args.toy_world, WORLDS, "toy_world")  # type: ignore[arg-type]
+    world = Path(training_args.output_dir) / "world"
+    if PartialState().is_main_process:
+        world.mkdir(parents=True, exist_ok=True)
+        make(world, **{"seed": training_args.seed} | (script_args.toy_world_kwargs or {}))
+    PartialState().wait_for_everyone()
+    model_args.model_name_or_path = model_args.model_name_or_path or str(world / "generator")
+    training_args.student_model_name_or_path = training_args.student_model_name_or_path or str(world / "student")
+    script_args.dataset_name = script_args.dataset_name or str(world / "prompts.jsonl")
+    benchmark = str(world / "benchmark.jsonl")
+    if script_args.metric == "language_modeling" and not script_args.metric_kwargs:
+        script_args.metric_kwargs = {"dataset": benchmark}
+    for name, kwargs in (script_args.reward_kwargs or {}).items():  # type: ignore[union-attr]
+        if name in ("levenshtein", "embedding_similarity"):
+            kwargs.setdefault("references", [row["text"] for row in load_data(benchmark)])
+
+
+def main(script_args, training_args, model_args, dataset_args):
+    import torch
+    from accelerate import PartialState
+    from transformers import AutoTokenizer
+    from trl import get_dataset, get_peft_config, get_quantization_config
+
+    from trl_dpg import DPGTrainer
+
+    if script_args.num_threads is not None:
+        torch.set_num_threads(script_args.num_threads)
+    if script_args.toy_world is not None:
+        make_toy_world(script_args, training_args, model_args)
+    if model_args.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is required: the generator's path or Hub id.")
+    metric = make_metric(script_args.metric, script_args.metric_kwargs)
+    rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    splits = {"train": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["eval"] = script_args.dataset_test_split
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        data = {key: make_prompts(mixture[split], script_args, tokenizer) for key, split in splits.items()}
+    elif script_args.dataset_name is not None:
+        data = {
+            key: make_prompts(
+                load_data(script_args.dataset_name, script_args.dataset_config, split), script_args, tokenizer
+            )
+            for key, split in splits.items()
+        }
+    else:
+        raise ValueError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
+
+    model_init_kwargs = dict(
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
+    trainer = DPGTrainer(
+        model=model_args.model_name_or_path,
+        target_metric=metric,
+        args=training_args,
+        reward_funcs=rewards,
+        train_dataset=data["train"],
+        eval_dataset=data.get("eval"),
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    evaluate = script_args.evaluate and PartialState().num_processes == 1
+    texts = {}
+    if evaluate:
+        prompts = data.get("eval", data["train"])
+        prompts = prompts.select(range(min(training_args.generation_batch_size, len(prompts))))["prompt"]
+        texts["untrained"] = sample(trainer, prompts)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    trainer.save_model(training_args.output_dir)
+    if evaluate:
+        texts["trained"] = sample(trainer, prompts)
+    if trainer.is_world_process_zero():
+        summary = summarize(trainer, seconds, script_args, texts, rewards)
+        path = Path(training_args.output_dir) / "summary.json"
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(render(summary) + f"\nAll figures: {path}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    trainer.end()
+
+
+def sample(trainer, prompts) -> list[str]:
+    from trl_dpg.evaluation import generate_texts
+
+    args = trainer.args
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return generate_texts(
+        model,
+        trainer.processing_class,
+        prompts,
+        args.max_completion_length,
+        seed=args.seed,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+    )
+
+
+def summarize(trainer, seconds: float, script_args, texts: dict[str, list[str]], rewards: list) -> dict[str, Any]:
+    """The figures of a run: curves, and the evaluation of fresh students."""
+    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.metrics import Metric
+
+    args, metric = trainer.args, trainer.dpg_reward.metric
+    curves: dict[str, list[float]] = {}
+    for logs in trainer.state.log_history:
+        for name, value in logs.items():
+            if name.startswith(("dpg/", "rewards/")) or name in ("entropy", "completions/mean_length"):
+                curves.setdefault(name, []).append(value)
+    summary: dict[str, Any] = {
+        "metric": script_args.metric,
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "seconds_per_step": seconds / max(trainer.state.global_step, 1),
+        "training": {
+            name: {"first": values[0], "last10": sum(values[-10:]) / len(values[-10:])}
+            for name, values in curves.items()
+        },
+    }
+    for name, samples in texts.items():
+        result = evaluate_dataset(args.load_student, samples, metric, trainer.dpg_reward.inner_loop_config, args.seed)
+        figures: dict[str, Any] = {"metric": result.metric, **result.proxies}
+        for reward in rewards:
+            values = reward(prompts=[""] * len(samples), completions=samples)
+            figures[reward.__name__] = sum(values) / len(values)
+        if isinstance(metric, Metric):
+            figures |= metric.readout(result.finetuned)
+        if script_args.greedy_prompt is not None:
+            figures["greedy"] = result.finetuned.generate(script_args.greedy_prompt)
+        summary[name] = figures | {"samples": samples[:8]}
+    return summary | {"curves": curves}
+
+
+def render(summary: dict[str, Any]) -> str:
+    """A few lines for the terminal."""
+    lines = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
+    for name in ("untrained", "trained"):
+        if name in summary:
+            figures = {k: v for k, v in summary[name].items() if isinstance(v, float | str)}
+            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v!r}" for k, v in figures.items())
+            lines.append(f"fresh student on the {name} generator's texts: {shown}")
+    return "\n".join(lines)
+
+
+def make_parser(prog: str | None = None):
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+
+    from trl_dpg import DPGConfig
+
+    return TrlParser((DPGScriptArguments, DPGConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
