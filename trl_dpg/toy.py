@@ -8,11 +8,17 @@ frequencies.
 
 import random
 import string
+import tempfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 NUM_MEANINGS = 16
@@ -108,3 +114,38 @@ def language_share(language: Sequence[str], texts: Sequence[str]) -> float:
     """The share of the texts' words that belong to a language."""
     words = [word for text in texts for word in text.split()]
     return sum(word in set(language) for word in words) / max(len(words), 1)
+
+
+def sentence_encoder(tokenizer: PreTrainedTokenizerFast, embedding_dim: int, seed: int) -> "SentenceTransformer":
+    """A sentence encoder: a text's embedding is the mean of its tokens' random vectors. Needs the `rewards` extra."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(seed)
+    embedding = StaticEmbedding(tokenizer, embedding_dim=embedding_dim)
+    return SentenceTransformer(modules=[embedding], device="cpu")
+
+
+def train_language_id(languages: dict[str, Sequence[str]], path: str, seed: int) -> None:
+    """
+    Train a fastText classifier of languages on 200 sentences of each, and save it. Needs the `rewards` extra.
+
+    Its threads step in an order left to chance, so that probabilities differ in the third digit from run to run.
+
+    Args:
+        languages (`dict[str, Sequence[str]]`): Name and words of each language.
+        path (`str`): Of the file, a `.bin`.
+        seed (`int`): Of the sentences.
+    """
+    import fasttext
+
+    rng = random.Random(seed)
+    lines = [f"__label__{name} {sentence(words, rng)}\n" for name, words in languages.items() for _ in range(200)]
+    rng.shuffle(lines)
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.writelines(lines)
+        file.flush()
+        # Each of ten threads initialises a tenth of the vectors, and an eleventh what is left over. With fewer
+        # threads, some vectors start as whatever was in memory.
+        model = fasttext.train_supervised(file.name, dim=8, minn=1, maxn=2, bucket=1000, thread=11, verbose=0)
+    model.save_model(path)
