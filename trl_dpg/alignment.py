@@ -30,6 +30,11 @@ def message_text(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """A completion's text: itself, or its messages' texts one after another."""
+    return completion if isinstance(completion, str) else "".join(message_text(message) for message in completion)
+
+
 def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """
     Ends of the tokens that a fast tokenizer gives the character spans `offsets` (`return_offsets_mapping=True`).

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .alignment import TokenBytes, decode_with_ends, message_text, redistribute, translate
+from .alignment import TokenBytes, completion_text, decode_with_ends, message_text, redistribute, translate
 from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
 from .student import FinetunedStudent, Student
 
@@ -182,9 +182,7 @@ class DPGReward:
     def _example(self, prompt: Text, completion: Text) -> Any:
         if self.train_on == "prompt_completion":
             return {"prompt": prompt, "completion": completion}
-        if isinstance(completion, str):
-            return completion
-        return "".join(message_text(message) for message in completion)
+        return completion_text(completion)
 
     def _split(self, prompts: list[Text]) -> list[list[int]]:
         """Which samples make up each dataset."""

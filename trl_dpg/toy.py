@@ -9,12 +9,18 @@ frequencies.
 import json
 import random
 import string
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 
 NUM_MEANINGS = 16
@@ -222,3 +228,38 @@ def strings_world(
     student = tiny_llama(tokenizer, hidden_size, 2, seed + 1, initializer_range=0.05)
     pretrain(student, tokenizer, [random_string() for _ in range(2048)], epochs=4)
     save_world(folder, tokenizer, generator, student, [prompt() for _ in range(1024)], [target])
+
+
+def sentence_encoder(tokenizer: PreTrainedTokenizerFast, embedding_dim: int, seed: int) -> "SentenceTransformer":
+    """A sentence encoder: a text's embedding is the mean of its tokens' random vectors. Needs the `rewards` extra."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(seed)
+    embedding = StaticEmbedding(tokenizer, embedding_dim=embedding_dim)
+    return SentenceTransformer(modules=[embedding], device="cpu")
+
+
+def train_language_id(languages: dict[str, Sequence[str]], path: str, seed: int) -> None:
+    """
+    Train a fastText classifier of languages on 200 sentences of each, and save it. Needs the `rewards` extra.
+
+    Its threads step in an order left to chance, so that probabilities differ in the third digit from run to run.
+
+    Args:
+        languages (`dict[str, Sequence[str]]`): Name and words of each language.
+        path (`str`): Of the file, a `.bin`.
+        seed (`int`): Of the sentences.
+    """
+    import fasttext
+
+    rng = random.Random(seed)
+    lines = [f"__label__{name} {sentence(words, rng)}\n" for name, words in languages.items() for _ in range(200)]
+    rng.shuffle(lines)
+    with tempfile.NamedTemporaryFile("w") as file:
+        file.writelines(lines)
+        file.flush()
+        # Each of ten threads initialises a tenth of the vectors, and an eleventh what is left over. With fewer
+        # threads, some vectors start as whatever was in memory.
+        model = fasttext.train_supervised(file.name, dim=8, minn=1, maxn=2, bucket=1000, thread=11, verbose=0)
+    model.save_model(path)

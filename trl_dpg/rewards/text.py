@@ -1,14 +1,8 @@
 """Rewards that count what stands in a text. With a weight of 0 they are readable proxies."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from ..alignment import message_text
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion, plain or conversational."""
-    return completion if isinstance(completion, str) else "".join(map(message_text, completion))
+from ..alignment import completion_text
 
 
 class ContainsReward:

@@ -1,0 +1,66 @@
+"""Which language completions are in."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from ..alignment import completion_text
+
+
+class LanguageIDReward:
+    """
+    A TRL reward function: the probability that a completion is in a language, as a fastText classifier sees it
+    (Joulin et al., arXiv 1607.01759). A baseline of the new-language experiment (Thrush et al., arXiv 2604.08423).
+
+    Line breaks are read as spaces. fastText's probabilities are right to about 1e-5; where it gives none, for being
+    smaller, the reward is 0. An empty completion gets what the classifier says to an empty line.
+
+    Needs the `rewards` extra (fasttext-numpy2, which is fastText's own bindings, compiled, for any numpy).
+
+    Args:
+        language (`str`):
+            The language as the classifier names it: `"es"` in lid.176, `"spa_Latn"` in the default model.
+        model (`str`, *optional*, defaults to `"facebook/fasttext-language-identification"`):
+            Path of a classifier (`.bin`, or `.ftz` if quantised; lid.176.bin is one), or id of a Hub repository that
+            has one as `model.bin`, which is downloaded (the default one takes 1.2 GB).
+
+    Raises:
+        `ValueError`: If there is no such file, or the classifier does not know the language.
+    """
+
+    __name__ = "language_id"  # the reward's name in TRL's logs
+
+    def __init__(self, language: str, model: str = "facebook/fasttext-language-identification"):
+        try:
+            import fasttext
+        except ImportError as error:
+            raise ImportError("LanguageIDReward needs fastText: pip install 'trl-dpg[rewards]'") from error
+        path = model if Path(model).suffix in (".bin", ".ftz") else hf_hub_download(model, "model.bin")
+        self.model = fasttext.load_model(path)
+        self.label = f"__label__{language}"
+        if self.label not in self.model.labels:
+            languages = [label.removeprefix("__label__") for label in self.model.labels]
+            near = difflib.get_close_matches(language, languages, n=4, cutoff=0.0)
+            raise ValueError(
+                f"The classifier {model} knows no language {language!r}. Of its {len(languages)} names, these are the "
+                f"nearest: {', '.join(near)}."
+            )
+
+    def __call__(self, completions: list[str | list[dict[str, Any]]], **kwargs) -> list[float]:
+        """
+        Score completions; called by the trainer.
+
+        Args:
+            completions (`list`): N completions, texts or messages.
+
+        Returns:
+            `list[float]`: N rewards from 0 to 1.
+        """
+        lines = [" ".join(completion_text(completion).split()) for completion in completions]
+        predictions = zip(*self.model.predict(lines, k=-1), strict=True)
+        return [
+            min(float(dict(zip(labels, probabilities, strict=True)).get(self.label, 0.0)), 1.0)
+            for labels, probabilities in predictions
+        ]
