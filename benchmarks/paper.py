@@ -1,9 +1,9 @@
 """
 The paper's five experiments in miniature: does the method do what it claims, and which part of it does?
 
-Every cell of the matrix (experiment x way of making the reward x seed) is a run of `trl-dpg dpg` with a recipe of `recipes/`
-and a few flags, in a process of its own. A finished cell is not run again. Ends with a table (`results.json`,
-`results.md`) and a figure for each experiment.
+Every cell of the matrix (experiment x way of making the reward x seed) is a run of `trl-dpg dpg` with a recipe of
+`recipes/` and a few flags, in a process of its own. A finished cell is not run again. Ends with a table
+(`results.json`, `results.md`) and a figure for each experiment.
 
     python benchmarks/paper.py                                       # all of it: hours on two cores
     python benchmarks/paper.py --experiments pattern_67 --seeds 0 1 2 --jobs 2
@@ -55,6 +55,12 @@ BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 16,
 for experiment, batch_size in BATCH_SIZES.items():
     for way in ("separate", "naive"):
         WAYS[experiment][way] = [*WAYS[experiment][way], "--student_batch_size", str(batch_size)]
+# Rewards that know the benchmark's texts, in DPG's place; its own weighs nothing
+for reward in ("levenshtein", "embedding_similarity", "language_id"):
+    WAYS["new_language"][reward] = [
+        *("--reward_funcs", "word_share", reward, "--reward_weights", "0", "0", "1"),
+        *("--toy_world_kwargs", '{"reward_models": true}'),
+    ]
 
 
 def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:

@@ -129,7 +129,7 @@ def tiny_gpt2(tokenizer):
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=128))
 
 
-# -- wrong input --------------------------------------------------------------------------------------------------------
+# -- wrong input -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_wrong_input_is_named(arguments, message, tmp_path):
     assert message in str(raised.value)
 
 
-# -- the honest test ----------------------------------------------------------------------------------------------------
+# -- the honest test -------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_sft_student_agrees_with_the_inner_loop(tmp_path):

@@ -459,7 +459,12 @@ class Student:
     # -- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(
-        self, examples: Examples, max_length: int, add_eos: bool = True, return_ends: bool = False
+        self,
+        examples: Examples,
+        max_length: int,
+        add_eos: bool = True,
+        return_ends: bool = False,
+        truncation_side: str = "right",
     ) -> list[TokenizedExample]:
         """
         Token ids and labels of samples, as [`~trl.SFTTrainer`] would train on them.
@@ -471,12 +476,14 @@ class Student:
                 Prompts and completions may be conversational. Empty texts and completions give samples without
                 supervised tokens.
             max_length (`int`):
-                Longer samples are cut off at the end, and so are those longer than the model's positions.
+                Longer samples are cut off, and so are those longer than the model's positions.
             add_eos (`bool`, *optional*, defaults to `True`):
                 Ends texts and completions with the eos token, as SFT does. Chat templates bring their own.
             return_ends (`bool`, *optional*, defaults to `False`):
                 Also return where each token ends in the text or completion (of messages: in their joined contents).
                 `None` for samples that are token ids, and with a slow tokenizer, which does not know.
+            truncation_side (`str`, *optional*, defaults to `"right"`):
+                Where they are cut off: at the end, or with `"left"` at the beginning.
         """
         if isinstance(examples, str):
             raise ValueError("The samples are one string; pass a list of them.")
@@ -495,12 +502,13 @@ class Student:
         max_length = min(
             max_length, getattr(self.model.config.get_text_config(), "max_position_embeddings", max_length)
         )
+        kept = slice(max_length) if truncation_side == "right" else slice(-max_length, None)
         return [
             TokenizedExample(
-                example.input_ids[:max_length],
-                example.labels[:max_length],
+                example.input_ids[kept],
+                example.labels[kept],
                 truncated=len(example.input_ids) > max_length,
-                ends=None if example.ends is None else example.ends[:max_length],
+                ends=None if example.ends is None else example.ends[kept],
             )
             for example in tokenized
         ]

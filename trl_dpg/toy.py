@@ -169,7 +169,9 @@ def characters_world(
     save_world(folder, tokenizer, generator, student, prompts)
 
 
-def languages_world(folder: Path, seed: int = 0, share: float = 0.05, hidden_size: int = 64) -> None:
+def languages_world(
+    folder: Path, seed: int = 0, share: float = 0.05, hidden_size: int = 64, reward_models: bool = False
+) -> None:
     """
     Two languages. A generator that rephrases sentences of A, now and then in B; a student that knows A; a benchmark in
     B. No prompt mentions B.
@@ -179,9 +181,13 @@ def languages_world(folder: Path, seed: int = 0, share: float = 0.05, hidden_siz
         seed (`int`): Seed of weights and texts.
         share (`float`): How often the generator answers in B at its start.
         hidden_size (`int`): Width of both models.
+        reward_models (`bool`): Also write `encoder` and `language_id.bin`, for the baselines that need a model.
     """
     rng = random.Random(seed)
     tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B, ":"])
+    if reward_models:
+        sentence_encoder(tokenizer, embedding_dim=64, seed=seed).save(str(folder / "encoder"))
+        train_language_id({"A": LANGUAGE_A, "B": LANGUAGE_B}, str(folder / "language_id.bin"), seed)
 
     def rephrasing(prompt):
         return f"{prompt} : {sentence(LANGUAGE_B if rng.random() < share else LANGUAGE_A, rng)}"

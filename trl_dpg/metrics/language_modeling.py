@@ -1,6 +1,8 @@
 """How well the fine-tuned student models given text."""
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,7 +45,59 @@ class LanguageModelingMetric(Metric):
         self.batch_size = batch_size
         self.max_length = max_length
         self.add_eos = add_eos
+        self._tokenize: Callable[..., list[TokenizedExample]] = Student.tokenize
         self._tokenized: WeakKeyDictionary[Student, list[TokenizedExample]] = WeakKeyDictionary()
+
+    @classmethod
+    def from_lm_eval(
+        cls,
+        task: str,
+        split: str | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        include_path: str | Path | Sequence[str | Path] | None = None,
+        seed: int = 1234,
+        **kwargs,
+    ) -> "LanguageModelingMetric":
+        """
+        Minus the loss of a task's right answers given their contexts, in nats per token of the answers. The tasks are
+        those of lm-eval (Gao et al.'s language model evaluation harness). `"lambada_openai_mt_es"`, `..._fr`,
+        `..._de` and `..._it` are the LAMBADA of Thrush et al. (arXiv 2604.08423): the last word alone counts.
+
+        Contexts and answers are written, divided into tokens and, where they are too long, cut off on the left as
+        lm-eval does it, without a chat template: on tasks of log-likelihoods the metric is the sum of lm-eval's own
+        over the number of tokens. Of multiple choices the right ones count, of generation tasks the (first) reference.
+
+        Needs the `lm-eval` extra; the task's dataset is downloaded.
+
+        Args:
+            task (`str`):
+                Name of a task of lm-eval or `include_path`.
+            split (`str`, *optional*):
+                `"test"`, `"validation"` or `"train"`; when `None`, the one lm-eval evaluates on.
+            limit (`int`, *optional*):
+                Only the split's first documents, as many.
+            num_fewshot (`int`, *optional*):
+                Solved examples in each context; the task's own number when `None`.
+            include_path (`str`, `Path` or a list of them, *optional*):
+                Folders of task YAML files of your own.
+            seed (`int`, *optional*, defaults to `1234`):
+                Of the choice of solved examples; lm-eval's default.
+            kwargs:
+                `batch_size`, `max_length` and `add_eos` of [`LanguageModelingMetric`].
+
+        Raises:
+            `ImportError`: If lm-eval is not installed.
+            `ValueError`: If there is no such task or split, the task is a group of several, a Python class, not about
+            text alone, or of whole documents, or documents or their targets are missing.
+        """
+        try:
+            from .lm_eval_tasks import load_task, task_pairs, tokenize_pairs
+        except ImportError as error:
+            raise ImportError("Tasks of lm-eval need it: pip install 'trl-dpg[lm-eval]'") from error
+        metric = cls(task_pairs(load_task(task, include_path), split, limit, num_fewshot, seed), **kwargs)
+        metric._tokenize = tokenize_pairs
+        return metric
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
         examples = self._examples(student.student)
@@ -68,7 +122,7 @@ class LanguageModelingMetric(Metric):
     def _examples(self, student: Student) -> list[TokenizedExample]:
         """The samples that count, tokenised once for each student, similar lengths together to spare padding."""
         if student not in self._tokenized:
-            examples = student.tokenize(self.dataset, self.max_length, self.add_eos)
+            examples = self._tokenize(student, self.dataset, self.max_length, self.add_eos)
             num_truncated = sum(example.truncated for example in examples)
             if num_truncated:
                 logger.warning(

@@ -4,8 +4,8 @@ Train a generator by Dataset Policy Gradients.
     trl-dpg dpg --config recipes/pattern_67/mini.yaml
     accelerate launch -m trl_dpg.scripts.dpg --config recipes/pattern_67/full.yaml --learning_rate 1e-6
 
-Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned by stock SFTTrainer on newly sampled texts
-of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
+Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned by stock SFTTrainer on newly sampled
+texts of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
 """
 
 import difflib
@@ -233,9 +233,18 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
     benchmark = str(world / "benchmark.jsonl")
     if script_args.metric == "language_modeling" and not script_args.metric_kwargs:
         script_args.metric_kwargs = {"dataset": benchmark}
-    for name, kwargs in (script_args.reward_kwargs or {}).items():  # type: ignore[union-attr]
-        if name in ("levenshtein", "embedding_similarity"):
-            kwargs.setdefault("references", [row["text"] for row in load_data(benchmark)])
+    references = (
+        {"references": [row["text"] for row in load_data(benchmark)]} if Path(benchmark).stat().st_size else {}
+    )
+    defaults = {
+        "levenshtein": references,
+        "embedding_similarity": references | {"model": str(world / "encoder")},
+        "language_id": {"language": "B", "model": str(world / "language_id.bin")},
+    }
+    given: dict = script_args.reward_kwargs or {}  # type: ignore[assignment]
+    script_args.reward_kwargs = given | {
+        name: defaults[name] | given.get(name, {}) for name in script_args.reward_funcs or [] if name in defaults
+    }
 
 
 def main(script_args, training_args, model_args, dataset_args):
