@@ -44,7 +44,7 @@ SEPARATE = ["--cross_group_batching", "false", "--num_generations", "4"]
 WAYS = {
     experiment: {
         "adamw": [],
-        "sgd": ["--student_optimizer", "sgd"],
+        "sgd": ["--student_optimizer", "sgd", "--student_learning_rate", "3" if experiment == "new_language" else "0.3"],
         "separate": SEPARATE,
         "naive": [*SEPARATE, "--attribution", "dataset"],
     }
