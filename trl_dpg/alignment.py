@@ -55,6 +55,8 @@ def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 
 def _share(ends: np.ndarray, tokens: np.ndarray, begins: np.ndarray, finishes: np.ndarray) -> np.ndarray:
     """`ends` with the characters from `begins` to `finishes`, inside of which `tokens` end, divided equally."""
+    if len(tokens) == 0:
+        return ends
     ends = ends.copy()
     split = zip(tokens.tolist(), begins.tolist(), finishes.tolist(), strict=True)
     for (begin, finish), group in groupby(split, key=lambda token: token[1:]):
@@ -142,6 +144,8 @@ def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int =
         `np.ndarray` of shape `[n]`:
             Positions in the concatenated contents. What stands before, between or after them has no width.
     """
+    if start == 0 and len(contents) == 1 and text == contents[0]:
+        return np.minimum(ends, len(text))
     here, there, length = [start], [0], 0
     for content in contents:
         stripped = content.strip()
@@ -178,13 +182,15 @@ def redistribute(scores: Tensor, ends: np.ndarray, target_ends: np.ndarray) -> T
     if len(target_ends) == 0:
         return scores.new_zeros(0)
     values = scores.double().numpy()
-    bare = np.diff(ends, prepend=0.0) == 0
+    edges = np.zeros(len(ends) + 1)
+    edges[1:] = ends
+    bare = edges[1:] == edges[:-1]
     # Along the text, the sum of scores rises linearly within each token: the receivers get its differences.
-    risen = np.append(0.0, np.cumsum(np.where(bare, 0.0, values)))
-    received = np.interp(target_ends, np.append(0.0, ends), risen)
-    received[-1] = risen[-1]
-    shares = np.diff(received, prepend=0.0)
-    places = np.searchsorted(target_ends, ends[bare])
-    places[ends[bare] >= target_ends[-1]] = len(target_ends) - 1
-    np.add.at(shares, places, values[bare])
+    risen = np.zeros(len(ends) + 1)
+    np.cumsum(np.where(bare, 0.0, values), out=risen[1:])
+    shares = np.interp(target_ends, edges, risen)
+    shares[-1] = risen[-1]
+    shares[1:] -= shares[:-1].copy()
+    for place, value in zip(ends[bare], values[bare], strict=True):
+        shares[np.searchsorted(target_ends, place) if place < target_ends[-1] else -1] += value
     return torch.from_numpy(shares).to(scores.dtype)
