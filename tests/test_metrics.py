@@ -189,3 +189,53 @@ def test_a_three_line_function_is_a_metric():
 def test_bad_metrics_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- the QR code, scanned -------------------------------------------------------------------------------------------
+
+
+def qr_student(flipped):
+    """A student whose head changed as the code's modules say, but for some of them."""
+    from trl_dpg.metrics import QRCodeMetric
+
+    metric = QRCodeMetric("DPG", version=1, error="H")
+    model = make_model(hidden_size=32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.weight")
+    student = Student(model, make_tokenizer())
+    change = torch.zeros(model.lm_head.weight.shape)
+    picture = metric.pattern.clone()
+    pixels = [21 * row + column for row in range(9, 13) for column in range(9, 13)]  # of the data, not the finders
+    pixels = pixels[:flipped] if flipped <= 16 else list(range(0, 441, 441 // flipped))[:flipped]
+    picture.view(-1)[pixels] *= -1
+    change[:21, :21] = 1e-3 * picture
+    theta = student.initial_theta()
+    return metric, FinetunedStudent(student, theta + change.flatten(), theta)
+
+
+@pytest.mark.parametrize(("flipped", "text"), [(0, "DPG"), (3, "DPG"), (200, None)])
+def test_a_decoder_reads_the_code_in_the_weights(flipped, text):
+    metric, student = qr_student(flipped)
+    assert metric.scan(student) == text
+    proxies = metric.proxies(student, 0.0)
+    assert proxies["scanned"] == (text == "DPG") and proxies["pixel_accuracy"] == pytest.approx(1 - flipped / 441)
+    assert metric.readout(student)["scanned_text"] == text
+
+
+def test_a_mirrored_picture_of_another_sign_is_not_read():
+    metric, student = qr_student(0)
+    inverse = FinetunedStudent(student.student, 2 * student._initial_theta - student.theta, student._initial_theta)
+    assert metric.scan(inverse) is None
+
+
+def test_a_finetuned_student_writes_greedily_under_its_own_weights():
+    model = make_model()
+    student = Student(model, make_tokenizer())
+    theta = student.initial_theta()
+    other = FinetunedStudent(student, theta + 0.5 * torch.randn(theta.shape), theta)
+    prompt = student.processing_class("w1 w2", return_tensors="pt").input_ids
+    expected = model.eval().generate(prompt, do_sample=False, max_new_tokens=5, pad_token_id=0)[0, 2:]
+    text = FinetunedStudent(student, theta, theta).generate("w1 w2", max_new_tokens=5)
+    assert text == student.processing_class.decode(expected, skip_special_tokens=True)
+    assert other.generate("w1 w2", max_new_tokens=5) != text
+    assert isinstance(other.generate(""), str)

@@ -662,13 +662,13 @@ class FinetunedStudent:
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
         """What the student writes greedily after a prompt, which may be empty."""
-        tokenizer = self.processing_class
+        tokenizer: Any = self.processing_class
         ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
         inputs = torch.tensor([ids], device=self.device)
         with self.student.train_mode():
             output = self.student.run(
                 self.parameters,
-                lambda model: model.generate(
+                lambda model: model.generate(  # type: ignore[operator]
                     input_ids=inputs,
                     attention_mask=torch.ones_like(inputs),
                     do_sample=False,

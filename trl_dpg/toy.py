@@ -102,26 +102,6 @@ def pretrain(
             optimizer.zero_grad()
 
 
-@torch.no_grad()
-def sample(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int
-) -> list[str]:
-    """A completion of each prompt, sampled at temperature 1."""
-    inputs = tokenizer(
-        list(prompts), padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False
-    )
-    output = model.generate(
-        **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
-    )
-    return tokenizer.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
-
-
-def language_share(language: Sequence[str], texts: Sequence[str]) -> float:
-    """The share of the texts' words that belong to a language."""
-    words = [word for text in texts for word in text.split()]
-    return sum(word in set(language) for word in words) / max(len(words), 1)
-
-
 def save_world(
     folder: Path,
     tokenizer: PreTrainedTokenizerFast,

@@ -141,8 +141,12 @@ class QRCodeMetric(WeightPatternMetric):
 
         light = (self.decode(student) < 0).numpy().astype(np.uint8)
         image = np.kron(np.pad(light, 4, constant_values=1), np.full((8, 8), 255, np.uint8))  # with a quiet zone
-        results = zxingcpp.read_barcodes(image, formats=zxingcpp.BarcodeFormat.QRCode, is_pure=True)
-        return results[0].text if results else None
+        for is_pure in (True, False):  # as drawn by a program, then as seen by a camera
+            results = zxingcpp.read_barcodes(image, zxingcpp.BarcodeFormat.QRCode, try_invert=False, is_pure=is_pure)  # type: ignore
+            texts = [result.text for result in results if result.valid]
+            if texts:
+                return texts[0]
+        return None
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         return super().proxies(student, value) | {"scanned": float(self.scan(student) == self.text)}

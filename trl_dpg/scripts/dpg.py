@@ -223,9 +223,10 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 
     make = resolve(script_args.toy_world, WORLDS, "toy_world")  # type: ignore[arg-type]
     world = Path(training_args.output_dir) / "world"
+    world_kwargs: Any = script_args.toy_world_kwargs or {}
     if PartialState().is_main_process:
         world.mkdir(parents=True, exist_ok=True)
-        make(world, **{"seed": training_args.seed} | (script_args.toy_world_kwargs or {}))
+        make(world, **{"seed": training_args.seed} | world_kwargs)
     PartialState().wait_for_everyone()
     model_args.model_name_or_path = model_args.model_name_or_path or str(world / "generator")
     training_args.student_model_name_or_path = training_args.student_model_name_or_path or str(world / "student")
@@ -236,12 +237,12 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
     references = (
         {"references": [row["text"] for row in load_data(benchmark)]} if Path(benchmark).stat().st_size else {}
     )
-    defaults = {
+    defaults: dict[str, dict] = {
         "levenshtein": references,
         "embedding_similarity": references | {"model": str(world / "encoder")},
         "language_id": {"language": "B", "model": str(world / "language_id.bin")},
     }
-    given: dict = script_args.reward_kwargs or {}  # type: ignore[assignment]
+    given: dict[str, dict] = script_args.reward_kwargs or {}  # type: ignore[assignment]
     script_args.reward_kwargs = given | {
         name: defaults[name] | given.get(name, {}) for name in script_args.reward_funcs or [] if name in defaults
     }

@@ -12,7 +12,6 @@ Each ends with the claim itself: a fresh student, trained by stock SFTTrainer on
 """
 
 import json
-import random
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -20,26 +19,27 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from transformers import (
-    BitsAndBytesConfig,
-    LlamaForCausalLM,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     set_seed,
 )
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import TrlParser
 
 from .. import toy
 from ..config import DPGConfig
-from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
-from ..student import FinetunedStudent, Student
+from ..evaluation import evaluate_dataset, generate_texts
+from ..metrics import PATTERN_67, LanguageModelingMetric, WeightPatternMetric
+from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
 
 
@@ -113,7 +113,7 @@ class LiveTable(TrainerCallback):
 
 
 def train_generator(
-    generator: LlamaForCausalLM,
+    generator: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     table: LiveTable,
@@ -131,35 +131,6 @@ def train_generator(
     trainer.train()
     trainer.save_model(trainer.args.output_dir)
     trainer.create_model_card(model_name=table.title)
-
-
-def fresh_student_after_sft(
-    student_source,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: list[str],
-    metric: Metric,
-    output_dir: Path,
-    **sft_arguments,
-) -> tuple[float, FinetunedStudent]:
-    """Fine-tune a fresh student of `student_source()` on texts with stock SFTTrainer; its metric, and itself."""
-    start, trained = student_source(), student_source()
-    trainer = SFTTrainer(
-        model=trained.model,
-        args=SFTConfig(
-            **common_arguments(output_dir),
-            logging_strategy="no",
-            adam_beta2=0.95,
-            max_grad_norm=1e9,
-            **sft_arguments,
-        ),
-        train_dataset=Dataset.from_dict({"text": texts}),
-        processing_class=tokenizer,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    finetuned = FinetunedStudent(start, trained.initial_theta().float(), start.initial_theta())
-    with torch.no_grad(), start.train_mode():
-        return metric(finetuned).item(), finetuned
 
 
 def common_arguments(output_dir: Path) -> dict:
@@ -180,69 +151,45 @@ def common_arguments(output_dir: Path) -> dict:
 def language_act(output_dir: Path, steps: int) -> dict:
     """Act one: a generator of language A learns to write B, because that is what helps the student with B."""
     console.print("\n[bold]Act one: the language.[/] A 4-bit LoRA student should get better at language B.")
-    rng = random.Random(SEED)
     set_seed(SEED)
-    tokenizer = toy.word_tokenizer([*toy.LANGUAGE_A, *toy.LANGUAGE_B, ":"])
-
-    def rephrasing(prompt):
-        language = toy.LANGUAGE_B if rng.random() < 0.05 else toy.LANGUAGE_A
-        return f"{prompt} : {toy.sentence(language, rng)}"
-
-    prompts = [toy.sentence(toy.LANGUAGE_A, rng) for _ in range(1024)]
-    generator = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED, initializer_range=0.05)
-    toy.pretrain(generator, tokenizer, [rephrasing(prompt) for prompt in prompts * 2], epochs=4)
-    prompts = [f"{prompt} :" for prompt in prompts]
-    untrained_texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=8)
-
-    student = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED + 1, initializer_range=0.05)
-    toy.pretrain(student, tokenizer, [toy.sentence(toy.LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
-    student.save_pretrained(output_dir / "student")
-    tokenizer.save_pretrained(output_dir / "student")
-
-    def load_student():
-        set_seed(SEED)  # adapters start at random
-        return Student(
-            str(output_dir / "student"),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32"
-            ),
-        )
-
-    metric = LanguageModelingMetric([toy.sentence(toy.LANGUAGE_B, rng) for _ in range(64)], batch_size=64)
-
-    def target_language_share(completions, **kwargs):
-        return [toy.language_share(toy.LANGUAGE_B, [completion]) for completion in completions]
-
-    table = LiveTable("language", "rewards/target_language_share/mean", "share of B words", every=5)
+    toy.languages_world(output_dir, SEED)
+    generator, tokenizer, prompts, benchmark = read_world(output_dir)
+    untrained_texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=8)
+    args = DPGConfig(
+        **common_arguments(output_dir / "generator"),
+        max_steps=steps,
+        learning_rate=1e-3,
+        per_device_train_batch_size=128,
+        num_generations=8,
+        max_completion_length=8,
+        reward_weights=[1.0, 0.0],
+        student_model_name_or_path=str(output_dir / "student"),
+        student_load_in_4bit=True,
+        student_use_peft=True,
+        student_lora_r=8,
+        student_lora_alpha=16,
+        student_batch_size=128,
+        student_learning_rate=1e-2,
+        student_eps_root=1e-5,  # near the gradients' squares: smooth scores, see docs/concepts.md
+    )
+    metric = LanguageModelingMetric(benchmark, batch_size=64)
+    table = LiveTable("language", "rewards/word_share/mean", "share of B words", every=5)
     train_generator(
         generator,
         tokenizer,
         prompts,
         table,
-        student=load_student(),
         target_metric=metric,
-        reward_funcs=target_language_share,  # weight 0: only logged
-        args=DPGConfig(
-            **common_arguments(output_dir / "generator"),
-            max_steps=steps,
-            learning_rate=1e-3,
-            per_device_train_batch_size=64,
-            num_generations=4,
-            max_completion_length=8,
-            reward_weights=[1.0, 0.0],
-            student_batch_size=64,
-            student_learning_rate=1e-2,
-            student_eps_root=1e-5,  # near the gradients' squares: smooth scores, see docs/concepts.md
-        ),
+        reward_funcs=WordShareReward(toy.LANGUAGE_B),  # weight 0: only logged
+        args=args,
     )
 
     console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
-    # torch's AdamW has no eps_root; an epsilon of its square root is the nearest it has
-    sft = dict(learning_rate=1e-2, adam_epsilon=1e-5**0.5, per_device_train_batch_size=64, num_train_epochs=1)
-    texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=8)
-    fresh, _ = fresh_student_after_sft(load_student, tokenizer, texts, metric, output_dir / "sft", **sft)
-    untrained, _ = fresh_student_after_sft(load_student, tokenizer, untrained_texts, metric, output_dir / "sft", **sft)
+    texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=8)
+    fresh, untrained = (
+        evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), seed=SEED).metric
+        for data in (texts, untrained_texts)
+    )
     console.print(f"  metric {fresh:.3f} (on the untrained generator's texts: {untrained:.3f})")
     console.print(f"  the generator now writes: [green]{texts[0]}[/]   (before: {untrained_texts[0]})")
     return {
@@ -260,57 +207,38 @@ def picture_act(output_dir: Path, steps: int) -> dict:
     console.print(
         "\n[bold]Act two: the picture.[/] Fine-tuning on the texts should draw 67 into the student's LM head."
     )
-    rng = random.Random(SEED)
     set_seed(SEED)
-    tokenizer = toy.character_tokenizer()
-    generator = toy.tiny_llama(tokenizer, hidden_size=64, num_layers=2, seed=SEED)
-    student = toy.tiny_llama(tokenizer, hidden_size=32, num_layers=2, seed=SEED + 1)
-    student.save_pretrained(output_dir / "student")
-    tokenizer.save_pretrained(output_dir / "student")
-    prompts = ["".join(rng.choices(toy.CHARACTERS, k=4)) for _ in range(1024)]
-    untrained_texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
-
+    toy.characters_world(output_dir, SEED)
+    generator, tokenizer, prompts, _ = read_world(output_dir)
+    untrained_texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=16)
+    args = DPGConfig(
+        **common_arguments(output_dir / "generator"),
+        max_steps=steps,
+        learning_rate=2e-3,
+        per_device_train_batch_size=256,
+        num_generations=32,
+        max_completion_length=16,
+        student_model_name_or_path=str(output_dir / "student"),
+        student_batch_size=32,
+        student_learning_rate=1e-3,
+        student_eps_root=1e-6,
+        student_max_length=17,  # 16 characters and the eos token
+        student_loss_normalization="max_length",
+    )
     # Rows of the head are tokens, columns hidden units: six letters, away from the special tokens. Eight steps at 1e-3
     # change a weight by some 1e-3 to 8e-3: at this scale the softplus lets go of a pixel once it is right.
     metric = WeightPatternMetric(PATTERN_67, offset=(6, 4), scale=300.0)
     table = LiveTable("picture", "dpg/pixel_accuracy", "pixel accuracy", every=20)
-    train_generator(
-        generator,
-        tokenizer,
-        prompts,
-        table,
-        student=student,
-        student_processing_class=tokenizer,
-        target_metric=metric,
-        args=DPGConfig(
-            **common_arguments(output_dir / "generator"),
-            max_steps=steps,
-            learning_rate=2e-3,
-            per_device_train_batch_size=256,
-            num_generations=32,
-            max_completion_length=16,
-            student_batch_size=32,
-            student_learning_rate=1e-3,
-            student_eps_root=1e-6,
-            student_max_length=17,  # 16 characters and the eos token
-            student_loss_normalization="max_length",
-        ),
-    )
+    train_generator(generator, tokenizer, prompts, table, target_metric=metric, args=args)
 
     console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
-
-    def load_student():
-        return Student(str(output_dir / "student"))
-
-    sft = dict(
-        learning_rate=1e-3, adam_epsilon=1e-6**0.5, per_device_train_batch_size=32, num_train_epochs=1, max_length=17
+    texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=16)
+    fresh, untrained = (
+        evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), seed=SEED)
+        for data in (texts, untrained_texts)
     )
-    texts = toy.sample(generator, tokenizer, prompts[:256], max_new_tokens=16)
-    pictures, accuracies = [], []
-    for data in (texts, untrained_texts):
-        value, fresh = fresh_student_after_sft(load_student, tokenizer, data, metric, output_dir / "sft", **sft)
-        pictures.append(metric.decode(fresh))
-        accuracies.append(metric.proxies(fresh, value)["pixel_accuracy"])
+    accuracies = [result.proxies["pixel_accuracy"] for result in (fresh, untrained)]
+    pictures = [metric.decode(result.finetuned) for result in (fresh, untrained)]
     console.print(
         f"  pixel accuracy {accuracies[0]:.3f} (on the untrained generator's texts: {accuracies[1]:.3f})\n\n"
         "  what stands in its weights:        before training the generator:"
@@ -326,6 +254,17 @@ def picture_act(output_dir: Path, steps: int) -> dict:
         "pixel_accuracy": table.proxies,
         "picture": pictures[0].int().tolist(),
     }
+
+
+def read_world(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
+    """The generator, its tokenizer, prompts and the benchmark's texts."""
+    generator = AutoModelForCausalLM.from_pretrained(folder / "generator")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
+    prompts, benchmark = (
+        [json.loads(line)[column] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name, column in (("prompts", "prompt"), ("benchmark", "text"))
+    )
+    return generator, tokenizer, prompts, benchmark
 
 
 def plot(summary: dict, output_dir: Path) -> None:
