@@ -1,5 +1,6 @@
 """`DPGConfig`: GRPO's arguments and, flat beside them, the student's."""
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,12 +18,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class DPGConfig(GRPOConfig):
+class StudentArguments:
     r"""
-    Configuration class for the [`DPGTrainer`].
-
-    Includes only the parameters that are specific to Dataset Policy Gradients. The generator is configured by those of
-    [`~trl.GRPOConfig`]. All fields are flat, so that [`~trl.TrlParser`] reads them from YAML and the command line.
+    The student and its fine-tuning as flat arguments, for [`~trl.TrlParser`]. Shared by all commands.
 
     Parameters:
         > Parameters that control the student
@@ -97,21 +95,14 @@ class DPGConfig(GRPOConfig):
         student_loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
             `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
 
-        > Parameters that control the reward
-
         attribution (`str`, *optional*, defaults to `"metagradient"`):
             `"metagradient"`, or `"dataset"` for the paper's naive baseline.
-        cross_group_batching (`bool`, *optional*, defaults to `True`):
-            Train one student on all completions of a generation batch. If `False`, `num_generations` students on one
-            completion of each prompt.
-        train_on (`str`, *optional*, defaults to `"completion"`):
-            `"completion"` or `"prompt_completion"`, see [`DPGReward`].
         per_token (`bool`, *optional*, defaults to `False`):
             Also score each of the generator's tokens: `trainer.dpg_reward.last_token_scores`, and the column
             `dpg_token_scores` in the table of completions.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of everything drawn at random.
     """
-
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["student_model_init_kwargs"]
 
     student_model_name_or_path: str | None = field(
         default=None,
@@ -193,30 +184,13 @@ class DPGConfig(GRPOConfig):
         default="metagradient",
         metadata={"help": "'metagradient', or 'dataset' for the naive baseline (the metric itself for every sample)."},
     )
-    cross_group_batching: bool = field(
-        default=True,
-        metadata={
-            "help": "One student on all completions; otherwise `num_generations` students on one of each prompt."
-        },
-    )
-    train_on: str = field(
-        default="completion",
-        metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
-    )
     per_token: bool = field(default=False, metadata={"help": "Also score each of the generator's tokens."})
+    seed: int = field(default=42, metadata={"help": "Seed of everything drawn at random."})
 
     def __post_init__(self):
-        super().__post_init__()
+        if isinstance(self.student_model_init_kwargs, str):
+            self.student_model_init_kwargs = json.loads(self.student_model_init_kwargs)
         self.inner_loop_config()  # raises on what it does not know
-        size = self.generation_batch_size
-        if not self.cross_group_batching:
-            size //= self.num_generations
-        if size % self.student_batch_size:
-            raise ValueError(
-                f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is "
-                "trained on in each reward step (generation_batch_size, over num_generations without "
-                "cross_group_batching)."
-            )
         if self.student_load_in_4bit and not self.student_use_peft:
             raise ValueError(
                 "student_load_in_4bit needs student_use_peft: quantised weights cannot be trained themselves."
@@ -289,6 +263,50 @@ class DPGConfig(GRPOConfig):
             quantization_config=quantization_config or self.student_quantization_config(),
             model_init_kwargs=self.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         )
+
+
+@dataclass
+class DPGConfig(StudentArguments, GRPOConfig):
+    r"""
+    Configuration class for the [`DPGTrainer`].
+
+    Includes only the parameters that are specific to Dataset Policy Gradients: those of [`StudentArguments`] and the
+    ones below. The generator is configured by those of [`~trl.GRPOConfig`]. All fields are flat, so that
+    [`~trl.TrlParser`] reads them from YAML and the command line.
+
+    Parameters:
+        > Parameters that control the reward
+
+        cross_group_batching (`bool`, *optional*, defaults to `True`):
+            Train one student on all completions of a generation batch. If `False`, `num_generations` students on one
+            completion of each prompt.
+        train_on (`str`, *optional*, defaults to `"completion"`):
+            `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+    """
+
+    cross_group_batching: bool = field(
+        default=True,
+        metadata={
+            "help": "One student on all completions; otherwise `num_generations` students on one of each prompt."
+        },
+    )
+    train_on: str = field(
+        default="completion",
+        metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
+    )
+
+    def __post_init__(self):
+        GRPOConfig.__post_init__(self)
+        StudentArguments.__post_init__(self)
+        size = self.generation_batch_size
+        if not self.cross_group_batching:
+            size //= self.num_generations
+        if size % self.student_batch_size:
+            raise ValueError(
+                f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is "
+                "trained on in each reward step (generation_batch_size, over num_generations without "
+                "cross_group_batching)."
+            )
 
 
 def _number_or_word(value: int | str) -> int | str:

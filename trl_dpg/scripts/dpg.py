@@ -8,11 +8,7 @@ Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned
 texts of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
 """
 
-import difflib
-import importlib
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,41 +16,22 @@ from typing import Any
 
 from trl import ScriptArguments
 
+from .utils import REWARDS, MetricArguments, from_json, load_data, make_metric, make_rewards, resolve
+
 
 WORLDS = {
     "characters": "trl_dpg.toy.characters_world",
     "languages": "trl_dpg.toy.languages_world",
     "strings": "trl_dpg.toy.strings_world",
 }
-METRICS = {
-    "language_modeling": "trl_dpg.scripts.dpg.language_modeling",
-    "lm_eval": "trl_dpg.scripts.dpg.lm_eval",
-    "weight_pattern": "trl_dpg.metrics.WeightPatternMetric",
-    "qr_code": "trl_dpg.metrics.QRCodeMetric",
-    "weight_norm": "trl_dpg.metrics.WeightNormMetric",
-}
-REWARDS = {
-    "contains": "trl_dpg.rewards.ContainsReward",
-    "word_share": "trl_dpg.rewards.WordShareReward",
-    "levenshtein": "trl_dpg.rewards.LevenshteinReward",
-    "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
-    "language_id": "trl_dpg.rewards.LanguageIDReward",
-}
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
-class DPGScriptArguments(ScriptArguments):
+class DPGScriptArguments(MetricArguments, ScriptArguments):
     """
     Script arguments of `trl-dpg dpg`.
 
     Args:
-        metric (`str`, *optional*):
-            What the data should do to the student: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`,
-            `"qr_code"`, `"weight_norm"`, or a dotted import path of a callable that maps the fine-tuned student to a
-            scalar tensor (or, with `metric_kwargs`, of what makes one).
-        metric_kwargs (`dict[str, Any]` or `str`, *optional*):
-            The metric's arguments; JSON on the command line.
         reward_funcs (`list[str]`, *optional*):
             Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
             `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight; a weight of 0 only
@@ -81,13 +58,6 @@ class DPGScriptArguments(ScriptArguments):
             Also write down what the fresh students write greedily after this prompt; it may be empty.
     """
 
-    metric: str | None = field(
-        default=None,
-        metadata={
-            "help": f"The target metric: {', '.join(METRICS)}, or a dotted import path.",
-        },
-    )
-    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "The metric's arguments, as JSON."})
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
@@ -113,77 +83,9 @@ class DPGScriptArguments(ScriptArguments):
     )
 
     def __post_init__(self):
-        for name in ("metric_kwargs", "reward_kwargs", "toy_world_kwargs"):
-            value = vars(self)[name]
-            if isinstance(value, str):
-                try:
-                    setattr(self, name, json.loads(value))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"--{name} must be JSON, got {value!r} ({error}).") from error
-        if self.metric is None:
-            raise ValueError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
-
-
-def resolve(name: str, known: dict[str, str], flag: str) -> Any:
-    """What a name, or a dotted import path, stands for."""
-    path = known.get(name, name)
-    module, _, attribute = path.rpartition(".")
-    if not module:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"--{flag}: could not import {path!r} ({error}).") from error
-
-
-def load_data(name: str, config: str | None = None, split: str = "train"):
-    """A split of a dataset by its Hub id, or of a local file by its path."""
-    from datasets import load_dataset
-
-    suffix = Path(name).suffix
-    if suffix in FILE_FORMATS:
-        if not Path(name).is_file():
-            raise ValueError(f"There is no file {name!r}.")
-        return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split)
-    return load_dataset(name, name=config, split=split)
-
-
-def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
-    """[`LanguageModelingMetric`] of a file, a dataset of the Hub, or `texts`."""
-    from trl_dpg.metrics import LanguageModelingMetric
-
-    if (dataset is None) == ("texts" not in kwargs):
-        raise ValueError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
-    data = kwargs.pop("texts") if dataset is None else load_data(dataset, config, split)
-    return LanguageModelingMetric(data, **kwargs)
-
-
-def lm_eval(**kwargs):
-    """[`LanguageModelingMetric.from_lm_eval`]"""
-    from trl_dpg.metrics import LanguageModelingMetric
-
-    return LanguageModelingMetric.from_lm_eval(**kwargs)
-
-
-def make_metric(name: str, kwargs: dict | None):
-    metric = resolve(name, METRICS, "metric")
-    return metric(**kwargs or {}) if kwargs or name in METRICS or isinstance(metric, type) else metric
-
-
-def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
-    kwargs = kwargs or {}
-    strangers = set(kwargs) - set(names or [])
-    if strangers:
-        raise ValueError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
-    rewards = []
-    for name in names or []:
-        reward = resolve(name, REWARDS, "reward_funcs")
-        rewards.append(reward(**kwargs.get(name, {})) if name in kwargs or isinstance(reward, type) else reward)
-    return rewards
+        MetricArguments.__post_init__(self)
+        self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
+        self.toy_world_kwargs = from_json("toy_world_kwargs", self.toy_world_kwargs)
 
 
 def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):

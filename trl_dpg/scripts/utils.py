@@ -1,0 +1,127 @@
+"""What the commands share: metrics and rewards by name, datasets by Hub id or file."""
+
+import difflib
+import importlib
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+METRICS = {
+    "language_modeling": "trl_dpg.scripts.utils.language_modeling",
+    "lm_eval": "trl_dpg.scripts.utils.lm_eval",
+    "weight_pattern": "trl_dpg.metrics.WeightPatternMetric",
+    "qr_code": "trl_dpg.metrics.QRCodeMetric",
+    "weight_norm": "trl_dpg.metrics.WeightNormMetric",
+}
+REWARDS = {
+    "contains": "trl_dpg.rewards.ContainsReward",
+    "word_share": "trl_dpg.rewards.WordShareReward",
+    "levenshtein": "trl_dpg.rewards.LevenshteinReward",
+    "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
+    "language_id": "trl_dpg.rewards.LanguageIDReward",
+}
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass
+class MetricArguments:
+    """
+    The target metric, as arguments of a command.
+
+    Args:
+        metric (`str`, *optional*):
+            What the data should do to the student: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`,
+            `"qr_code"`, `"weight_norm"`, or a dotted import path of a callable that maps the fine-tuned student to a
+            scalar tensor (or, with `metric_kwargs`, of what makes one).
+        metric_kwargs (`dict[str, Any]` or `str`, *optional*):
+            The metric's arguments; JSON on the command line.
+    """
+
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The target metric: {', '.join(METRICS)}, or a dotted import path.",
+        },
+    )
+    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "The metric's arguments, as JSON."})
+
+    def __post_init__(self):
+        self.metric_kwargs = from_json("metric_kwargs", self.metric_kwargs)
+        if self.metric is None:
+            raise ValueError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
+
+
+def from_json(flag: str, value: dict | str | None) -> dict | None:
+    """An argument that is a mapping in YAML and JSON on the command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--{flag} must be JSON, got {value!r} ({error}).") from error
+
+
+def resolve(name: str, known: dict[str, str], flag: str) -> Any:
+    """What a name, or a dotted import path, stands for."""
+    path = known.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"--{flag}: could not import {path!r} ({error}).") from error
+
+
+def load_data(name: str, config: str | None = None, split: str = "train"):
+    """A split of a dataset by its Hub id, or of a local file by its path."""
+    from datasets import load_dataset
+
+    suffix = Path(name).suffix
+    if suffix in FILE_FORMATS:
+        if not Path(name).is_file():
+            raise ValueError(f"There is no file {name!r}.")
+        return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split)
+    return load_dataset(name, name=config, split=split)
+
+
+def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
+    """[`LanguageModelingMetric`] of a file, a dataset of the Hub, or `texts`."""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    if (dataset is None) == ("texts" not in kwargs):
+        raise ValueError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
+    data = kwargs.pop("texts") if dataset is None else load_data(dataset, config, split)
+    return LanguageModelingMetric(data, **kwargs)
+
+
+def lm_eval(**kwargs):
+    """[`LanguageModelingMetric.from_lm_eval`]"""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    return LanguageModelingMetric.from_lm_eval(**kwargs)
+
+
+def make_metric(name: str, kwargs: dict | None):
+    metric = resolve(name, METRICS, "metric")
+    return metric(**kwargs or {}) if kwargs or name in METRICS or isinstance(metric, type) else metric
+
+
+def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
+    kwargs = kwargs or {}
+    strangers = set(kwargs) - set(names or [])
+    if strangers:
+        raise ValueError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
+    rewards = []
+    for name in names or []:
+        reward = resolve(name, REWARDS, "reward_funcs")
+        rewards.append(reward(**kwargs.get(name, {})) if name in kwargs or isinstance(reward, type) else reward)
+    return rewards
