@@ -19,7 +19,7 @@ from trl_dpg.scripts import dpg, utils
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINI = sorted(RECIPES.glob("*/mini*.yaml"))
-FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI) - set(RECIPES.glob("accelerate/*")))
+FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI))
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "32", "--num_generations", "16"]
 SMALL += ["--student_batch_size", "16"]
 
@@ -145,10 +145,21 @@ def tiny_gpt2(tokenizer):
         (["--prompt_template", "{text}"], "names the column 'text'"),
     ],
 )
-def test_wrong_input_is_named(arguments, message, tmp_path):
-    with pytest.raises((ValueError, SystemExit), match=None) as raised:
+def test_wrong_input_is_named_and_ends_with_status_2(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as raised:
         run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, *arguments)
-    assert message in str(raised.value)
+    assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    recipe = str(RECIPES / "pattern_67" / "mini.yaml")
+    cli.main(["dpg", "--num_processes", "2", "--config", recipe, "--accelerate_config", "multi_gpu", "--seed", "3"])
+    (arguments,) = launched
+    assert arguments.num_processes == 2 and arguments.config_file.endswith("multi_gpu.yaml") and arguments.module
+    assert arguments.training_script == "trl_dpg.scripts.dpg"
+    assert arguments.training_script_args == ["--config", recipe, "--seed", "3"]
 
 
 # -- the honest test -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from .utils import REWARDS, MetricArguments, from_json, load_data, make_metric, make_rewards, resolve
+from .utils import REWARDS, MetricArguments, UsageError, from_json, load_data, make_metric, make_rewards, resolve
 
 
 WORLDS = {
@@ -93,7 +93,7 @@ def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
     template, limit = script_args.prompt_template, script_args.max_prompt_tokens
     if template is None:
         if "prompt" not in dataset.column_names:
-            raise ValueError(
+            raise UsageError(
                 f"The dataset has the columns {dataset.column_names}, but no `prompt`. Set --prompt_template, e.g. "
                 f"'Rephrase this text.\\n\\n{{{dataset.column_names[0]}}}'."
             )
@@ -113,7 +113,7 @@ def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
     try:
         template.format(**dict.fromkeys(dataset.column_names, ""))
     except KeyError as missing:
-        raise ValueError(
+        raise UsageError(
             f"--prompt_template names the column {missing}, but the dataset has {dataset.column_names}."
         ) from missing
     return dataset.map(prompt, remove_columns=dataset.column_names)
@@ -163,7 +163,7 @@ def main(script_args, training_args, model_args, dataset_args):
     if script_args.toy_world is not None:
         make_toy_world(script_args, training_args, model_args)
     if model_args.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is required: the generator's path or Hub id.")
+        raise UsageError("--model_name_or_path is required: the generator's path or Hub id.")
     metric = make_metric(script_args.metric, script_args.metric_kwargs)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
@@ -181,7 +181,7 @@ def main(script_args, training_args, model_args, dataset_args):
             for key, split in splits.items()
         }
     else:
-        raise ValueError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
+        raise UsageError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
 
     model_init_kwargs = dict(
         revision=model_args.model_revision,

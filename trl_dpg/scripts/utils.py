@@ -27,6 +27,10 @@ REWARDS = {
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
+class UsageError(ValueError):
+    """An argument that cannot be right; the message names the flag and the remedy."""
+
+
 @dataclass
 class MetricArguments:
     """
@@ -52,7 +56,7 @@ class MetricArguments:
     def __post_init__(self):
         self.metric_kwargs = from_json("metric_kwargs", self.metric_kwargs)
         if self.metric is None:
-            raise ValueError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
+            raise UsageError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
 
 
 def from_json(flag: str, value: dict | str | None) -> dict | None:
@@ -62,7 +66,7 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise ValueError(f"--{flag} must be JSON, got {value!r} ({error}).") from error
+        raise UsageError(f"--{flag} must be JSON, got {value!r} ({error}).") from error
 
 
 def resolve(name: str, known: dict[str, str], flag: str) -> Any:
@@ -72,13 +76,13 @@ def resolve(name: str, known: dict[str, str], flag: str) -> Any:
     if not module:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
+        raise UsageError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
-        raise ValueError(f"--{flag}: could not import {path!r} ({error}).") from error
+        raise UsageError(f"--{flag}: could not import {path!r} ({error}).") from error
 
 
 def load_data(name: str, config: str | None = None, split: str = "train"):
@@ -88,7 +92,7 @@ def load_data(name: str, config: str | None = None, split: str = "train"):
     suffix = Path(name).suffix
     if suffix in FILE_FORMATS:
         if not Path(name).is_file():
-            raise ValueError(f"There is no file {name!r}.")
+            raise UsageError(f"There is no file {name!r}.")
         return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split)
     return load_dataset(name, name=config, split=split)
 
@@ -98,7 +102,7 @@ def language_modeling(dataset: str | None = None, config: str | None = None, spl
     from trl_dpg.metrics import LanguageModelingMetric
 
     if (dataset is None) == ("texts" not in kwargs):
-        raise ValueError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
+        raise UsageError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
     data = kwargs.pop("texts") if dataset is None else load_data(dataset, config, split)
     return LanguageModelingMetric(data, **kwargs)
 
@@ -119,7 +123,7 @@ def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
     kwargs = kwargs or {}
     strangers = set(kwargs) - set(names or [])
     if strangers:
-        raise ValueError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
+        raise UsageError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
     rewards = []
     for name in names or []:
         reward = resolve(name, REWARDS, "reward_funcs")
