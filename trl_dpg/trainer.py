@@ -161,6 +161,15 @@ class DPGTrainer(GRPOTrainer):
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
+    def _results(self) -> list[tuple[str, float, float]]:
+        """The metric and its proxies in the first and the last logged step."""
+        logged = [logs for logs in self.state.log_history if "dpg/metric_after" in logs]
+        apart = ("dpg/score/", "dpg/student_loss/", "dpg/seconds", "dpg/num_", "dpg/predicted")
+        names = [
+            name for name in (logged[0] if logged else {}) if name.startswith("dpg/") and not name.startswith(apart)
+        ]
+        return [(name.removeprefix("dpg/"), logged[0][name], logged[-1][name]) for name in names]
+
     def create_model_card(self, *args, **kwargs):
         """TRL's model card, and what the generator was trained for: metric, student and inner loop."""
         super().create_model_card(*args, **kwargs)
@@ -182,9 +191,14 @@ class DPGTrainer(GRPOTrainer):
             ```json
             {inner_loop}
             ```
+
+            | in training | first step | last step |
+            |---|---|---|
+            {results}
             """).format(
             metric=metric_name,
             student=student.describe(),
             inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
+            results="\n".join(f"| {name} | {first:.5g} | {last:.5g} |" for name, first, last in self._results()),
         )
         card.save(path)

@@ -164,7 +164,7 @@ def main(script_args, training_args, model_args, dataset_args):
         make_toy_world(script_args, training_args, model_args)
     if model_args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is required: the generator's path or Hub id.")
-    metric = make_metric(script_args.metric, script_args.metric_kwargs)
+    metric = make_metric(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     splits = {"train": script_args.dataset_train_split}
@@ -217,6 +217,7 @@ def main(script_args, training_args, model_args, dataset_args):
         path = Path(training_args.output_dir) / "summary.json"
         path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))
         print(render(summary) + f"\nAll figures: {path}")
+    trainer.create_model_card(dataset_name=script_args.dataset_name)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
     trainer.end()

@@ -114,7 +114,9 @@ def lm_eval(**kwargs):
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
-def make_metric(name: str, kwargs: dict | None):
+def make_metric(arguments: MetricArguments):
+    """The target metric: a callable that maps a fine-tuned student to a scalar tensor."""
+    name, kwargs = str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs)
     metric = resolve(name, METRICS, "metric")
     return metric(**kwargs or {}) if kwargs or name in METRICS or isinstance(metric, type) else metric
 

@@ -1,0 +1,228 @@
+"""`trl-dpg generate`, `evaluate` and `env`."""
+
+import base64
+import json
+import math
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard, ModelCard
+
+from trl_dpg import cli, toy
+from trl_dpg.scripts.evaluate import interval
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Generator, student and prompts as files."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = toy.word_tokenizer([*toy.LANGUAGE_A, *toy.LANGUAGE_B])
+    models = [toy.tiny_llama(tokenizer, 32, 1, seed) for seed in (0, 1)]
+    toy.save_world(folder, tokenizer, *models, ["ba be", "bi", "bo ba"], ["lan len lin", "ton tan"])
+    return folder
+
+
+def generate(world, output_dir, *arguments):
+    command = ["generate", "--model_name_or_path", str(world / "generator")]
+    command += ["--dataset_name", str(world / "prompts.jsonl"), "--output_dir", str(output_dir)]
+    cli.main([*command, "--max_completion_length", "6", *arguments])
+    return load_dataset(str(output_dir), split="train", cache_dir=str(output_dir / "cache"))
+
+
+def test_a_generated_dataset_has_a_text_for_each_prompt_and_a_valid_card(world, tmp_path):
+    dataset = generate(world, tmp_path, "--num_samples", "7", "--temperature", "0.7")
+    assert dataset["source_prompt"] == ["ba be", "bi", "bo ba", "ba be", "bi", "bo ba", "ba be"]
+    assert set(dataset.column_names) == {"text", "source_prompt"} and len(set(dataset["text"])) > 1
+    card = DatasetCard.load(tmp_path / "README.md")
+    card.data.to_dict()
+    assert "dpg" in card.data.tags and '"temperature": 0.7' in card.text and "2604.08423" in card.text
+
+
+def test_pairs_keep_their_prompts(world, tmp_path):
+    dataset = generate(world, tmp_path, "--train_on", "prompt_completion")
+    assert dataset["prompt"] == ["ba be", "bi", "bo ba"] and len(dataset["completion"]) == 3
+
+
+def test_trl_sft_trains_on_what_was_generated(world, tmp_path):
+    generate(world, tmp_path / "data", "--num_samples", "8")
+    command = [sys.executable, "-m", "trl.scripts.sft", "--dataset_name", str(tmp_path / "data")]
+    command += ["--model_name_or_path", str(world / "student"), "--output_dir", str(tmp_path / "student")]
+    command += ["--max_steps", "1", "--report_to", "none", "--bf16", "false", "--use_cpu"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+def evaluate(world, *arguments):
+    command = ["evaluate", "--student_model_name_or_path", str(world / "student"), "--student_batch_size", "4"]
+    command += [
+        "--metric",
+        "language_modeling",
+        "--metric_kwargs",
+        json.dumps({"dataset": str(world / "benchmark.jsonl")}),
+    ]
+    cli.main([*command, "--student_learning_rate", "1e-2", *arguments])
+
+
+def test_the_dataset_nearer_to_the_benchmark_wins_beyond_its_interval(world, tmp_path, capsys):
+    ours, theirs = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    ours.write_text('{"text": "lan len lin"}\n{"text": "ton tan"}\n' * 8)
+    theirs.write_text('{"text": "ba be bi"}\n{"text": "bo ba"}\n' * 8)
+    output = tmp_path / "out" / "figures.json"
+    evaluate(world, "--datasets", str(ours), str(theirs), "--seeds", "0", "1", "--output_file", str(output))
+    figures = json.loads(output.read_text())
+    assert figures["before"][0] == figures["before"][1]  # trained in full: the same start
+    first, second = figures["datasets"].values()
+    assert first["mean"] > figures["before"][0] and first["mean"] > second["mean"]
+    difference = second["first_minus_this"]
+    assert difference["mean"] == pytest.approx(first["mean"] - second["mean"])
+    assert difference["mean"] - difference["half_width"] > 0
+    assert "first minus this" in capsys.readouterr().out
+
+
+def test_the_interval_is_students_t():
+    mean, half = interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.302653 * math.sqrt(7 / 3 / 3), rel=1e-6)
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_env_names_versions_and_devices(capsys):
+    cli.main(["env"])
+    printed = capsys.readouterr().out
+    assert "- torch: 2." in printed and "- devices:" in printed and "- vllm: not installed" in printed
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main([command, "--help"])
+    assert raised.value.code == 0 and f"trl-dpg {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["generate"], "--model_name_or_path is required"),
+        (["generate", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "There is no file 'no.jsonl'"),
+        (["generate", "--model_name_or_path", "m", "--dataset_name", "d", "--temperature", "0"], "--temperature must"),
+        (["evaluate", "--metric", "weight_norm"], "--datasets is required"),
+        (["evaluate", "--metric", "weight_norm", "--datasets", "a", "--seeds", "1", "1"], "--seeds must be different"),
+        (["evaluate", "--metric", "weight_norm", "--datasets", "a"], "--student_model_name_or_path is required"),
+        (["evaluate", "--datasets", "a"], "--metric is required"),
+        (["env", "--verbose"], "unrecognized arguments: --verbose"),
+        (["env", "--config", "none.yaml"], "none.yaml"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_wrong_usage_is_named_and_ends_with_status_2(command, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(command)
+    assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as an upload needs; remembers what it was sent."""
+
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        body = self.rfile.read(length).decode()
+        self.server.requests.append((self.path, body))
+        if "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            self.answer(
+                {
+                    "commitUrl": self.server.url + "/datasets/someone/data/commit/0",
+                    "commitOid": "0" * 40,
+                    "success": True,
+                }
+            )
+        elif "validate-yaml" in self.path:
+            self.answer({"errors": [], "warnings": []})
+        else:
+            self.answer({"url": f"{self.server.url}/datasets/someone/data", "name": "someone/data", "id": "0"})
+
+    def do_GET(self):
+        self.server.requests.append((self.path, ""))
+        self.answer({"id": "someone/data", "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
+
+    do_HEAD = do_GET
+
+    def answer(self, content):
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.url, server.requests = f"http://127.0.0.1:{server.server_port}", []
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def committed(hub):
+    """Files of the last commit, by name."""
+    body = [body for path, body in hub.requests if "/commit/" in path][-1]
+    lines = [json.loads(line) for line in body.splitlines()]
+    return {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
+    }
+
+
+def run_online(command, hub):
+    online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_stand_in", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | online)
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+def test_a_generator_is_pushed_with_its_card(tmp_path, hub):
+    recipe = Path(__file__).parents[1] / "recipes" / "pattern_67" / "mini.yaml"
+    command = [sys.executable, "-m", "trl_dpg.cli", "dpg", "--config", str(recipe), "--output_dir", str(tmp_path)]
+    command += ["--max_steps", "1", "--evaluate", "false", "--push_to_hub", "--hub_model_id", "someone/generator"]
+    run_online(command, hub)
+    files = committed(hub)
+    assert files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    for word in (
+        "Dataset Policy Gradients",
+        "WeightPatternMetric",
+        '"optimizer": "adamw"',
+        "pixel_accuracy",
+        "2604.08423",
+    ):
+        assert word in card
+    ModelCard(card).data.to_dict()
+
+
+def test_a_dataset_is_pushed_with_its_card(world, tmp_path, hub):
+    command = [sys.executable, "-m", "trl_dpg.cli", "generate", "--model_name_or_path", str(world / "generator")]
+    command += ["--dataset_name", str(world / "prompts.jsonl"), "--output_dir", str(tmp_path)]
+    command += ["--max_completion_length", "4", "--hub_dataset_id", "someone/data", "--private"]
+    run_online(command, hub)
+    created = json.loads(next(body for path, body in hub.requests if path.endswith("/repos/create")))
+    assert created["type"] == "dataset" and created["private"]
+    files = committed(hub)
+    assert files["train.parquet"] == (tmp_path / "train.parquet").read_bytes()
+    assert files["README.md"] == (tmp_path / "README.md").read_bytes()
