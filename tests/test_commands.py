@@ -222,7 +222,7 @@ def test_a_dataset_is_pushed_with_its_card(world, tmp_path, hub):
     command += ["--max_completion_length", "4", "--hub_dataset_id", "someone/data", "--private"]
     run_online(command, hub)
     created = json.loads(next(body for path, body in hub.requests if path.endswith("/repos/create")))
-    assert created["type"] == "dataset" and created["private"]
+    assert created["type"] == "dataset" and created["visibility"] == "private"
     files = committed(hub)
     assert files["train.parquet"] == (tmp_path / "train.parquet").read_bytes()
     assert files["README.md"] == (tmp_path / "README.md").read_bytes()
