@@ -1,6 +1,7 @@
 """What is installed and imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -26,18 +27,12 @@ def test_the_trainer_imports_no_package_that_trls_own_does_not():
 
 
 def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-    ]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    source = tmp_path / "source"  # setuptools builds in the source tree
+    shutil.copytree(ROOT / "trl_dpg", source / "trl_dpg")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
