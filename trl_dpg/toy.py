@@ -182,7 +182,7 @@ def languages_world(
 
 
 def strings_world(
-    folder: Path, seed: int = 0, target: str = "5f2c9e81-a7b4", num_choices: int = 8, hidden_size: int = 64
+    folder: Path, seed: int = 0, target: str = "5f2c-9e81", num_choices: int = 8, hidden_size: int = 64
 ) -> None:
     """
     Strings of hexadecimal digits, in the target's form: each place has its own digits to choose from, as in a UUID.
