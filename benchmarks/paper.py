@@ -156,8 +156,9 @@ def main(args):
         for way in WAYS[experiment]
         if args.ways is None or way in args.ways
     ]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda cell: run_cell(*cell), cells))
+    if not args.tables_only:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda cell: run_cell(*cell), cells))
     results = collect(output_dir, args.experiments, args.ways, args.seeds)
     figures = {
         experiment: {
@@ -179,4 +180,5 @@ if __name__ == "__main__":
     parser.add_argument("--ways", nargs="+", choices=list(TITLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--tables-only", action="store_true", help="of the cells that are finished")
     main(parser.parse_args())
