@@ -6,14 +6,16 @@ Score the samples of an existing dataset by what they do for a metric of a stude
 
 The dataset is shuffled by `seed` and cut into chunks of `dataset_chunk` samples. Each chunk is one inner loop from the
 student's start, and the scores of its samples are its metagradients, see [`metagradient`]. Scores of different chunks
-compare because all else is the same: start, number of steps, batch size, and, by the shuffling, the company a sample
-is in. For that reason the last chunk is filled up with samples of other chunks, whose scores there are thrown away.
-A dataset of one chunk is trained on in its own order.
+compare because start, number of steps and batch size are the same, and the company a sample is in is alike. For that
+reason the last chunk is filled up with samples of other chunks, whose scores there are thrown away. What is left is
+chance: a sample's company, and the step it is trained in. `num_repeats` scores all samples in as many orders and takes
+the mean; the rank correlation between the orders tells how much of the scores is chance. A dataset of one chunk is
+trained on in its own order, the first time.
 
 Files in `output_dir`:
 
 - `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. The same command goes on where
-  it was stopped, and one that is done only writes its files again, e.g. with another `keep_top`.
+  it was stopped; one that is done only writes the files again, e.g. with another `keep_top`, or adds repeats.
 - `scored.parquet` (or `.jsonl`): the dataset in its order and with all its columns, and `dpg_score` (float32). With
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
   `student_max_length`.
@@ -69,6 +71,8 @@ class AttributeArguments(MetricArguments):
         dataset_chunk (`int`, *optional*):
             Samples the student is fine-tuned on at a time, a multiple of `student_batch_size`. Without it, the
             smallest from 256 on.
+        num_repeats (`int`, *optional*, defaults to `1`):
+            Score all samples in as many random orders, and take the mean.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Where the results are written. With a recipe made for `trl-dpg dpg`, name another folder than its.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -104,6 +108,9 @@ class AttributeArguments(MetricArguments):
             f"the smallest from {SAMPLES_PER_CHUNK} on."
         },
     )
+    num_repeats: int = field(
+        default=1, metadata={"help": "Score all samples in as many random orders, and take the mean."}
+    )
     output_dir: str = field(default="attribution", metadata={"help": "Where the results are written."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
@@ -121,6 +128,8 @@ class AttributeArguments(MetricArguments):
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
+        if self.num_repeats < 1:
+            raise UsageError(f"--num_repeats must be at least 1, got {self.num_repeats}.")
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
 
@@ -154,8 +163,6 @@ def load_samples(script_args: AttributeArguments):
             f"--dataset_name {name!r} could not be read (--dataset_split {split!r}): {error} Give a Hub id, or a file "
             "(json, jsonl, parquet, csv, txt)."
         ) from error
-    if len(dataset) == 0:
-        raise UsageError(f"--dataset_name {name!r}, split {split!r}, has no samples. Choose another --dataset_split.")
     taken = [column for column in ("dpg_score", "dpg_token_scores") if column in dataset.column_names]
     if taken:
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
@@ -181,22 +188,27 @@ def load_samples(script_args: AttributeArguments):
     return dataset, samples if text in (None, "text") else samples.rename_column(text, "text")
 
 
-def plan_chunks(num_samples: int, size: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def plan_chunks(num_samples: int, size: int, seed: int, num_repeats: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
     """
     Which rows are trained on together, in the order of training.
 
     Returns:
-        `list[tuple[np.ndarray, np.ndarray]]`: Rows `[size]` of each chunk, and which of them it scores (`bool`). A row
-        is scored in exactly one chunk. One chunk of all rows, as many as there are, if they are not more than `size`.
+        `list[tuple[np.ndarray, np.ndarray]]`: Rows `[size]` of each chunk, and which of them it scores (`bool`), the
+        chunks of one repeat after those of the other. A row is scored in exactly one chunk of each repeat. Further
+        repeats do not change the earlier ones.
     """
-    if num_samples <= size:
-        return [(np.arange(num_samples), np.ones(num_samples, dtype=bool))]
     rng = np.random.default_rng(seed)
-    order = rng.permutation(num_samples)
-    chunks = [(order[k : k + size], np.ones(size, dtype=bool)) for k in range(0, num_samples, size)]
-    last = chunks[-1][0]
-    filled = rng.permutation(np.concatenate([last, order[: size - len(last)]]))
-    chunks[-1] = filled, np.isin(filled, last)
+    chunks = []
+    for repeat in range(num_repeats):
+        whole = num_samples <= size  # one chunk of all rows, as many as there are
+        order = np.arange(num_samples) if whole and repeat == 0 else rng.permutation(num_samples)
+        for start in range(0, num_samples, size):
+            rows = order[start : start + size]
+            scored = np.ones(len(rows), dtype=bool)
+            if not whole and len(rows) < size:
+                filled = rng.permutation(np.concatenate([rows, order[: size - len(rows)]]))
+                rows, scored = filled, np.isin(filled, rows)
+            chunks.append((rows, scored))
     return chunks
 
 
@@ -222,6 +234,15 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if line.endswith(b"\n"):
                 yield json.loads(line)
+
+
+def read_chunks(path: Path, num_chunks: int) -> Iterator[dict[str, Any]]:
+    """The first chunks of a journal, each once."""
+    seen = set()
+    for record in read_journal(path):
+        if record.get("chunk", num_chunks) < num_chunks and record["chunk"] not in seen:
+            seen.add(record["chunk"])
+            yield record
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
@@ -317,9 +338,9 @@ def score_samples(student, samples, metric, config, chunks, path: Path, done: di
     earlier = next((value for value in done.values() if value is not None), None)
     metric_before = None
     total = sum(int(scored.sum()) for _, scored in chunks)
-    initial = sum(int(chunks[k][1].sum()) for k in done)
+    initial = sum(int(scored.sum()) for k, (_, scored) in enumerate(chunks) if k in done)
     if done:
-        print(f"Resuming: {initial} of {total} samples are scored already.", file=sys.stderr)
+        print(f"Resuming: {initial} of {total} scores are there already.", file=sys.stderr)
     with tqdm(desc="Scoring", total=total, initial=initial, unit="sample") as progress:
         for k, (rows, scored) in enumerate(chunks):
             if k in done:
@@ -339,52 +360,76 @@ def score_samples(student, samples, metric, config, chunks, path: Path, done: di
 # -- the results -----------------------------------------------------------------------------------------------------
 
 
-def summarize(path: Path, num_samples: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Scores `[N]` and numbers of tokens `[N]` in the dataset's order, and the figures of a finished journal."""
-    scores, num_tokens = np.full(num_samples, np.nan, dtype=np.float32), np.zeros(num_samples, dtype=np.int64)
-    chunks, after = 0, []
+def summarize(path: Path, num_samples: int, num_chunks: int, num_repeats: int):
+    """
+    What a finished journal says.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, dict[str, Any]]`: Scores `[N]` and numbers of tokens `[N]` in the dataset's
+        order, and figures for `summary.json`.
+    """
+    repeats = np.zeros((num_repeats, num_samples), dtype=np.float32)
+    num_tokens = np.zeros(num_samples, dtype=np.int64)
     totals = {"num_empty": 0, "num_truncated": 0, "seconds": 0.0}
-    before = None
-    lines = read_journal(path)
-    settings = next(lines)
-    for record in lines:
-        scores[record["rows"]], num_tokens[record["rows"]] = record["scores"], record["num_tokens"]
-        chunks += 1
+    before, after = [], []
+    for record in read_chunks(path, num_chunks):
+        repeats[record["chunk"] // (num_chunks // num_repeats), record["rows"]] = record["scores"]
+        num_tokens[record["rows"]] = record["num_tokens"]
         totals = {name: value + record[name] for name, value in totals.items()}
         if record["metric_after"] is not None:
-            before = record["metric_before"] if before is None else before
+            before.append(record["metric_before"])
             after.append(record["metric_after"])
+    scores = repeats.mean(axis=0)
+    correlation = None
+    if num_repeats > 1 and num_samples > 1:
+        ranks = repeats.argsort(axis=1, kind="stable").argsort(axis=1)
+        correlation = float(np.asarray(np.corrcoef(ranks))[np.triu_indices(num_repeats, k=1)].mean())
     quantiles = np.quantile(scores, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)).tolist()
     figures = {
         "num_samples": num_samples,
-        "num_chunks": chunks,
+        "num_chunks": num_chunks,
+        "num_repeats": num_repeats,
         "num_tokens": int(num_tokens.sum()),
-        **totals,
-        "samples_per_second": num_samples / totals["seconds"],
-        "metric_before": before,
+        "num_empty": totals["num_empty"] // num_repeats,
+        "num_truncated": totals["num_truncated"] // num_repeats,
+        "seconds": totals["seconds"],
+        "samples_per_second": num_samples * num_repeats / totals["seconds"],
+        "metric_before": before[0] if before else None,
         "metric_after": sum(after) / len(after) if after else None,
         "score": {
             "mean": float(scores.mean()),
             "std": float(scores.std()),
             **dict(zip(("min", "q05", "q25", "median", "q75", "q95", "max"), quantiles, strict=True)),
+            "rank_correlation": correlation,
         },
-        "settings": settings,
+        "settings": next(read_journal(path)),
     }
     return scores, num_tokens, figures
 
 
-def gather_token_scores(path: Path, offsets: np.ndarray, scratch: Path) -> np.ndarray:
-    """The journal's token scores, all `[offsets[-1]]` in the dataset's order, in a file that is mapped to memory."""
-    flat = np.memmap(scratch, dtype=np.float32, mode="w+", shape=(int(offsets[-1]),))
-    for record in read_journal(path):
-        for row, values in zip(record.get("rows", ()), record.get("token_scores", ()), strict=True):
-            flat[offsets[row] : offsets[row + 1]] = values
+def gather_token_scores(path: Path, num_chunks: int, num_repeats: int, offsets: np.ndarray) -> np.ndarray:
+    """Token scores, all `[offsets[-1]]` in the dataset's order, in a file that is mapped to memory."""
+    file = path.with_name("token_scores.tmp")
+    flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(int(offsets[-1]),))
+    file.unlink()  # it goes with the process
+    for record in read_chunks(path, num_chunks):
+        for row, values in zip(record["rows"], record["token_scores"], strict=True):
+            flat[offsets[row] : offsets[row + 1]] += np.asarray(values, dtype=np.float32) / num_repeats
     return flat
 
 
-def write_results(dataset, path: Path, scores, num_tokens, output_format: str, kept, per_token: bool) -> list[Path]:
+def write_results(dataset, output_dir: Path, output_format: str, scores, kept, token_scores, offsets) -> list[Path]:
     """
-    Write the dataset with its scores, and with `kept` (`[N]`, `bool`) also those rows, a few at a time.
+    Write the dataset with its scores, a few rows at a time.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): N rows.
+        output_dir (`Path`): Where to.
+        output_format (`str`): `"parquet"` or `"jsonl"`.
+        scores (`np.ndarray` of shape `[N]`): The column `dpg_score`.
+        kept (`np.ndarray` of shape `[N]`, `bool`, or `None`): The rows of `top`.
+        token_scores (`np.ndarray` or `None`): The column `dpg_token_scores`, all lists one after the other.
+        offsets (`np.ndarray` of shape `[N + 1]`): Where each row's list begins in it.
 
     Returns:
         `list[Path]`: The files. Each appears under its name only when it is complete.
@@ -393,14 +438,12 @@ def write_results(dataset, path: Path, scores, num_tokens, output_format: str, k
     import pyarrow.parquet as pq
     from datasets import Features, List, Value
 
-    added = {"dpg_score": Value("float32")} | ({"dpg_token_scores": List(Value("float32"))} if per_token else {})
+    added = {"dpg_score": Value("float32")} | (
+        {} if token_scores is None else {"dpg_token_scores": List(Value("float32"))}
+    )
     schema = Features(dict(dataset.features) | added).arrow_schema
-    offsets = np.concatenate([[0], num_tokens.cumsum()])
-    scratch = path.with_name("token_scores.tmp")
-    token_scores = gather_token_scores(path, offsets, scratch) if per_token else None
-
     masks = {"scored": None} if kept is None else {"scored": None, "top": kept}
-    files = [path.with_name(f"{name}.{output_format}") for name in masks]
+    files = [output_dir / f"{name}.{output_format}" for name in masks]
     parts = [file.with_name(f"{file.name}.tmp") for file in files]
     if output_format == "parquet":
         writers = [pq.ParquetWriter(part, schema) for part in parts]
@@ -425,7 +468,6 @@ def write_results(dataset, path: Path, scores, num_tokens, output_format: str, k
     for writer, part, file in zip(writers, parts, files, strict=True):
         writer.close()
         os.replace(part, file)
-    scratch.unlink(missing_ok=True)
     return files
 
 
@@ -444,9 +486,13 @@ def preview(row: dict[str, Any], student, width: int = 90) -> str:
 
 def render(figures: dict[str, Any], files: list[Path]) -> str:
     """A few lines for the terminal."""
+    correlation = figures["score"]["rank_correlation"]
     lines = [
         f"{figures['num_samples']} samples in {figures['seconds']:.0f} s; metric {figures['metric_before']:.6g} "
-        f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)"
+        f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)",
+        "How much of the scores is chance? The same command with --num_repeats 2 goes on and tells."
+        if correlation is None
+        else f"Rank correlation of the scores in two random orders: {correlation:.2f}",
     ]
     for name in ("best", "worst"):
         lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
@@ -492,10 +538,11 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             f"--student_model_name_or_path {student_args.student_model_name_or_path!r} could not be loaded: {error}"
         ) from error
 
-    chunks = plan_chunks(len(samples), size, student_args.seed)
+    repeats = script_args.num_repeats
+    chunks = plan_chunks(len(samples), size, student_args.seed, repeats)
     score_samples(student, samples, metric, config, chunks, path, done)
 
-    scores, num_tokens, figures = summarize(path, len(samples))
+    scores, num_tokens, figures = summarize(path, len(samples), len(chunks), repeats)
     if figures["num_empty"] == len(samples):
         raise UsageError(
             f"None of the {len(samples)} samples of --dataset_name has a token to learn from. Name the column with "
@@ -513,9 +560,9 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             {"row": row, "dpg_score": float(scores[row]), "sample": preview(samples[row], student)}
             for row in rows.tolist()
         ]
-    files = write_results(
-        dataset, path, scores, num_tokens, script_args.output_format, kept, per_token=config.per_token
-    )
+    offsets = np.concatenate([[0], num_tokens.cumsum()])
+    token_scores = gather_token_scores(path, len(chunks), repeats, offsets) if config.per_token else None
+    files = write_results(dataset, path.parent, script_args.output_format, scores, kept, token_scores, offsets)
     summary = path.with_name("summary.json")
     summary.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
     print(render(figures, [*files, summary]))
