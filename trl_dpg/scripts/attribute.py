@@ -531,7 +531,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
     path = Path(script_args.output_dir) / "attribution.jsonl"
     done = open_journal(path, settings, script_args.overwrite)
     try:
-        metric = make_metric(script_args.metric, script_args.metric_kwargs)  # type: ignore[arg-type]
+        metric = make_metric(script_args)
     except TypeError as error:
         raise UsageError(f"--metric_kwargs do not fit --metric {script_args.metric}: {error}.") from error
     try:
