@@ -1,0 +1,583 @@
+"""
+Score the samples of an existing dataset by what they do for a metric of a student that is fine-tuned on them.
+
+    trl-dpg attribute --dataset_name samples.jsonl --student_model_name_or_path gpt2 --metric language_modeling \
+        --metric_kwargs '{"dataset": "benchmark.jsonl"}' --keep_top 0.3 --output_dir attribution
+
+The dataset is shuffled by `seed` and cut into chunks of `dataset_chunk` samples. Each chunk is one inner loop from the
+student's start, and the scores of its samples are its metagradients, see [`metagradient`]. Scores of different chunks
+compare because start, number of steps and batch size are the same, and the company a sample is in is alike. For that
+reason the last chunk is filled up with samples of other chunks, whose scores there are thrown away. What is left is
+chance: a sample's company, and the step it is trained in. `num_repeats` scores all samples in as many orders and takes
+the mean; the rank correlation between the orders tells how much of the scores is chance. A dataset of one chunk is
+trained on in its own order, the first time.
+
+Files in `output_dir`:
+
+- `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. The same command goes on where
+  it was stopped; one that is done only writes the files again, e.g. with another `keep_top`, or adds repeats.
+- `scored.parquet` (or `.jsonl`): the dataset in its order and with all its columns, and `dpg_score` (float32). With
+  `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
+  `student_max_length`.
+- `top.parquet` (or `.jsonl`), with `keep_top`: the share of best rows, in the dataset's order.
+- `summary.json`: counts, quantiles of the scores, the metric before and after, seconds.
+"""
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from trl_dpg.config import StudentArguments
+
+from .utils import MetricArguments, UsageError, load_data, make_metric
+
+
+FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # as Student.tokenize reads them
+MEMORY_ONLY = (  # settings that may change when a run is resumed
+    "student_micro_batch_size",
+    "student_memory_budget",
+    "student_gradient_checkpointing",
+    "student_checkpoint_interval",
+    "student_offload_trajectory",
+)
+SAMPLES_PER_CHUNK = 256
+ROWS_PER_WRITE = 1000
+
+
+@dataclass
+class AttributeArguments(MetricArguments):
+    """
+    Script arguments of `trl-dpg attribute`.
+
+    Args:
+        dataset_name (`str`):
+            The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt).
+        dataset_config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split, e.g. `"train[:10000]"`.
+        dataset_text_field (`str`, *optional*):
+            The column that holds the text. Without it: `input_ids` (with `labels`, if there), `messages`, `prompt` and
+            `completion`, or `text`, the first that the dataset has.
+        dataset_chunk (`int`, *optional*):
+            Samples the student is fine-tuned on at a time, a multiple of `student_batch_size`. Without it, the
+            smallest from 256 on.
+        num_repeats (`int`, *optional*, defaults to `1`):
+            Score all samples in as many random orders, and take the mean.
+        output_dir (`str`, *optional*, defaults to `"attribution"`):
+            Where the results are written. With a recipe made for `trl-dpg dpg`, name another folder than its.
+        output_format (`str`, *optional*, defaults to `"parquet"`):
+            `"parquet"` or `"jsonl"`.
+        keep_top (`float`, *optional*):
+            Also write this share of the samples, the best.
+        num_shown (`int`, *optional*, defaults to `3`):
+            How many of the best and of the worst samples are printed.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Throw away what an earlier run with other settings left in `output_dir`.
+        num_threads (`int`, *optional*):
+            CPU threads of torch.
+    """
+
+    _argument_group_name: ClassVar[str] = "metric, dataset and output"
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset, e.g. 'train[:10000]'."})
+    dataset_text_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column that holds the text. By default the first there is of `input_ids`, `messages`, "
+            "`prompt` and `completion`, `text`."
+        },
+    )
+    dataset_chunk: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples the student is fine-tuned on at a time, a multiple of `student_batch_size`. By default "
+            f"the smallest from {SAMPLES_PER_CHUNK} on."
+        },
+    )
+    num_repeats: int = field(
+        default=1, metadata={"help": "Score all samples in as many random orders, and take the mean."}
+    )
+    output_dir: str = field(default="attribution", metadata={"help": "Where the results are written."})
+    output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
+    keep_top: float | None = field(
+        default=None, metadata={"help": "Also write this share of the samples, the best, e.g. 0.3."}
+    )
+    num_shown: int = field(default=3, metadata={"help": "How many of the best and worst samples are printed."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Throw away what a run with other settings left in `output_dir`."}
+    )
+    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset_name is None:
+            raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
+        if self.keep_top is not None and not 0 < self.keep_top <= 1:
+            raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
+        if self.num_repeats < 1:
+            raise UsageError(f"--num_repeats must be at least 1, got {self.num_repeats}.")
+        if self.output_format not in ("parquet", "jsonl"):
+            raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
+
+
+@dataclass
+class AttributeStudentArguments(StudentArguments):
+    """[`StudentArguments`] under a heading of their own."""
+
+    _argument_group_name: ClassVar[str] = "student and its fine-tuning"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.student_model_name_or_path is None:
+            raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
+        if self.per_token and self.attribution != "metagradient":
+            raise UsageError("--per_token needs --attribution metagradient: the naive baseline has no token scores.")
+
+
+# -- the samples -----------------------------------------------------------------------------------------------------
+
+
+def load_samples(script_args: AttributeArguments):
+    """The dataset as it is, and the view of it that the student reads."""
+    from datasets.exceptions import DatasetGenerationError
+
+    name, split = script_args.dataset_name, script_args.dataset_split
+    try:
+        dataset = load_data(name, script_args.dataset_config, split)  # type: ignore[arg-type]
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        raise UsageError(
+            f"--dataset_name {name!r} could not be read (--dataset_split {split!r}): {error} Give a Hub id, or a file "
+            "(json, jsonl, parquet, csv, txt)."
+        ) from error
+    taken = [column for column in ("dpg_score", "dpg_token_scores") if column in dataset.column_names]
+    if taken:
+        raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
+
+    text = script_args.dataset_text_field
+    formats = FORMATS if text is None else ((text,),)
+    columns = next((list(columns) for columns in formats if set(columns) <= set(dataset.column_names)), None)
+    if columns is None:
+        raise UsageError(
+            f"--dataset_name {name!r} has the columns {dataset.column_names}; expected "
+            + (f"{text!r}." if text else "`text`, `prompt` and `completion`, `messages`, or `input_ids`.")
+            + " Name the column with the text by --dataset_text_field."
+        )
+    if text is not None or columns == ["text"]:
+        dtype = dataset.features[columns[0]].dtype
+        if dtype not in ("string", "large_string"):
+            raise UsageError(
+                f"The column {columns[0]!r} holds no text but {dtype}. Name the one that does by --dataset_text_field."
+            )
+    if columns == ["input_ids"] and "labels" in dataset.column_names:
+        columns.append("labels")
+    samples = dataset.select_columns(columns)
+    return dataset, samples if text in (None, "text") else samples.rename_column(text, "text")
+
+
+def plan_chunks(num_samples: int, size: int, seed: int, num_repeats: int = 1) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    Which rows are trained on together, in the order of training.
+
+    Returns:
+        `list[tuple[np.ndarray, np.ndarray]]`: Rows `[size]` of each chunk, and which of them it scores (`bool`), the
+        chunks of one repeat after those of the other. A row is scored in exactly one chunk of each repeat. Further
+        repeats do not change the earlier ones.
+    """
+    rng = np.random.default_rng(seed)
+    chunks = []
+    for repeat in range(num_repeats):
+        whole = num_samples <= size  # one chunk of all rows, as many as there are
+        order = np.arange(num_samples) if whole and repeat == 0 else rng.permutation(num_samples)
+        for start in range(0, num_samples, size):
+            rows = order[start : start + size]
+            scored = np.ones(len(rows), dtype=bool)
+            if not whole and len(rows) < size:
+                filled = rng.permutation(np.concatenate([rows, order[: size - len(rows)]]))
+                rows, scored = filled, np.isin(filled, rows)
+            chunks.append((rows, scored))
+    return chunks
+
+
+def digest(dataset) -> str:
+    """A hash of a dataset's contents, read in passing."""
+    import pyarrow as pa
+
+    sha = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(ROWS_PER_WRITE):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        sha.update(sink.getvalue())
+    return sha.hexdigest()
+
+
+# -- the journal -----------------------------------------------------------------------------------------------------
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a journal, settings first; a last line that was cut short by the end of a process is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def read_chunks(path: Path, num_chunks: int) -> Iterator[dict[str, Any]]:
+    """The first chunks of a journal, each once."""
+    seen = set()
+    for record in read_journal(path):
+        if record.get("chunk", num_chunks) < num_chunks and record["chunk"] not in seen:
+            seen.add(record["chunk"])
+            yield record
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Write a line; when this returns it is on the disk."""
+    with path.open("ab") as file:
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def open_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[int, float | None]:
+    """
+    Start a journal, or go on with the one there is.
+
+    Returns:
+        `dict[int, float | None]`: The chunks that are done, each with its metric before.
+
+    Raises:
+        `UsageError`: If there is one of other settings, or the folder belongs to another command.
+    """
+    output_dir = path.parent
+    if not path.exists() and (output_dir / "summary.json").exists():
+        raise UsageError(
+            f"--output_dir {str(output_dir)!r} has the summary.json of another command. Choose another folder."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with path.open("rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    lines = read_journal(path)
+    found = next(lines, None)
+    settings = json.loads(json.dumps(settings, default=str))
+    done = {line["chunk"]: line["metric_before"] for line in lines}
+    if found == settings:
+        return done
+    if found is not None and done and not overwrite:
+        names = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
+        changes = ", ".join(f"{name} (was {found.get(name)!r}, is {settings.get(name)!r})" for name in names)
+        raise UsageError(
+            f"--output_dir {str(output_dir)!r} has scores of other settings: {changes}. Choose another folder, or "
+            "throw them away by --overwrite."
+        )
+    for name in ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl", "summary.json"):
+        (output_dir / name).unlink(missing_ok=True)
+    path.write_bytes(b"")
+    append(path, settings)
+    return {}
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def score_chunk(student, samples, rows, scored, metric, config, metric_before) -> dict[str, Any]:
+    """One inner loop on some rows, as the journal records it. Nothing is trained if all of them are empty."""
+    from trl_dpg import metagradient
+
+    started = time.perf_counter()
+    columns = samples[rows.tolist()]
+    examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    tokenized = student.tokenize(examples, config.max_length)
+    record: dict[str, Any] = {
+        "rows": rows[scored].tolist(),
+        "scores": [0.0] * int(scored.sum()),
+        "num_tokens": [len(sample.input_ids) for sample, mine in zip(tokenized, scored, strict=True) if mine],
+        "num_empty": sum(not sample.num_supervised for sample, mine in zip(tokenized, scored, strict=True) if mine),
+        "num_truncated": sum(sample.truncated for sample, mine in zip(tokenized, scored, strict=True) if mine),
+        "metric_before": None,
+        "metric_after": None,
+    }
+    token_scores = [[0.0] * length for length in record["num_tokens"]]
+    if any(sample.num_supervised for sample in tokenized):
+        ids = [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in tokenized]
+        out = metagradient(student, ids, metric, config, metric_before=metric_before)
+        record |= {"metric_before": out.metric_before, "metric_after": out.metric_after}
+        record["scores"] = out.scores[scored].tolist()
+        if out.token_scores is not None:
+            padded = zip(out.token_scores[scored].tolist(), record["num_tokens"], strict=True)
+            token_scores = [values[:length] for values, length in padded]
+    if config.per_token:
+        record["token_scores"] = token_scores
+    return record | {"seconds": time.perf_counter() - started}
+
+
+def score_samples(student, samples, metric, config, chunks, path: Path, done: dict[int, float | None]) -> None:
+    """
+    Score the chunks that are not done yet; each goes to the journal as soon as it is.
+
+    Raises:
+        `UsageError`: If the student or the metric are not what they were when the journal was begun.
+    """
+    from tqdm import tqdm
+
+    earlier = next((value for value in done.values() if value is not None), None)
+    metric_before = None
+    total = sum(int(scored.sum()) for _, scored in chunks)
+    initial = sum(int(scored.sum()) for k, (_, scored) in enumerate(chunks) if k in done)
+    if done:
+        print(f"Resuming: {initial} of {total} scores are there already.", file=sys.stderr)
+    with tqdm(desc="Scoring", total=total, initial=initial, unit="sample") as progress:
+        for k, (rows, scored) in enumerate(chunks):
+            if k in done:
+                continue
+            record = score_chunk(student, samples, rows, scored, metric, config, metric_before)
+            metric_before = record["metric_before"] if metric_before is None else metric_before
+            if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
+                raise UsageError(
+                    f"The metric of the student at its start is {metric_before:.6g}, but was {earlier:.6g} when "
+                    f"--output_dir {str(path.parent)!r} was begun: the student or the metric's data have changed. "
+                    "Choose another folder, or throw the old scores away by --overwrite."
+                )
+            append(path, {"chunk": k, **record})
+            progress.update(int(scored.sum()))
+
+
+# -- the results -----------------------------------------------------------------------------------------------------
+
+
+def summarize(path: Path, num_samples: int, num_chunks: int, num_repeats: int):
+    """
+    What a finished journal says.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray, dict[str, Any]]`: Scores `[N]` and numbers of tokens `[N]` in the dataset's
+        order, and figures for `summary.json`.
+    """
+    repeats = np.zeros((num_repeats, num_samples), dtype=np.float32)
+    num_tokens = np.zeros(num_samples, dtype=np.int64)
+    totals = {"num_empty": 0, "num_truncated": 0, "seconds": 0.0}
+    before, after = [], []
+    for record in read_chunks(path, num_chunks):
+        repeats[record["chunk"] // (num_chunks // num_repeats), record["rows"]] = record["scores"]
+        num_tokens[record["rows"]] = record["num_tokens"]
+        totals = {name: value + record[name] for name, value in totals.items()}
+        if record["metric_after"] is not None:
+            before.append(record["metric_before"])
+            after.append(record["metric_after"])
+    scores = repeats.mean(axis=0)
+    correlation = None
+    if num_repeats > 1 and num_samples > 1:
+        ranks = repeats.argsort(axis=1, kind="stable").argsort(axis=1)
+        correlation = float(np.asarray(np.corrcoef(ranks))[np.triu_indices(num_repeats, k=1)].mean())
+    quantiles = np.quantile(scores, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)).tolist()
+    figures = {
+        "num_samples": num_samples,
+        "num_chunks": num_chunks,
+        "num_repeats": num_repeats,
+        "num_tokens": int(num_tokens.sum()),
+        "num_empty": totals["num_empty"] // num_repeats,
+        "num_truncated": totals["num_truncated"] // num_repeats,
+        "seconds": totals["seconds"],
+        "samples_per_second": num_samples * num_repeats / totals["seconds"],
+        "metric_before": before[0] if before else None,
+        "metric_after": sum(after) / len(after) if after else None,
+        "score": {
+            "mean": float(scores.mean()),
+            "std": float(scores.std()),
+            **dict(zip(("min", "q05", "q25", "median", "q75", "q95", "max"), quantiles, strict=True)),
+            "rank_correlation": correlation,
+        },
+        "settings": next(read_journal(path)),
+    }
+    return scores, num_tokens, figures
+
+
+def gather_token_scores(path: Path, num_chunks: int, num_repeats: int, offsets: np.ndarray) -> np.ndarray:
+    """Token scores, all `[offsets[-1]]` in the dataset's order, in a file that is mapped to memory."""
+    file = path.with_name("token_scores.tmp")
+    flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(int(offsets[-1]),))
+    file.unlink()  # it goes with the process
+    for record in read_chunks(path, num_chunks):
+        for row, values in zip(record["rows"], record["token_scores"], strict=True):
+            flat[offsets[row] : offsets[row + 1]] += np.asarray(values, dtype=np.float32) / num_repeats
+    return flat
+
+
+def write_results(dataset, output_dir: Path, output_format: str, scores, kept, token_scores, offsets) -> list[Path]:
+    """
+    Write the dataset with its scores, a few rows at a time.
+
+    Args:
+        dataset ([`~datasets.Dataset`]): N rows.
+        output_dir (`Path`): Where to.
+        output_format (`str`): `"parquet"` or `"jsonl"`.
+        scores (`np.ndarray` of shape `[N]`): The column `dpg_score`.
+        kept (`np.ndarray` of shape `[N]`, `bool`, or `None`): The rows of `top`.
+        token_scores (`np.ndarray` or `None`): The column `dpg_token_scores`, all lists one after the other.
+        offsets (`np.ndarray` of shape `[N + 1]`): Where each row's list begins in it.
+
+    Returns:
+        `list[Path]`: The files. Each appears under its name only when it is complete.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, List, Value
+
+    added = {"dpg_score": Value("float32")} | (
+        {} if token_scores is None else {"dpg_token_scores": List(Value("float32"))}
+    )
+    schema = Features(dict(dataset.features) | added).arrow_schema
+    masks = {"scored": None} if kept is None else {"scored": None, "top": kept}
+    files = [output_dir / f"{name}.{output_format}" for name in masks]
+    parts = [file.with_name(f"{file.name}.tmp") for file in files]
+    if output_format == "parquet":
+        writers = [pq.ParquetWriter(part, schema) for part in parts]
+    else:
+        writers = [part.open("w", encoding="utf-8") for part in parts]
+    arrow = dataset.with_format("arrow")
+    for start in range(0, len(dataset), ROWS_PER_WRITE):
+        rows = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
+        columns = [*arrow[rows].columns, pa.array(scores[rows])]
+        if token_scores is not None:
+            ends = offsets[rows.start : rows.stop + 1]
+            values = pa.array(token_scores[ends[0] : ends[-1]])
+            columns.append(pa.ListArray.from_arrays(pa.array(ends - ends[0], pa.int32()), values))
+        table = pa.table(columns, names=schema.names).cast(schema)
+        for writer, mask in zip(writers, masks.values(), strict=True):
+            chosen = table if mask is None else table.filter(pa.array(mask[rows]))
+            if output_format == "parquet":
+                writer.write_table(chosen)
+            else:
+                lines = (json.dumps(row, ensure_ascii=False, default=str) for row in chosen.to_pylist())
+                writer.writelines(line + "\n" for line in lines)
+    for writer, part, file in zip(writers, parts, files, strict=True):
+        writer.close()
+        os.replace(part, file)
+    return files
+
+
+def preview(row: dict[str, Any], student, width: int = 90) -> str:
+    """A sample on one line."""
+    if "input_ids" in row:
+        decoded = student.processing_class is not None
+        text = student.processing_class.decode(row["input_ids"]) if decoded else str(row["input_ids"])
+    else:
+        parts = [row[name] for name in ("messages", "prompt", "completion", "text") if name in row]
+        messages = [part if isinstance(part, list) else [{"content": part}] for part in parts]
+        text = " | ".join(str(message["content"]) for part in messages for message in part)
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def render(figures: dict[str, Any], files: list[Path]) -> str:
+    """A few lines for the terminal."""
+    correlation = figures["score"]["rank_correlation"]
+    lines = [
+        f"{figures['num_samples']} samples in {figures['seconds']:.0f} s; metric {figures['metric_before']:.6g} "
+        f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)",
+        "How much of the scores is chance? The same command with --num_repeats 2 goes on and tells."
+        if correlation is None
+        else f"Rank correlation of the scores in two random orders: {correlation:.2f}",
+    ]
+    for name in ("best", "worst"):
+        lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
+        lines += [f"{'':5}  {row['row']:>8}  {row['dpg_score']:>11.4g}  {row['sample']}" for row in figures[name]]
+    return "\n".join([*lines, "", f"Written: {', '.join(map(str, files))}"])
+
+
+def main(script_args: AttributeArguments, student_args: AttributeStudentArguments) -> None:
+    import torch
+    from accelerate import PartialState
+
+    if script_args.num_threads is not None:
+        torch.set_num_threads(script_args.num_threads)
+    if PartialState().num_processes > 1:
+        raise UsageError(
+            "trl-dpg attribute runs on one process. To use more GPUs, start it once for each with a part of the "
+            "dataset (--dataset_split) and a folder of its own (--output_dir)."
+        )
+    config = student_args.inner_loop_config()
+    size = script_args.dataset_chunk or math.ceil(SAMPLES_PER_CHUNK / config.batch_size) * config.batch_size
+    if size < 1 or size % config.batch_size:
+        raise UsageError(
+            f"--dataset_chunk ({size}) must be a multiple of --student_batch_size ({config.batch_size}), so that "
+            f"every sample weighs the same in its batch. E.g. {max(size // config.batch_size, 1) * config.batch_size}."
+        )
+    dataset, samples = load_samples(script_args)
+    settings = {
+        "metric": script_args.metric,
+        "metric_kwargs": script_args.metric_kwargs,
+        "dataset_chunk": size,
+        **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
+        "dataset_columns": samples.column_names,
+        "dataset_rows": len(samples),
+        "dataset_digest": digest(samples),
+    }
+    path = Path(script_args.output_dir) / "attribution.jsonl"
+    done = open_journal(path, settings, script_args.overwrite)
+    try:
+        metric = make_metric(script_args)
+    except TypeError as error:
+        raise UsageError(f"--metric_kwargs do not fit --metric {script_args.metric}: {error}.") from error
+    try:
+        student = student_args.load_student()
+    except OSError as error:
+        raise UsageError(
+            f"--student_model_name_or_path {student_args.student_model_name_or_path!r} could not be loaded: {error}"
+        ) from error
+
+    repeats = script_args.num_repeats
+    chunks = plan_chunks(len(samples), size, student_args.seed, repeats)
+    score_samples(student, samples, metric, config, chunks, path, done)
+
+    scores, num_tokens, figures = summarize(path, len(samples), len(chunks), repeats)
+    if figures["num_empty"] == len(samples):
+        raise UsageError(
+            f"None of the {len(samples)} samples of --dataset_name has a token to learn from. Name the column with "
+            "the text by --dataset_text_field."
+        )
+    ranking = np.argsort(-scores, kind="stable")
+    kept = None
+    if script_args.keep_top is not None:
+        kept = np.zeros(len(scores), dtype=bool)
+        kept[ranking[: max(1, round(script_args.keep_top * len(scores)))]] = True
+        figures["num_kept"] = int(kept.sum())
+    shown = min(script_args.num_shown, len(scores))
+    for name, rows in (("best", ranking[:shown]), ("worst", ranking[::-1][:shown])):
+        figures[name] = [
+            {"row": row, "dpg_score": float(scores[row]), "sample": preview(samples[row], student)}
+            for row in rows.tolist()
+        ]
+    offsets = np.concatenate([[0], num_tokens.cumsum()])
+    token_scores = gather_token_scores(path, len(chunks), repeats, offsets) if config.per_token else None
+    files = write_results(dataset, path.parent, script_args.output_format, scores, kept, token_scores, offsets)
+    summary = path.with_name("summary.json")
+    summary.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+    print(render(figures, [*files, summary]))
+
+
+def make_parser(prog: str | None = None):
+    from trl import TrlParser
+
+    return TrlParser((AttributeArguments, AttributeStudentArguments), prog=prog)
+
+
+if __name__ == "__main__":
+    from trl_dpg import cli
+
+    cli.main(["attribute", *sys.argv[1:]])
