@@ -275,7 +275,7 @@ def test_another_student_at_the_same_path_is_noticed(tmp_path, capsys):
         (["--num_repeats", "0"], "--num_repeats must be at least 1"),
         (["--output_format", "csv"], "--output_format must be 'parquet' or 'jsonl'"),
         (["--per_token", "--attribution", "dataset"], "--per_token needs --attribution metagradient"),
-        (["--metric", "qr_code", "--metric_kwargs", "{}"], "--metric_kwargs do not fit --metric qr_code"),
+        (["--metric", "qr_code", "--metric_kwargs", "{}"], "--metric_kwargs does not fit 'qr_code'"),
         (["--metric", "language_modelling"], "Did you mean 'language_modeling'"),
         (
             ["--student_model_name_or_path", "./nowhere"],

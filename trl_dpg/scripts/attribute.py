@@ -530,10 +530,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
     }
     path = Path(script_args.output_dir) / "attribution.jsonl"
     done = open_journal(path, settings, script_args.overwrite)
-    try:
-        metric = make_metric(script_args)
-    except TypeError as error:
-        raise UsageError(f"--metric_kwargs do not fit --metric {script_args.metric}: {error}.") from error
+    metric = make_metric(script_args)
     try:
         student = student_args.load_student()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -118,7 +119,9 @@ def make_metric(arguments: MetricArguments):
     """The target metric: a callable that maps a fine-tuned student to a scalar tensor."""
     name, kwargs = str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs)
     metric = resolve(name, METRICS, "metric")
-    return metric(**kwargs or {}) if kwargs or name in METRICS or isinstance(metric, type) else metric
+    if kwargs or name in METRICS or isinstance(metric, type):
+        return call_with(metric, kwargs or {}, "metric_kwargs", name)
+    return metric
 
 
 def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
@@ -129,5 +132,15 @@ def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
     rewards = []
     for name in names or []:
         reward = resolve(name, REWARDS, "reward_funcs")
-        rewards.append(reward(**kwargs.get(name, {})) if name in kwargs or isinstance(reward, type) else reward)
+        made = name in kwargs or isinstance(reward, type)
+        rewards.append(call_with(reward, kwargs.get(name, {}), "reward_kwargs", name) if made else reward)
     return rewards
+
+
+def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> Any:
+    """`function(**kwargs)`, after checking that it takes them."""
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError as error:
+        raise UsageError(f"--{flag} does not fit {name!r}: {error}.") from error
+    return function(**kwargs)
