@@ -139,7 +139,7 @@ def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
 
 
 def make_world(world: Path, script_args, student_args, model_args) -> None:
-    """Write a toy world; it stands in for generator, student, prompts and the metric's dataset, if those are not given."""
+    """Write a toy world; it stands in for generator, student, prompts and metric's dataset, where not given."""
     from accelerate import PartialState
 
     make = resolve(script_args.toy_world, WORLDS, "toy_world")

@@ -4,8 +4,8 @@ Is this set-up trustworthy? On the user's own student, data and metric, in about
     trl-dpg verify --config recipes/pattern_67/mini.yaml
     trl-dpg verify --config recipe.yaml --dataset_name texts.jsonl --num_samples 128
 
-A recipe of `trl-dpg dpg` will do as it is. Where its dataset is of prompts, its generator writes the texts. Exit status 0:
-trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the figures mean.
+A recipe of `trl-dpg dpg` will do as it is. Where its dataset is of prompts, its generator writes the texts. Exit status
+0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the figures mean.
 """
 
 import json
@@ -109,7 +109,7 @@ class VerifyArguments(MetricArguments):
             raise UsageError(f"--train_on must be 'completion' or 'prompt_completion', got {self.train_on!r}.")
 
 
-def samples(script_args: VerifyArguments, seed: int) -> list[Any]:
+def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
     """What the student is fine-tuned on: the dataset's samples, or the generator's texts after its prompts."""
     if script_args.dataset_name is None:
         raise UsageError("--dataset_name is required: samples, or the generator's prompts, by Hub id or file.")
@@ -119,10 +119,10 @@ def samples(script_args: VerifyArguments, seed: int) -> list[Any]:
     if not of_prompts:
         if not columns & {"text", "messages", "input_ids", "completion"}:
             raise UsageError(
-                f"--dataset_name: {script_args.dataset_name!r} has the columns {sorted(columns)}; samples have `text`, "
-                "`messages`, `input_ids`, or `prompt` and `completion`."
+                f"--dataset_name: {script_args.dataset_name!r} has the columns {sorted(columns)}; samples have "
+                "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
             )
-        return list(data.select(range(min(script_args.num_samples, len(data)))))  # type: ignore[type-var]
+        return list(data.select(range(min(num_samples, len(data)))))
     if script_args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is required: the dataset is of prompts, which a generator completes.")
 
@@ -137,9 +137,9 @@ def samples(script_args: VerifyArguments, seed: int) -> list[Any]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    data = data.select(range(min(script_args.num_samples, len(data))))  # type: ignore[type-var]
+    data = data.select(range(min(num_samples, len(data))))
     known = make_prompts(data, script_args, tokenizer)["prompt"]  # type: ignore[arg-type]
-    prompts = [known[index % len(known)] for index in range(script_args.num_samples)]  # type: ignore[arg-type]
+    prompts = [known[index % len(known)] for index in range(num_samples)]
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(PartialState().device)
     texts = generate_texts(
         model,
@@ -176,7 +176,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
         if student_args.student_model_name_or_path is None:
             raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
         metric = make_metric(script_args.metric, script_args.metric_kwargs)  # type: ignore[arg-type]
-        examples = samples(script_args, student_args.seed)
+        examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
     print(f"Student: {student.describe()}; {len(examples)} samples.", flush=True)
     result = verify(
