@@ -326,7 +326,9 @@ class Verification:
             lines.append("Tried:")
         for remedy in self.remedies:
             figures = f"Pearson {remedy.pearson:.3f}, metasmoothness {remedy.metasmoothness:.3f}"
-            lines.append(f"  {remedy.flags}: {figures}{'  <- helps' if remedy.helps else ''}")
+            lines.append(f"      {remedy.flags}: {figures}")
+        if self.remedies and self.remedies[-1].helps:
+            lines.append(f"Change: {self.remedies[-1].flags}")
         verdict = "trustworthy" if self.trustworthy else "NOT trustworthy"
         return "\n".join([*lines, f"This set-up is {verdict} ({self.seconds:.0f} s)."])
 
@@ -448,13 +450,16 @@ def _precision_check(student, examples, metric, config, scores: Tensor) -> Check
         return Check("bf16_agreement", None, threshold, "skip", "there is no memory for a copy of the student")
     except FloatingPointError:
         value = math.nan
-    if not half:  # this set-up is in float32 and stays so
-        advice = "stay with float32 for the student, or raise --student_eps_root before you leave it"
-        return _check("bf16_agreement", value, threshold, -math.inf, meaning, advice)
-    flag = '--student_model_init_kwargs \'{"dtype": "float32"}\''
-    if _bnb_modules(student.model, "Linear4bit"):
-        flag = "--student_bnb_4bit_compute_dtype float32"
-    return _check("bf16_agreement", value, threshold, WARN, meaning, f"set {flag}, or raise --student_eps_root")
+    larger = ", or raise --student_eps_root" if config.optimizer == "adamw" else ""
+    if half:
+        flag = '--student_model_init_kwargs \'{"dtype": "float32"}\''
+        if _bnb_modules(student.model, "Linear4bit"):
+            flag = "--student_bnb_4bit_compute_dtype float32"
+        return _check("bf16_agreement", value, threshold, WARN, meaning, f"set {flag}{larger}")
+    if value >= threshold:
+        return Check("bf16_agreement", value, threshold, "pass", meaning)
+    advice = f"leave the student in float32{larger}"  # where it is: nothing has failed
+    return Check("bf16_agreement", value, threshold, "warn", meaning, advice)
 
 
 def _advice(config: InnerLoopConfig, noise: GradientNoise) -> str:
@@ -462,29 +467,32 @@ def _advice(config: InnerLoopConfig, noise: GradientNoise) -> str:
     changes = [f"lower --student_learning_rate (now {config.learning_rate:g})"]
     if config.batch_size <= noise.noise_scale:
         changes.append(f"raise --student_batch_size (now {config.batch_size})")
-    if config.optimizer == "adamw":
-        fitting = _fitting_eps_root(noise)
-        square = f"the mean square of a step's gradient is {noise.mean_square:.0e}"
-        if config.eps_root < fitting:
-            changes.insert(0, f"raise --student_eps_root to {fitting:.0e} (now {config.eps_root:g}; {square})")
+    if _lacks_eps_root(config, noise):
+        now = f"now {config.eps_root:g}; the mean square of a step's gradient is {noise.mean_square:.0e}"
+        changes.insert(0, f"raise --student_eps_root to {_fitting_eps_root(noise)} ({now})")
     return ", or ".join(changes)
 
 
-def _fitting_eps_root(noise: GradientNoise) -> float:
-    """A power of ten near the gradient's squares."""
-    return 10.0 ** round(math.log10(max(noise.mean_square, 1e-12)))
+def _lacks_eps_root(config: InnerLoopConfig, noise: GradientNoise) -> bool:
+    return config.optimizer == "adamw" and config.eps_root < noise.mean_square / 10
+
+
+def _fitting_eps_root(noise: GradientNoise) -> str:
+    """A power of ten near the gradient's squares, as an argument."""
+    return f"1e{round(math.log10(noise.mean_square))}"
 
 
 def _remedies(config: InnerLoopConfig, noise: GradientNoise, num_samples: int):
     """Changes worth trying, as flags and configurations."""
-    fitting, lower = _fitting_eps_root(noise), config.learning_rate / 10
-    eps_root = config.optimizer == "adamw" and config.eps_root < fitting
-    if eps_root:
-        yield f"--student_eps_root {fitting:.0e}", replace(config, eps_root=fitting)
-    yield f"--student_learning_rate {lower:g}", replace(config, learning_rate=lower)
-    if eps_root:
-        flags = f"--student_eps_root {fitting:.0e} --student_learning_rate {lower:g}"
-        yield flags, replace(config, eps_root=fitting, learning_rate=lower)
+    if _lacks_eps_root(config, noise):
+        fitting = _fitting_eps_root(noise)
+        smoother = replace(config, eps_root=float(fitting))
+        yield f"--student_eps_root {fitting}", smoother
+        lower = config.learning_rate / 10
+        flags = f"--student_eps_root {fitting} --student_learning_rate {lower:g}"
+        yield flags, replace(smoother, learning_rate=lower)
+    for lower in (config.learning_rate / 10, config.learning_rate / 100):
+        yield f"--student_learning_rate {lower:g}", replace(config, learning_rate=lower)
     larger = 4 * config.batch_size if num_samples % (4 * config.batch_size) == 0 else num_samples
     if config.batch_size < larger:
         yield f"--student_batch_size {larger}", replace(config, batch_size=larger)

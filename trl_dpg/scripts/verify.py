@@ -4,8 +4,8 @@ Is this set-up trustworthy? On the user's own student, data and metric, in about
     trl-dpg verify --config recipes/pattern_67/mini.yaml
     trl-dpg verify --config recipe.yaml --dataset_name texts.jsonl --num_samples 128
 
-A recipe of `trl-dpg dpg` will do as it is. Where its dataset is of prompts, its generator writes the texts. Exit status
-0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the figures mean.
+A recipe of `trl-dpg dpg` will do as it is. Where its dataset is of prompts, its generator writes the texts. Ends with
+status 0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the figures mean.
 """
 
 import json
