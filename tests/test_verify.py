@@ -1,10 +1,6 @@
 """`trl_dpg.verification`, `trl-dpg verify`, and `verify_steps` in training."""
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +188,12 @@ def test_a_half_precision_student_is_held_against_its_float32_copy():
     assert compute_dtype(student) == torch.bfloat16
 
 
-def test_a_float32_student_is_only_warned_of_bfloat16():
-    rough = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-12, batch_size=4)
-    result = verify(Student(make_model()), SAMPLES, METRIC, rough, num_directions=3, try_remedies=False)
-    assert result["bf16_agreement"].status == "warn" and result["bf16_agreement"].value < 0.95
+def test_a_float32_student_is_only_warned_of_bfloat16(monkeypatch):
+    monkeypatch.setattr(verification, "PASS", 1.1)  # no correlation is good enough
+    monkeypatch.setattr(verification, "WARN", 1.1)
+    result = verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=3, try_remedies=False)
+    assert result["pearson"].status == "fail" and result["bf16_agreement"].status == "warn"
+    assert "float32" in result["bf16_agreement"].advice
 
 
 def test_a_4bit_copy_computes_in_bfloat16_and_the_student_in_float32(tmp_path):
@@ -317,37 +315,6 @@ def test_the_reward_logs_the_correlation_of_its_own_predictions():
     logged.clear()
     reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
     assert logged and "dpg/verify/pearson" not in logged
-
-
-RANKS = """
-    import json, pathlib, sys
-    sys.path.insert(0, {root!r})
-    import tests.conftest
-    from accelerate import PartialState
-    from tests.test_reward import *
-
-    state = PartialState(cpu=True)
-    mine = slice(4 * state.process_index, 4 * state.process_index + 4)
-    logged = {{}}
-    kwargs = dict(cross_group_batching=False, num_generations=2, verify_steps=1)
-    DPGReward(make_student(), METRIC, CONFIG, **kwargs)(PROMPTS[mine], TEXTS[mine], log_metric=logged.__setitem__)
-    pathlib.Path({out!r}, f"{{state.process_index}}.json").write_text(json.dumps(logged))
-"""
-
-
-def test_two_ranks_log_the_same_verification(tmp_path):
-    script = tmp_path / "ranks.py"
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    script.write_text(textwrap.dedent(RANKS).format(root=root, out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert output.returncode == 0, output.stderr[-2000:]
-    alone = {}
-    kwargs = dict(cross_group_batching=False, num_generations=2, verify_steps=1)
-    DPGReward(make_student(), REWARD_METRIC, REWARD_CONFIG, **kwargs)(PROMPTS, TEXTS, log_metric=alone.__setitem__)
-    for rank in (0, 1):
-        logged = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert logged["dpg/verify/pearson"] == pytest.approx(alone["dpg/verify/pearson"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
