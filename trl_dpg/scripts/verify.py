@@ -175,7 +175,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
             make_world(Path(str(folder)) / "world", script_args, student_args, script_args)
         if student_args.student_model_name_or_path is None:
             raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
-        metric = make_metric(script_args.metric, script_args.metric_kwargs)  # type: ignore[arg-type]
+        metric = make_metric(script_args)
         examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
     print(f"Student: {student.describe()}; {len(examples)} samples.", flush=True)
