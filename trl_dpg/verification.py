@@ -394,7 +394,7 @@ def verify(
     num_samples = len(fine_tuning.tokenized)
     noise = gradient_noise(fine_tuning)
     result = Verification(noise_scale=noise.noise_scale, mean_square_gradient=noise.mean_square)
-    advice = _advice(config, noise)
+    advice = _advice(config, noise, num_samples)
     directions = random_signs(num_directions, num_samples, seed)
     try:
         output = metagradient(student, examples, metric, config)
@@ -462,10 +462,10 @@ def _precision_check(student, examples, metric, config, scores: Tensor) -> Check
     return Check("bf16_agreement", value, threshold, "warn", meaning, advice)
 
 
-def _advice(config: InnerLoopConfig, noise: GradientNoise) -> str:
+def _advice(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> str:
     """What to change for a smoother fine-tuning."""
     changes = [f"lower --student_learning_rate (now {config.learning_rate:g})"]
-    if config.batch_size <= noise.noise_scale:
+    if config.batch_size < min(num_samples, noise.noise_scale):
         changes.append(f"raise --student_batch_size (now {config.batch_size})")
     if _lacks_eps_root(config, noise):
         now = f"now {config.eps_root:g}; the mean square of a step's gradient is {noise.mean_square:.0e}"
