@@ -96,10 +96,11 @@ def test_metasmoothness_is_the_share_of_movement_that_goes_on():
     assert np.isnan(metasmoothness(Thetas(lambda w: [0.0]), v, 0.1))
 
 
-def test_one_step_of_sgd_is_smooth_and_adam_without_eps_root_is_not():
+def test_one_step_is_smooth_and_four_of_adam_without_eps_root_are_not():
     student, directions = Student(make_model()), random_signs(2, 16, seed=0)
-    sgd = InnerLoopConfig(optimizer="sgd", learning_rate=0.1, batch_size=16)  # linear in w
-    assert metasmoothness(FineTuning(student, SAMPLES, sgd), directions) > 0.99
+    for optimizer in ("sgd", "adamw"):  # monotone in w
+        one = InnerLoopConfig(optimizer=optimizer, learning_rate=0.1, eps_root=0.0, batch_size=16)
+        assert metasmoothness(FineTuning(student, SAMPLES, one), directions) > 0.99
     assert metasmoothness(FineTuning(student, SAMPLES, ROUGH), directions) < 0.7
 
 
