@@ -138,7 +138,7 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
 
         S = Σ_p |Δ_p| sign(Δ_p) sign(Δ'_p) / Σ_p |Δ_p|        in [-1, 1]; 1 is smooth
 
-    One step of AdamW or SGD (T = 1) always has S = 1, up to rounding: it is monotone in the gradient, which is linear in
+    One step of AdamW or SGD (T = 1) has S = 1, up to rounding: it is monotone in the gradient, which is linear in
     w. `nan` if nothing moves or a parameter is not finite. Takes 1 + 2K forward sweeps.
 
     Args:
