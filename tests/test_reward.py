@@ -312,7 +312,9 @@ RANKS = """
     mine = slice(4 * state.process_index, 4 * state.process_index + 4)
     results = {{}}
     for name, kwargs in dict(together=dict(), apart=dict(cross_group_batching=False, num_generations=2)).items():
-        results[name] = DPGReward(make_student(), METRIC, CONFIG, **kwargs)(PROMPTS[mine], TEXTS[mine])
+        reward, logged = DPGReward(make_student(), METRIC, CONFIG, verify_steps=1, **kwargs), {{}}
+        results[name] = reward(PROMPTS[mine], TEXTS[mine], log_metric=logged.__setitem__)
+        results[name + "_verified"] = logged["dpg/verify/pearson"]
 
     reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
     reward(PROMPTS[mine], TEXTS[mine], completion_ids=IDS[mine])
@@ -338,11 +340,11 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr[-2000:]
-    apart = dict(cross_group_batching=False, num_generations=2)
-    alone = {
-        "together": DPGReward(make_student(), METRIC, CONFIG)(PROMPTS, TEXTS),
-        "apart": DPGReward(make_student(), METRIC, CONFIG, **apart)(PROMPTS, TEXTS),
-    }
+    alone, verified = {}, {}
+    for name, kwargs in dict(together=dict(), apart=dict(cross_group_batching=False, num_generations=2)).items():
+        reward, logged = DPGReward(make_student(), METRIC, CONFIG, verify_steps=1, **kwargs), {}
+        alone[name] = reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
+        verified[name] = logged["dpg/verify/pearson"]
     reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
     reward(PROMPTS, TEXTS, completion_ids=IDS)
     for rank, error in enumerate(["no benchmark", "The DPG reward failed on rank 0: RuntimeError('no benchmark')"]):
@@ -352,6 +354,7 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
         assert_all_close(tokens, reward.last_token_scores[4 * rank : 4 * rank + 4])
         for name, rewards in alone.items():
             assert results[name] == pytest.approx(rewards[4 * rank : 4 * rank + 4], rel=1e-5)
+            assert results[name + "_verified"] == pytest.approx(verified[name], abs=1e-4)
 
 
 def test_the_norm_is_a_metric_of_its_own():

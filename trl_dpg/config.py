@@ -282,6 +282,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
             completion of each prompt.
         train_on (`str`, *optional*, defaults to `"completion"`):
             `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+        verify_steps (`int`, *optional*, defaults to `0`):
+            At the first reward step and every so many after it, fine-tune the student again on reweighted completions
+            and log how well the scores predict the metric's change: `dpg/verify/pearson` and `dpg/verify/spearman`.
+            Takes 12 more fine-tunings of the student each time. `0`: never.
     """
 
     cross_group_batching: bool = field(
@@ -293,6 +297,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
     train_on: str = field(
         default="completion",
         metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
+    )
+    verify_steps: int = field(
+        default=0,
+        metadata={"help": "Every so many reward steps, log how well scores predict the metric's change; 0: never."},
     )
 
     def __post_init__(self):

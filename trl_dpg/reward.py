@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from .alignment import TokenBytes, completion_text, decode_with_ends, message_text, redistribute, translate
 from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
 from .student import FinetunedStudent, Student
+from .verification import FineTuning, predicted_and_actual, random_signs
 
 
 Message = dict[str, Any]
 Text = str | list[Message]
+NUM_VERIFIED = 6
+"""Reweightings that `verify_steps` predicts; each costs two fine-tunings of the student."""
 
 
 class DPGReward:
@@ -48,6 +51,10 @@ class DPGReward:
             completion given its prompt (through the student's chat template if conversational).
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The generator's tokenizer. Needed for the scores of its tokens (`per_token=True`); [`DPGTrainer`] sets it.
+        verify_steps (`int`, *optional*, defaults to `0`):
+            At the first call and every so many calls after it, log how well the scores of the (first) dataset predict
+            what reweighting it does to the metric, as `dpg/verify/pearson` and `dpg/verify/spearman`; see
+            `trl_dpg.verification`. `0`: never.
 
     Attributes:
         last_token_scores (`list[torch.Tensor]` or `None`):
@@ -58,7 +65,8 @@ class DPGReward:
         `ValueError`:
             If an option is unknown, the naive baseline (`attribution="dataset"`) is asked for with
             `cross_group_batching`, which would reward all completions alike, or the scores of tokens are asked for
-            with that baseline, which has none, or with a slow tokenizer of the student.
+            with that baseline, which has none, or with a slow tokenizer of the student, or `verify_steps` with that
+            baseline.
     """
 
     def __init__(
@@ -70,6 +78,7 @@ class DPGReward:
         num_generations: int | None = None,
         train_on: str = "completion",
         processing_class: PreTrainedTokenizerBase | None = None,
+        verify_steps: int = 0,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
@@ -98,6 +107,10 @@ class DPGReward:
                     "not tell where its tokens lie in the text, so their scores cannot be given to the generator's "
                     "tokens. Use a fast tokenizer, or per_token=False."
                 )
+        if verify_steps < 0:
+            raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
+        if verify_steps and inner_loop_config.attribution == "dataset":
+            raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
         self.__name__ = "dpg"  # the reward's name in TRL's logs
         self.student = student
         self.metric = metric
@@ -106,8 +119,11 @@ class DPGReward:
         self.num_generations = num_generations
         self.train_on = train_on
         self.processing_class = processing_class
+        self.verify_steps = verify_steps
         self.last_token_scores: list[Tensor] | None = None
         self._token_bytes: TokenBytes | None = None
+        self._num_verifiable = 0  # calls with verify_steps > 0
+        self._verified: dict[str, float] = {}  # what the last call verified
         # Versions of the student's weights, the metric, and its value there
         self._start: tuple[list[int], Callable, float] | None = None
 
@@ -202,6 +218,9 @@ class DPGReward:
         """Every dataset's scores, the datasets shared out over the ranks. An error on one rank is raised on all."""
         state = PartialState()
         outputs: dict[int, MetagradientOutput] = {}
+        verified: dict[str, float] = {}
+        due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
+        self._num_verifiable += self.verify_steps > 0
         error = None
         try:
             here, there = self.student.device, state.device
@@ -218,6 +237,11 @@ class DPGReward:
                     metric_before=self._start[2] if known else None,  # type: ignore[index]
                 )
                 self._start = (versions, self.metric, outputs[index].metric_before)
+                if due and index == 0:
+                    fine_tuning = FineTuning(self.student, datasets[0], self.inner_loop_config)
+                    directions = random_signs(NUM_VERIFIED, len(datasets[0]), self.inner_loop_config.seed)
+                    agreement = predicted_and_actual(fine_tuning, self.metric, outputs[0].scores, directions)
+                    verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         except Exception as raised:
             error = raised
         errors = gather_object([repr(error) if error is not None else None])
@@ -227,6 +251,7 @@ class DPGReward:
             if message is not None:
                 raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
         everyones = {index: output for part in gather_object([outputs]) for index, output in part.items()}
+        self._verified = gather_object([verified])[0]  # the first rank has the first dataset
         return [everyones[index] for index in range(len(datasets))]
 
     def _at_generator_tokens(
@@ -263,4 +288,4 @@ class DPGReward:
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:
             figures[name] = mean(output.proxies[name] for output in outputs)
-        return figures
+        return figures | self._verified

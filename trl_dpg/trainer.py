@@ -29,8 +29,9 @@ class DPGTrainer(GRPOTrainer):
 
     Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes
     w.r.t. [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`),
-    `_calculate_rewards`, which tells it the number of generations in training and evaluation, and
-    `create_model_card`. Everything else (generation, advantages, loss, logging) is inherited unchanged.
+    `_calculate_rewards`, which tells it the number of generations in training and evaluation (and to verify in
+    training only), and `create_model_card`. Everything else (generation, advantages, loss, logging) is inherited
+    unchanged.
 
     In evaluation a student is fine-tuned on the completions of each evaluation batch, and the figures are logged under
     `eval_dpg/`.
@@ -141,6 +142,7 @@ class DPGTrainer(GRPOTrainer):
             cross_group_batching=args.cross_group_batching,
             num_generations=args.num_generations,
             train_on=args.train_on,
+            verify_steps=args.verify_steps,
         )
 
         if reward_processing_classes is not None:
@@ -159,6 +161,7 @@ class DPGTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
+        self.dpg_reward.verify_steps = self.args.verify_steps if self.model.training else 0
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _results(self) -> list[tuple[str, float, float]]:

@@ -16,14 +16,17 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from .utils import REWARDS, MetricArguments, UsageError, from_json, load_data, make_metric, make_rewards, resolve
-
-
-WORLDS = {
-    "characters": "trl_dpg.toy.characters_world",
-    "languages": "trl_dpg.toy.languages_world",
-    "strings": "trl_dpg.toy.strings_world",
-}
+from .utils import (
+    REWARDS,
+    WORLDS,
+    MetricArguments,
+    UsageError,
+    from_json,
+    load_data,
+    make_metric,
+    make_rewards,
+    make_world,
+)
 
 
 @dataclass
@@ -121,21 +124,9 @@ def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
     """Write the world, and let it stand in for whatever is not given."""
-    from accelerate import PartialState
-
-    make = resolve(script_args.toy_world, WORLDS, "toy_world")  # type: ignore[arg-type]
     world = Path(training_args.output_dir) / "world"
-    world_kwargs: Any = script_args.toy_world_kwargs or {}
-    if PartialState().is_main_process:
-        world.mkdir(parents=True, exist_ok=True)
-        make(world, **{"seed": training_args.seed} | world_kwargs)
-    PartialState().wait_for_everyone()
-    model_args.model_name_or_path = model_args.model_name_or_path or str(world / "generator")
-    training_args.student_model_name_or_path = training_args.student_model_name_or_path or str(world / "student")
-    script_args.dataset_name = script_args.dataset_name or str(world / "prompts.jsonl")
+    make_world(world, script_args, training_args, model_args)
     benchmark = str(world / "benchmark.jsonl")
-    if script_args.metric == "language_modeling" and not script_args.metric_kwargs:
-        script_args.metric_kwargs = {"dataset": benchmark}
     references = (
         {"references": [row["text"] for row in load_data(benchmark)]} if Path(benchmark).stat().st_size else {}
     )

@@ -25,6 +25,11 @@ REWARDS = {
     "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
     "language_id": "trl_dpg.rewards.LanguageIDReward",
 }
+WORLDS = {
+    "characters": "trl_dpg.toy.characters_world",
+    "languages": "trl_dpg.toy.languages_world",
+    "strings": "trl_dpg.toy.strings_world",
+}
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -144,3 +149,19 @@ def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> An
     except TypeError as error:
         raise UsageError(f"--{flag} does not fit {name!r}: {error}.") from error
     return function(**kwargs)
+
+
+def make_world(world: Path, script_args, student_args, model_args) -> None:
+    """Write a toy world; it stands in for generator, student, prompts and metric's dataset, where not given."""
+    from accelerate import PartialState
+
+    make = resolve(script_args.toy_world, WORLDS, "toy_world")
+    if PartialState().is_main_process:
+        world.mkdir(parents=True, exist_ok=True)
+        make(world, **{"seed": student_args.seed} | (script_args.toy_world_kwargs or {}))
+    PartialState().wait_for_everyone()
+    model_args.model_name_or_path = model_args.model_name_or_path or str(world / "generator")
+    student_args.student_model_name_or_path = student_args.student_model_name_or_path or str(world / "student")
+    script_args.dataset_name = script_args.dataset_name or str(world / "prompts.jsonl")
+    if script_args.metric == "language_modeling" and not script_args.metric_kwargs:
+        script_args.metric_kwargs = {"dataset": str(world / "benchmark.jsonl")}
