@@ -30,7 +30,7 @@ def main(arguments: Arguments, training_args: DPGConfig) -> None:
     # What the student should know in the end: held-out problems with their solutions
     held_out = dataset.select(range(16))
     metric = LanguageModelingMetric(
-        [{"prompt": str(row["prompt"]), "completion": row["solution"]} for row in held_out]
+        [{"prompt": row["prompt"][0]["content"], "completion": row["solution"]} for row in held_out]
     )
 
     def length(completion_ids, **kwargs):

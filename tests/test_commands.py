@@ -32,7 +32,7 @@ def generate(world, output_dir, *arguments):
     command = ["generate", "--model_name_or_path", str(world / "generator")]
     command += ["--dataset_name", str(world / "prompts.jsonl"), "--output_dir", str(output_dir)]
     cli.main([*command, "--max_completion_length", "6", *arguments])
-    return load_dataset(str(output_dir), split="train", cache_dir=str(output_dir / "cache"))
+    return load_dataset(str(output_dir), split="train")
 
 
 def test_a_generated_dataset_has_a_text_for_each_prompt_and_a_valid_card(world, tmp_path):
@@ -42,6 +42,11 @@ def test_a_generated_dataset_has_a_text_for_each_prompt_and_a_valid_card(world, 
     card = DatasetCard.load(tmp_path / "README.md")
     card.data.to_dict()
     assert "dpg" in card.data.tags and '"temperature": 0.7' in card.text and "2604.08423" in card.text
+
+
+def test_texts_that_were_sampled_again_are_not_read_from_a_cache(world, tmp_path):
+    texts = [generate(world, tmp_path / "data", "--seed", seed)["text"] for seed in ("1", "2")]
+    assert texts[0] != texts[1]
 
 
 def test_pairs_keep_their_prompts(world, tmp_path):
@@ -89,7 +94,7 @@ def test_the_dataset_nearer_to_the_benchmark_wins_beyond_its_interval(world, tmp
 def test_the_interval_is_students_t():
     mean, half = interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.302653 * math.sqrt(7 / 3 / 3), rel=1e-6)
-    assert math.isnan(interval([1.0])[1])
+    assert interval([1.0]) == (1.0, None)
 
 
 def test_env_names_versions_and_devices(capsys):

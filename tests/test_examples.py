@@ -15,7 +15,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
 DATA = {
     "trl-lib/tldr": {"prompt": ["w1 w2", "w3 w4"] * 8, "completion": ["w5"] * 16},
-    "trl-lib/DeepMath-103K": {"prompt": ["w1 w2", "w3 w4"] * 16, "solution": ["w5 w6"] * 32},
+    "trl-lib/DeepMath-103K": {"prompt": [CHAT[:1]] * 32, "solution": ["w5 w6"] * 32},
     "trl-lib/ultrafeedback_binarized": {"chosen": [CHAT] * 16, "rejected": [CHAT[:1]] * 16},
     "trl-lib/Capybara": {"messages": [CHAT] * 16},
     "Salesforce/wikitext": {"text": ["w1 w2 w3 w4 " * 10] * 70},

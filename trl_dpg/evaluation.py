@@ -73,14 +73,20 @@ def evaluate_dataset(
         raise ValueError("All texts are empty, so a student has nothing to be fine-tuned on.")
     start, trained = load_student(), load_student()
     with TemporaryDirectory() as folder:
+        args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # the student lies on one device, and the batch is not to grow with their number
         trainer = SFTTrainer(
             model=trained.model,
-            args=sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu"),
+            args=args,
             train_dataset=dataset,
             processing_class=trained.processing_class,
         )
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
+        for parameter in trained.model.parameters():
+            if parameter.requires_grad:  # SFTTrainer casts the adapters of a quantised model to bfloat16
+                parameter.data = parameter.data.float()
         trainer.train()
     finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta())
     with torch.no_grad(), start.train_mode():
@@ -100,11 +106,15 @@ def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any
         }
     else:
         optimizer = {"optim": "sgd", "optim_args": f"momentum={config.momentum}"}
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    if config.batch_size % micro_batch_size:
+        micro_batch_size = config.batch_size
     settings = dict(
         output_dir=str(output_dir),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=micro_batch_size,
+        gradient_accumulation_steps=config.batch_size // micro_batch_size,
         num_train_epochs=config.num_epochs,
         max_length=config.max_length,
         max_grad_norm=config.max_grad_norm or 0.0,  # 0: not clipped
@@ -118,7 +128,9 @@ def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any
         report_to="none",
         disable_tqdm=True,
     )
-    return SFTConfig(**settings | optimizer | overrides)
+    sft = SFTConfig(**settings | optimizer | overrides)
+    sft.mixed_precision = "no"  # whatever accelerate's environment says
+    return sft
 
 
 @torch.no_grad()
@@ -129,10 +141,11 @@ def generate_texts(
     max_new_tokens: int,
     batch_size: int = 256,
     seed: int = 42,
+    chat_template_kwargs: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> list[str]:
     """
-    A completion of each prompt, sampled.
+    A completion of each prompt, sampled. The model stays in the mode it is in (eval mode packs 4-bit layers on a CPU).
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -147,19 +160,22 @@ def generate_texts(
             Prompts at a time.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the sampling.
+        chat_template_kwargs (`dict[str, Any]`, *optional*):
+            For conversations.
         sampling:
             Arguments of `generate`; without any, the model's distribution itself (temperature 1).
     """
     set_seed(seed)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | sampling
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
+    sampling = {"do_sample": True, **plain} | sampling  # whatever the model's own generation config says
     texts = []
-    training = model.training
-    model.eval()
     for first in range(0, len(prompts), batch_size):
         batch = [
             prompt
             if isinstance(prompt, str)
-            else processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            else processing_class.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs or {}
+            )
             for prompt in prompts[first : first + batch_size]
         ]
         inputs = processing_class(
@@ -174,5 +190,4 @@ def generate_texts(
             **inputs, max_new_tokens=max_new_tokens, pad_token_id=processing_class.pad_token_id, **sampling
         )
         texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
-    model.train(training)
     return texts

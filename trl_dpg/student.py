@@ -663,7 +663,9 @@ class FinetunedStudent:
     def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
         """What the student writes greedily after a prompt, which may be empty."""
         tokenizer: Any = self.processing_class
-        ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+        ids = tokenizer(prompt)["input_ids"] or [
+            tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ]
         inputs = torch.tensor([ids], device=self.device)
         with self.student.train_mode():
             output = self.student.run(

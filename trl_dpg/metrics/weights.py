@@ -123,7 +123,11 @@ class QRCodeMetric(WeightPatternMetric):
     """
 
     def __init__(self, text: str, version: int | None = None, error: str = "H", **kwargs):
-        import segno
+        try:
+            import segno
+            import zxingcpp  # noqa: F401  # for `scan`
+        except ModuleNotFoundError as missing:
+            raise ImportError(f"QRCodeMetric needs {missing.name}: pip install 'trl-dpg[qrcode]'") from missing
 
         try:
             code = segno.make_qr(text, version=version, error=error, boost_error=False)

@@ -4,7 +4,7 @@ The honest test: fresh students, fine-tuned by stock SFTTrainer on a dataset, an
     trl-dpg evaluate --config recipes/new_language/full.yaml --datasets runs/ours.jsonl runs/theirs.jsonl
 
 Datasets are compared with the first one. Each seed draws the order of the samples (and the start of the adapters)
-anew; intervals are Student's t, 95 %.
+anew; intervals are Student's t, 95 %. They say nothing of the chance by which the samples themselves were drawn.
 """
 
 import json
@@ -12,6 +12,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import t
 
 from .utils import MetricArguments, UsageError, load_data, make_metric
 
@@ -44,17 +46,17 @@ class EvaluateArguments(MetricArguments):
         super().__post_init__()
         if not self.datasets:
             raise UsageError("--datasets is required: one or more datasets by file or Hub id.")
+        if len(set(self.datasets)) != len(self.datasets):
+            raise UsageError(f"--datasets must be different ones, got {self.datasets}.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t); `nan` for a single value."""
-    from scipy.stats import t
-
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % confidence interval (Student's t); `None` for a single value."""
     mean = statistics.mean(values)
     if len(values) == 1:
-        return mean, float("nan")
+        return mean, None
     return mean, t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -115,6 +117,11 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     return figures
 
 
+def plus_minus(figure: dict[str, Any]) -> str:
+    half_width = figure["half_width"]
+    return f"{figure['mean']:.5g}" + ("" if half_width is None else f" ± {half_width:.2g}")
+
+
 def render(figures: dict[str, Any]) -> str:
     lines = [
         "",
@@ -125,8 +132,7 @@ def render(figures: dict[str, Any]) -> str:
     ]
     for name, row in figures["datasets"].items():
         difference = row.get("first_minus_this")
-        cells = [name, str(row["samples"]), f"{row['mean']:.5g} ± {row['half_width']:.2g}"]
-        cells.append(f"{difference['mean']:.5g} ± {difference['half_width']:.2g}" if difference else "")
+        cells = [name, str(row["samples"]), plus_minus(row), plus_minus(difference) if difference else ""]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

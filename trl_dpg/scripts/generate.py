@@ -94,6 +94,9 @@ def main(script_args: GenerateArguments) -> None:
     from datasets import Dataset
     from huggingface_hub import HfApi
 
+    output_dir = Path(script_args.output_dir)
+    if any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(f"--output_dir: {script_args.output_dir!r} holds a model, whose card would be overwritten.")
     prompts = load_data(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)  # type: ignore
     if "prompt" not in prompts.column_names:
         raise UsageError(
@@ -110,7 +113,6 @@ def main(script_args: GenerateArguments) -> None:
             answers = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {"prompt": rows, "completion": answers}
     dataset = Dataset.from_dict(columns)
-    output_dir = Path(script_args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(output_dir / "train.parquet")
     dataset_card(script_args, number).save(output_dir / "README.md")
@@ -133,8 +135,9 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
             from vllm import LLM, SamplingParams
         except ModuleNotFoundError as missing:
             raise UsageError("--use_vllm needs vLLM: pip install vllm.") from missing
+        sampling["top_k"] = sampling["top_k"] or -1  # vLLM's word for all
         llm = LLM(script_args.model_name_or_path, dtype=script_args.dtype, seed=script_args.seed)
-        parameters = SamplingParams(max_tokens=script_args.max_completion_length, seed=script_args.seed, **sampling)
+        parameters = SamplingParams(max_tokens=script_args.max_completion_length, **sampling)
         answer = llm.generate if isinstance(prompts[0], str) else llm.chat
         return [output.outputs[0].text for output in answer(prompts, parameters)]
 
@@ -175,7 +178,6 @@ def dataset_card(script_args: GenerateArguments, number: int):
         task_categories=["text-generation"],
         tags=["trl", "dpg", "synthetic"],
         size_categories=[size],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "train.parquet"}]}],
     )
     settings = json.dumps(asdict(script_args), indent=2)
     return DatasetCard(f"""---
