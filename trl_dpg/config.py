@@ -282,6 +282,12 @@ class DPGConfig(StudentArguments, GRPOConfig):
             completion of each prompt.
         train_on (`str`, *optional*, defaults to `"completion"`):
             `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+
+        > Parameters that control the logging
+
+        num_logged_samples (`int`, *optional*, defaults to `8`):
+            Samples with the highest and the lowest scores (half of them each) that are logged with their scores; `0`
+            logs none. See [`DPGLoggingCallback`].
     """
 
     cross_group_batching: bool = field(
@@ -293,6 +299,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
     train_on: str = field(
         default="completion",
         metadata={"help": "What the student is trained on: 'completion' or 'prompt_completion'."},
+    )
+    num_logged_samples: int = field(
+        default=8, metadata={"help": "Samples with the highest and lowest scores that are logged; 0 for none."}
     )
 
     def __post_init__(self):
@@ -307,6 +316,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
                 "trained on in each reward step (generation_batch_size, over num_generations without "
                 "cross_group_batching)."
             )
+
+    def to_dict(self):
+        # transformers takes a name that ends with "_token" for a secret
+        return super().to_dict() | {"per_token": self.per_token}
 
 
 def _number_or_word(value: int | str) -> int | str:
