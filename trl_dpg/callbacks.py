@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +188,7 @@ def run_config(args, reward: DPGReward) -> dict[str, Any]:
             `settings` (the trainer's arguments), `changed` (names of those that are not at their defaults),
             `metric`, `student`, `inner_loop` and `environment` (versions, processes and device).
     """
-    defaults = {field.name: field.default for field in fields(args)}
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
     metric = reward.metric
     return {
         "settings": json.loads(args.to_json_string()),
