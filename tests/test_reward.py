@@ -319,6 +319,10 @@ RANKS = """
     reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
     reward(PROMPTS[mine], TEXTS[mine], completion_ids=IDS[mine])
     results["tokens"] = [scores.tolist() for scores in reward.last_token_scores]
+    batch = reward.last_batch
+    results["batch"] = [batch.prompts, batch.completions, batch.tokens]
+    results["sums"] = [scores.sum().item() for scores in batch.token_scores]
+    assert batch.scores.tolist() == pytest.approx(results["sums"], rel=1e-4, abs=1e-9)
 
     def metric(student):
         if state.process_index == 0:
@@ -352,6 +356,9 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
         assert results["error"] == error
         tokens = [torch.tensor(scores) for scores in results["tokens"]]
         assert_all_close(tokens, reward.last_token_scores[4 * rank : 4 * rank + 4])
+        batch = reward.last_batch
+        assert results["batch"] == [batch.prompts, batch.completions, batch.tokens]
+        assert results["sums"] == pytest.approx(batch.scores.tolist(), rel=1e-4, abs=1e-9)
         for name, rewards in alone.items():
             assert results[name] == pytest.approx(rewards[4 * rank : 4 * rank + 4], rel=1e-5)
             assert results[name + "_verified"] == pytest.approx(verified[name], abs=1e-4)

@@ -286,6 +286,12 @@ class DPGConfig(StudentArguments, GRPOConfig):
             At the first reward step and every so many after it, fine-tune the student again on reweighted completions
             and log how well the scores predict the metric's change: `dpg/verify/pearson` and `dpg/verify/spearman`.
             Takes 12 more fine-tunings of the student each time. `0`: never.
+
+        > Parameters that control the logging
+
+        num_logged_samples (`int`, *optional*, defaults to `8`):
+            Samples with the highest and the lowest scores (half of them each) that are logged with their scores; `0`
+            logs none. See [`DPGLoggingCallback`].
     """
 
     cross_group_batching: bool = field(
@@ -302,6 +308,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         default=0,
         metadata={"help": "Every so many reward steps, log how well scores predict the metric's change; 0: never."},
     )
+    num_logged_samples: int = field(
+        default=8, metadata={"help": "Samples with the highest and lowest scores that are logged; 0 for none."}
+    )
 
     def __post_init__(self):
         GRPOConfig.__post_init__(self)
@@ -315,6 +324,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
                 "trained on in each reward step (generation_batch_size, over num_generations without "
                 "cross_group_batching)."
             )
+
+    def to_dict(self):
+        # transformers takes a name that ends with "_token" for a secret
+        return super().to_dict() | {"per_token": self.per_token}
 
 
 def _number_or_word(value: int | str) -> int | str:

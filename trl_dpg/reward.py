@@ -1,7 +1,8 @@
 """The reward: what each completion, as training data, did for the target metric."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,29 @@ Message = dict[str, Any]
 Text = str | list[Message]
 NUM_VERIFIED = 6
 """Reweightings that `verify_steps` predicts; each costs two fine-tunings of the student."""
+
+
+@dataclass
+class ScoredBatch:
+    """
+    A batch that was scored: N samples of all ranks together, for logs.
+
+    Attributes:
+        prompts (`list[str]`): Their texts.
+        completions (`list[str]`): Their texts.
+        scores (`torch.Tensor` of shape `[N]`): Raw metagradients, float64 on the CPU.
+        readout (`dict[str, Any]`):
+            What the metric reads in the fine-tuned student; the first one without `cross_group_batching`.
+        tokens (`list[list[str]]` or `None`): With `per_token=True`, the texts of each completion's tokens.
+        token_scores (`list[torch.Tensor]` or `None`): And their raw scores.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+    scores: Tensor
+    readout: dict[str, Any]
+    tokens: list[list[str]] | None = None
+    token_scores: list[Tensor] | None = None
 
 
 class DPGReward:
@@ -60,6 +84,8 @@ class DPGReward:
         last_token_scores (`list[torch.Tensor]` or `None`):
             With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call: a tensor
             for each completion, as long as its `completion_ids`, which sums to the completion's raw score.
+        last_batch (`ScoredBatch` or `None`):
+            Texts, raw scores and the metric's readout of the last call, of all ranks.
 
     Raises:
         `ValueError`:
@@ -121,6 +147,7 @@ class DPGReward:
         self.processing_class = processing_class
         self.verify_steps = verify_steps
         self.last_token_scores: list[Tensor] | None = None
+        self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
         self._num_verifiable = 0  # calls with verify_steps > 0
         self._verified: dict[str, float] = {}  # what the last call verified
@@ -160,7 +187,8 @@ class DPGReward:
         started = time.perf_counter()
         local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         examples = gather_object(local)
-        datasets = self._split(gather_object(list(prompts)))
+        all_prompts = gather_object(list(prompts))
+        datasets = self._split(all_prompts)
         outputs = self._score([[examples[row] for row in rows] for rows in datasets])
 
         raw = torch.zeros(len(examples), dtype=torch.float64)
@@ -185,6 +213,15 @@ class DPGReward:
                 self._at_generator_tokens(student_tokens[first + k], completion, ids)
                 for k, (completion, ids) in enumerate(zip(completions, completion_ids, strict=True))  # type: ignore
             ]
+        self.last_batch = ScoredBatch(
+            prompts=[_text(prompt) for prompt in all_prompts],
+            completions=gather_object([completion_text(completion) for completion in completions]),
+            scores=raw,
+            readout=outputs[0].readout,
+        )
+        if per_token:
+            self.last_batch.tokens = gather_object([self._token_texts(ids) for ids in completion_ids])  # type: ignore
+            self.last_batch.token_scores = gather_object(self.last_token_scores)
         if log_metric is not None:
             for name, value in self._figures(raw, outputs).items():
                 log_metric(f"dpg/{name}", value)
@@ -265,6 +302,16 @@ class DPGReward:
         text, target_ends = decode_with_ends(completion_ids, self._token_bytes)
         return redistribute(scores[: len(ends)], ends, translate(target_ends, text, contents))
 
+    def _token_texts(self, completion_ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text; the name of a special token. A split character goes to its last part."""
+        text, ends = decode_with_ends(completion_ids, self._token_bytes)  # type: ignore[arg-type]
+        last = ends.astype(int)
+        special = set(self.processing_class.all_special_ids)  # type: ignore[union-attr]
+        return [
+            self.processing_class.convert_ids_to_tokens(token_id) if token_id in special else text[first:end]  # type: ignore
+            for token_id, first, end in zip(completion_ids, [0, *last[:-1]], last, strict=True)
+        ]
+
     def _figures(self, raw: Tensor, outputs: list[MetagradientOutput]) -> dict[str, float]:
         """What is logged; figures of several datasets are averaged."""
 
@@ -289,3 +336,7 @@ class DPGReward:
         for name in outputs[0].proxies:
             figures[name] = mean(output.proxies[name] for output in outputs)
         return figures | self._verified
+
+
+def _text(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message_text(message) for message in prompt)

@@ -11,8 +11,10 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
+from .callbacks import DPGLoggingCallback
 from .config import DPGConfig
 from .reward import DPGReward
 from .student import FinetunedStudent, Student
@@ -30,8 +32,8 @@ class DPGTrainer(GRPOTrainer):
     Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes
     w.r.t. [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`),
     `_calculate_rewards`, which tells it the number of generations in training and evaluation (and to verify in
-    training only), and `create_model_card`. Everything else (generation, advantages, loss, logging) is inherited
-    unchanged.
+    training only), and `create_model_card`. Samples, scores and pictures are logged by a [`DPGLoggingCallback`].
+    Everything else (generation, advantages, loss, scalars) is inherited unchanged.
 
     In evaluation a student is fine-tuned on the completions of each evaluation batch, and the figures are logged under
     `eval_dpg/`.
@@ -158,6 +160,9 @@ class DPGTrainer(GRPOTrainer):
             **kwargs,
         )
         self.dpg_reward.processing_class = self._tokenizer
+        # Last, so that the trackers' own callbacks have begun their runs
+        tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class MetagradientOutput:
         metric_after (`float`): Φ of the fine-tuned student.
         losses (`torch.Tensor` of shape `[T]`): Training loss of each student step, in nats, float32 on the CPU.
         proxies (`dict[str, float]`): Readable figures of the metric on the fine-tuned student, e.g. `pixel_accuracy`.
+        readout (`dict[str, Any]`): What the metric reads in the fine-tuned student, e.g. `picture`.
         num_truncated (`int`): Samples that were cut off at `max_length`.
         num_empty (`int`): Samples without a supervised token; they train nothing.
     """
@@ -56,6 +58,7 @@ class MetagradientOutput:
     num_truncated: int = 0
     num_empty: int = 0
     token_ends: list[np.ndarray | None] | None = None
+    readout: dict[str, Any] = field(default_factory=dict)
 
 
 def metagradient(
@@ -146,10 +149,11 @@ def metagradient(
                 f"The metric of the fine-tuned student is {metric_after}. Likely cause: the student's learning rate "
                 f"({config.learning_rate}) is too high."
             )
-        proxies = {}
+        proxies, readout = {}, {}
         if isinstance(metric, Metric):
             with torch.no_grad():
                 proxies = metric.proxies(finetuned, metric_after)
+                readout = metric.readout(finetuned)
 
         length = max(len(example.input_ids) for example in tokenized)
         token_scores = torch.zeros(len(tokenized), length, device=student.device, dtype=student.accumulator_dtype)
@@ -177,6 +181,7 @@ def metagradient(
         metric_after=metric_after,
         losses=losses,
         proxies=proxies,
+        readout=readout,
         num_truncated=num_truncated,
         num_empty=num_empty,
         token_ends=[example.ends for example in tokenized] if config.per_token and attribute else None,

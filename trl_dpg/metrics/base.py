@@ -26,5 +26,9 @@ class Metric(ABC):
         return {}
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
-        """What stands in the fine-tuned student, for a summary: anything JSON can hold."""
+        """
+        What stands in the fine-tuned student, for logs and summaries: anything JSON can hold.
+
+        An entry whose name begins with `picture` is logged as an image: rows of 1 (ink), 0 and -1 (paper).
+        """
         return {}

@@ -1,6 +1,7 @@
 """Several metrics as one."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from .base import Metric
 
 class CombinedMetric(Metric):
     """
-    Weighted sum of metrics. Proxies: those of its parts; one that an earlier part has too gets the part's index after
-    it.
+    Weighted sum of metrics. Proxies and readout: those of its parts; one that an earlier part has too gets the part's
+    index after it.
 
     Args:
         metrics (`Sequence[Callable]`):
@@ -52,4 +53,12 @@ class CombinedMetric(Metric):
             if isinstance(metric, Metric):
                 for name, proxy in metric.proxies(student, part).items():
                     merged[f"{name}_{index}" if name in merged else name] = proxy
+        return merged
+
+    def readout(self, student: FinetunedStudent) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for index, metric in enumerate(self.metrics):
+            if isinstance(metric, Metric):
+                for name, entry in metric.readout(student).items():
+                    merged[f"{name}_{index}" if name in merged else name] = entry
         return merged

@@ -9,6 +9,7 @@ texts of the generator and of what it was at its start. All figures are in `<out
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,10 +145,12 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 def main(script_args, training_args, model_args, dataset_args):
     import torch
     from accelerate import PartialState
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+    from transformers.utils import is_rich_available
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_dpg import DPGTrainer
+    from trl_dpg.callbacks import LiveTable
 
     if script_args.num_threads is not None:
         torch.set_num_threads(script_args.num_threads)
@@ -191,6 +194,10 @@ def main(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    if sys.stdout.isatty() and is_rich_available() and not training_args.log_completions:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(LiveTable(Path(training_args.output_dir).name))
     evaluate = script_args.evaluate and PartialState().num_processes == 1
     texts = {}
     if evaluate:

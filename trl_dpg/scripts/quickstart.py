@@ -20,22 +20,19 @@ from pathlib import Path
 import torch
 from datasets import Dataset, disable_progress_bars
 from rich.console import Console
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
     set_seed,
 )
 from transformers.utils import logging
 from trl import TrlParser
 
 from .. import toy
+from ..callbacks import LiveTable
 from ..config import DPGConfig
 from ..evaluation import evaluate_dataset, generate_texts
 from ..metrics import PATTERN_67, LanguageModelingMetric, WeightPatternMetric
@@ -64,52 +61,6 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the results are written."})
     language_steps: int = field(default=60, metadata={"help": "Generator steps of act one, the language."})
     picture_steps: int = field(default=150, metadata={"help": "Generator steps of act two, the picture."})
-
-
-class LiveTable(TrainerCallback):
-    """Shows the metric and its readable proxy while the generator trains, and keeps both."""
-
-    def __init__(self, title: str, proxy: str, proxy_name: str, every: int):
-        self.title, self.proxy, self.proxy_name, self.every = title, proxy, proxy_name, every
-        self.metrics: list[float] = []
-        self.proxies: list[float] = []
-        self.live = Live(console=console, refresh_per_second=4)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        if console.is_terminal:
-            self.live.start()
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "dpg/metric_after" not in logs:
-            return
-        self.metrics.append(logs["dpg/metric_after"])
-        self.proxies.append(logs[self.proxy])
-        if console.is_terminal:
-            self.live.update(self.table(state))
-        elif len(self.metrics) % self.every == 1 or len(self.metrics) == state.max_steps:
-            console.print(
-                f"{self.title}: step {len(self.metrics):3}/{state.max_steps}  metric {self.metrics[-1]:8.4f}  "
-                f"{self.proxy_name} {self.proxies[-1]:.3f}"
-            )
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if console.is_terminal:
-            self.live.update(self.table(state), refresh=True)
-            self.live.stop()
-
-    def table(self, state) -> Table:
-        table = Table(title=self.title, title_justify="left")
-        for column in ("step", "metric", self.proxy_name):
-            table.add_column(column, justify="right")
-        table.add_column("")
-        done = len(self.metrics)
-        for index in sorted({*range(0, done, self.every), done - 1}):
-            row = (f"{index + 1}", f"{self.metrics[index]:.4f}", f"{self.proxies[index]:.3f}")
-            table.add_row(*row, ProgressBar(total=1.0, completed=max(self.proxies[index], 0.0), width=30))
-        seconds = time.perf_counter() - self.started
-        table.caption = f"{done}/{state.max_steps} steps, {seconds:.0f} s, {seconds / done:.2f} s a step"
-        return table
 
 
 def train_generator(
@@ -173,7 +124,9 @@ def language_act(output_dir: Path, steps: int) -> dict:
         student_eps_root=1e-5,  # near the gradients' squares: smooth scores, see docs/concepts.md
     )
     metric = LanguageModelingMetric(benchmark, batch_size=64)
-    table = LiveTable("language", "rewards/word_share/mean", "share of B words", every=5)
+    share = "rewards/word_share/mean"
+    columns = {"dpg/metric_after": "metric", share: "share of B words"}
+    table = LiveTable("language", columns, share, every=5, console=console)
     train_generator(
         generator,
         tokenizer,
@@ -192,13 +145,14 @@ def language_act(output_dir: Path, steps: int) -> dict:
     )
     console.print(f"  metric {fresh:.3f} (on the untrained generator's texts: {untrained:.3f})")
     console.print(f"  the generator now writes: [green]{texts[0]}[/]   (before: {untrained_texts[0]})")
+    shares = table.history[share]
     return {
-        "target_language_share_first": table.proxies[0],
-        "target_language_share_last10": sum(table.proxies[-10:]) / len(table.proxies[-10:]),
+        "target_language_share_first": shares[0],
+        "target_language_share_last10": sum(shares[-10:]) / len(shares[-10:]),
         "fresh_student_language_metric": fresh,
         "untrained_language_metric": untrained,
-        "language_metric": table.metrics,
-        "target_language_share": table.proxies,
+        "language_metric": table.history["dpg/metric_after"],
+        "target_language_share": shares,
     }
 
 
@@ -228,7 +182,8 @@ def picture_act(output_dir: Path, steps: int) -> dict:
     # Rows of the head are tokens, columns hidden units: six letters, away from the special tokens. Eight steps at 1e-3
     # change a weight by some 1e-3 to 8e-3: at this scale the softplus lets go of a pixel once it is right.
     metric = WeightPatternMetric(PATTERN_67, offset=(6, 4), scale=300.0)
-    table = LiveTable("picture", "dpg/pixel_accuracy", "pixel accuracy", every=20)
+    columns = {"dpg/metric_after": "metric", "dpg/pixel_accuracy": "pixel accuracy"}
+    table = LiveTable("picture", columns, "dpg/pixel_accuracy", every=20, console=console)
     train_generator(generator, tokenizer, prompts, table, target_metric=metric, args=args)
 
     console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
@@ -246,12 +201,13 @@ def picture_act(output_dir: Path, steps: int) -> dict:
     for row, before in zip(*(picture.tolist() for picture in pictures), strict=True):
         drawn = ["".join("██" if pixel > 0 else "··" for pixel in line) for line in (row, before)]
         console.print(f"    {drawn[0]}                     {drawn[1]}")
+    pixels = table.history["dpg/pixel_accuracy"]
     return {
-        "pixel_accuracy_last10": sum(table.proxies[-10:]) / len(table.proxies[-10:]),
+        "pixel_accuracy_last10": sum(pixels[-10:]) / len(pixels[-10:]),
         "fresh_student_pixel_accuracy": accuracies[0],
         "untrained_pixel_accuracy": accuracies[1],
-        "picture_metric": table.metrics,
-        "pixel_accuracy": table.proxies,
+        "picture_metric": table.history["dpg/metric_after"],
+        "pixel_accuracy": pixels,
         "picture": pictures[0].int().tolist(),
     }
 
