@@ -19,6 +19,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_dpg.evaluation import generate_texts
+from trl_dpg.scripts import dpg
+from trl_dpg.scripts.utils import load_data, make_metric, make_rewards
+
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -52,7 +59,7 @@ WAYS = {
     for experiment in FIGURES
 }
 # As many student steps as with all completions in one dataset
-BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 16, "uuid": 16}
+BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 32, "uuid": 16}
 for experiment, batch_size in BATCH_SIZES.items():
     for way in ("separate", "naive"):
         WAYS[experiment][way] = [*WAYS[experiment][way], "--student_batch_size", str(batch_size)]
@@ -78,13 +85,42 @@ def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
     print(f"{experiment} / {way} / seed {seed}: {state}", flush=True)
 
 
+def judge_cell(folder: Path, experiment: str, seed: int) -> None:
+    """
+    Fresh students on newly sampled texts, all ways alike: fine-tuned as the recipe says, whatever the way's own student.
+
+    The run's own evaluation uses the student of the way (SGD, or more and smaller steps), which does not compare.
+    """
+    if not (folder / "summary.json").exists() or (folder / "evaluation.json").exists():
+        return
+    torch.set_num_threads(1)
+    arguments = ["--config", str(RECIPES / experiment / "mini.yaml"), "--output_dir", str(folder), "--seed", str(seed)]
+    script_args, args, model_args, _ = dpg.make_parser().parse_args_and_config(args=arguments)
+    dpg.make_toy_world(script_args, args, model_args)
+    metric = make_metric(script_args)
+    rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    rows = load_data(script_args.dataset_name).select(range(args.generation_batch_size))
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    figures = {}
+    for name, path in (("untrained", model_args.model_name_or_path), ("trained", folder)):
+        generator = AutoModelForCausalLM.from_pretrained(path)
+        texts = generate_texts(generator, tokenizer, rows["prompt"], args.max_completion_length, seed=seed)
+        figures[name] = dpg.judge(texts, rows, args, metric, rewards, script_args.greedy_prompt)
+    (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
 def collect(output_dir: Path, experiments: list[str], ways: list[str] | None, seeds: list[int]) -> dict:
     """Finished runs by experiment and way."""
     results: dict = {}
     for experiment in experiments:
         for way in WAYS[experiment]:
-            paths = [output_dir / experiment / way / str(seed) / "summary.json" for seed in seeds]
-            runs = [json.loads(path.read_text()) for path in paths if path.exists()]
+            folders = [output_dir / experiment / way / str(seed) for seed in seeds]
+            runs = [
+                json.loads((folder / "summary.json").read_text())
+                | json.loads((folder / "evaluation.json").read_text())
+                for folder in folders
+                if (folder / "evaluation.json").exists()
+            ]
             if runs and (ways is None or way in ways):
                 results.setdefault(experiment, {})[way] = runs
     return results
@@ -159,6 +195,8 @@ def main(args):
     if not args.tables_only:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda cell: run_cell(*cell), cells))
+    for folder, experiment, _, seed in cells:
+        judge_cell(folder, experiment, seed)
     results = collect(output_dir, args.experiments, args.ways, args.seeds)
     figures = {
         experiment: {

@@ -51,11 +51,18 @@ def test_a_mini_recipe_runs_and_ends_with_the_figures_of_fresh_students(recipe, 
 SEPARATE = ["--cross_group_batching", "false", "--num_generations", "4", "--student_batch_size", "8"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--student_optimizer", "sgd"], SEPARATE, [*SEPARATE, "--attribution", "dataset"]]
-)
-def test_ablations_are_flags(arguments, tmp_path):
-    assert run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, "--evaluate", "false", *arguments)["steps"] == 2
+def test_ablations_are_flags(tmp_path):
+    """The first step's figures tell them apart: all start alike."""
+    recipe = RECIPES / "pattern_67" / "mini.yaml"
+    ways = {"adamw": [], "sgd": ["--student_optimizer", "sgd"]}
+    ways |= {"separate": SEPARATE, "naive": [*SEPARATE, "--attribution", "dataset"]}
+    first = {}
+    for way, arguments in ways.items():
+        curves = run(recipe, tmp_path / way, "--evaluate", "false", *arguments)["curves"]
+        first[way] = {name: values[0] for name, values in curves.items()}
+    assert len({figures["dpg/metric_after"] for figures in first.values()}) == 3
+    assert first["separate"]["dpg/metric_after"] == first["naive"]["dpg/metric_after"]
+    assert [way for way in ways if "dpg/predicted_change" not in first[way]] == ["naive"]
 
 
 @pytest.mark.parametrize("recipe", FULL, ids=name)
@@ -143,7 +150,9 @@ def tiny_gpt2(tokenizer):
         (["--reward_funcs", "length"], "--reward_funcs: unknown name 'length'"),
         (["--reward_kwargs", '{"contains": {"text": "a"}}'], "not in --reward_funcs"),
         (["--dataset_name", "prompts.jsonl"], "There is no file 'prompts.jsonl'"),
-        (["--prompt_template", "{text}"], "names the column 'text'"),
+        (["--prompt_template", "{text}"], "cannot be filled in (KeyError('text'))"),
+        (["--metric_kwargs", '{"pattern": "67", "size": 3}'], "--metric_kwargs does not fit 'weight_pattern'"),
+        (["--metric_kwargs", "[1]"], "--metric_kwargs must be a mapping"),
     ],
 )
 def test_wrong_input_is_named_and_ends_with_status_2(arguments, message, tmp_path, capsys):
@@ -161,6 +170,12 @@ def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):
     assert arguments.num_processes == 2 and arguments.config_file.endswith("multi_gpu.yaml") and arguments.module
     assert arguments.training_script == "trl_dpg.scripts.dpg"
     assert arguments.training_script_args == ["--config", recipe, "--seed", "3"]
+    own = tmp_path / "own.yaml"
+    own.write_text(Path(recipe).read_text() + "num_processes: 8\n")
+    cli.main(["dpg", "--config", str(own), "--num_processes", "2"])
+    assert launched[1].num_processes == 2 and launched[1].training_script_args == ["--config", str(own)]
+    cli.main(["dpg", "--config", str(own)])
+    assert launched[2].num_processes == 8
 
 
 # -- the honest test -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     Run a command; each is a module of `trl_dpg.scripts` with `make_parser` and `main`.
 
-    Arguments of `accelerate launch` (and TRL's `--accelerate_config`) may stand among a command's own; it then runs
+    Arguments of `accelerate launch` (and TRL's `--accelerate_config`) may stand among those of `dpg`; it then runs
     under accelerate. Wrong usage ends with exit status 2, anything else that fails with 1.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         script = import_module(f".scripts.{command}", __package__)
     except ModuleNotFoundError as missing:
+        if str(missing.name).startswith(__package__):
+            raise
         parser.exit(1, f"trl-dpg {command} needs {missing.name}: pip install 'trl-dpg[{command}]'\n")
     parser = script.make_parser(prog=f"trl-dpg {command}")
     try:
@@ -47,13 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:  # what the arguments' own checks say; no such file
         parser.error(str(error))
-    if command == "dpg":
-        unknown += from_config
-    else:
-        _check_recipe(parser, from_config)
-    if unknown:
-        _launch(parser, command, argv[1:], unknown)
+    if command == "dpg" and (from_config or unknown):
+        _launch(parser, command, argv[1:], from_config, unknown)
         return
+    _check_recipe(parser, from_config)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see trl-dpg {command} --help)")
     try:
         script.main(*arguments)
     except UsageError as error:
@@ -70,25 +71,31 @@ def _check_recipe(parser: argparse.ArgumentParser, strings: list[str]) -> None:
             parser.error(f"the config file has keys that no command knows: {', '.join(strangers)}")
 
 
-def _launch(parser: argparse.ArgumentParser, command: str, argv: list[str], unknown: list[str]) -> None:
-    """Run a command under `accelerate launch`, with the arguments that are accelerate's."""
+def _launch(
+    parser: argparse.ArgumentParser, command: str, argv: list[str], from_config: list[str], unknown: list[str]
+) -> None:
+    """Run a command under `accelerate launch`; its arguments stand in the config file or on the command line."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     launcher = launch_command_parser()
     known = {*launcher._option_string_actions, "--accelerate_config"}
-    strangers = [string for string in unknown if string.split("=")[0] not in known and string.startswith("-")]
-    if strangers or not unknown[0].startswith("-"):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see trl-dpg {command} --help)")
+    both = from_config + unknown  # the command line comes last, and wins
+    strangers = [string for string in both if string.split("=")[0] not in known and string.startswith("-")]
+    if strangers or not both[0].startswith("-"):
+        parser.error(f"unrecognized arguments: {' '.join(both)} (see trl-dpg {command} --help)")
+    if "--accelerate_config" in unknown and "--accelerate_config" in from_config:
+        place = from_config.index("--accelerate_config")
+        both = from_config[:place] + from_config[place + 2 :] + unknown
     try:
-        launch_arguments = resolve_accelerate_config_argument(unknown)
+        launch_arguments = resolve_accelerate_config_argument(both)
     except ValueError as error:
         parser.error(str(error))
     left = iter(unknown)
-    mine, skip = [], next(left)
+    mine, skip = [], next(left, None)
     for string in argv:
         if string == skip:
-            skip = next(left, None)  # type: ignore[assignment]
+            skip = next(left, None)
         else:
             mine.append(string)
     module = ["--module", f"{__package__}.scripts.{command}"]

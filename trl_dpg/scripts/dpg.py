@@ -8,6 +8,7 @@ Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned
 texts of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
 """
 
+import inspect
 import json
 import sys
 import time
@@ -50,7 +51,7 @@ class DPGScriptArguments(MetricArguments, ScriptArguments):
         max_prompt_tokens (`int`, *optional*):
             With `prompt_template`: longer columns are cut off, in the generator's tokens.
         toy_world (`str`, *optional*):
-            Models and data made on the spot in `<output_dir>/world`: `"characters"`, `"languages"` or `"strings"`.
+            Models and data made on the spot in `<output_dir>_world`: `"characters"`, `"languages"` or `"strings"`.
             They stand in for generator, student, dataset and the metric's dataset, where those are not given.
         toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
             The world's arguments.
@@ -94,6 +95,8 @@ class DPGScriptArguments(MetricArguments, ScriptArguments):
 
 def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
     """The dataset with a column `prompt`."""
+    from accelerate import PartialState
+
     template, limit = script_args.prompt_template, script_args.max_prompt_tokens
     if template is None:
         if "prompt" not in dataset.column_names:
@@ -115,17 +118,19 @@ def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
         return {"prompt": [{"role": "user", "content": text}] if script_args.conversational else text}
 
     try:
-        template.format(**dict.fromkeys(dataset.column_names, ""))
-    except KeyError as missing:
+        template.format(**dataset[0])
+    except (KeyError, IndexError, ValueError) as error:
         raise UsageError(
-            f"--prompt_template names the column {missing}, but the dataset has {dataset.column_names}."
-        ) from missing
-    return dataset.map(prompt, remove_columns=dataset.column_names)
+            f"--prompt_template cannot be filled in ({error!r}); the dataset has the columns {dataset.column_names}, "
+            "and braces of the text itself are doubled."
+        ) from error
+    with PartialState().main_process_first():
+        return dataset.map(prompt, remove_columns=dataset.column_names)
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
     """Write the world, and let it stand in for whatever is not given."""
-    world = Path(training_args.output_dir) / "world"
+    world = Path(f"{training_args.output_dir.rstrip('/')}_world")  # beside what is pushed
     make_world(world, script_args, training_args, model_args)
     benchmark = str(world / "benchmark.jsonl")
     references = (
@@ -160,7 +165,11 @@ def main(script_args, training_args, model_args, dataset_args):
         raise UsageError("--model_name_or_path is required: the generator's path or Hub id.")
     metric = make_metric(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
     splits = {"train": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["eval"] = script_args.dataset_test_split
@@ -199,79 +208,107 @@ def main(script_args, training_args, model_args, dataset_args):
             trainer.remove_callback(callback)
         trainer.add_callback(LiveTable(Path(training_args.output_dir).name))
     evaluate = script_args.evaluate and PartialState().num_processes == 1
-    texts = {}
+    if script_args.evaluate and not evaluate:
+        trainer.accelerator.print("Several processes: no fresh students in the end, see `trl-dpg evaluate`.")
+    texts: dict[str, list[str]] = {}
     if evaluate:
-        prompts = data.get("eval", data["train"])
-        prompts = prompts.select(range(min(training_args.generation_batch_size, len(prompts))))["prompt"]
-        texts["untrained"] = sample(trainer, prompts)
+        rows = data.get("eval", data["train"])
+        rows = rows.select(range(min(training_args.generation_batch_size, len(rows))))
+        texts["untrained"] = sample(trainer, rows["prompt"])
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     trainer.save_model(training_args.output_dir)
-    if evaluate:
-        texts["trained"] = sample(trainer, prompts)
-    if trainer.is_world_process_zero():
-        summary = summarize(trainer, seconds, script_args, texts, rewards)
-        path = Path(training_args.output_dir) / "summary.json"
-        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))
-        print(render(summary) + f"\nAll figures: {path}")
     trainer.create_model_card(dataset_name=script_args.dataset_name)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if evaluate:
+        texts["trained"] = sample(trainer, rows["prompt"])
+    if trainer.is_world_process_zero():
+        path = Path(training_args.output_dir) / "summary.json"
+        summary = training_figures(trainer, seconds, script_args)
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))  # whatever happens to the students
+        for name, samples in texts.items():
+            summary[name] = judge(samples, rows, training_args, metric, rewards, script_args.greedy_prompt)
+        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))
+        print(render(summary) + f"\nAll figures: {path}")
     trainer.end()
 
 
 def sample(trainer, prompts) -> list[str]:
+    """Texts as the trainer samples them."""
     from trl_dpg.evaluation import generate_texts
 
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
+    model.train()  # as in training; a 4-bit model in eval mode is packed for inference, for good
     return generate_texts(
         model,
         trainer.processing_class,
         prompts,
         args.max_completion_length,
         seed=args.seed,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
+        chat_template_kwargs=args.chat_template_kwargs,
+        **{name: vars(args)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+        **args.generation_kwargs or {},
     )
 
 
-def summarize(trainer, seconds: float, script_args, texts: dict[str, list[str]], rewards: list) -> dict[str, Any]:
-    """The figures of a run: curves, and the evaluation of fresh students."""
-    from trl_dpg.evaluation import evaluate_dataset
-    from trl_dpg.metrics import Metric
-
-    args, metric = trainer.args, trainer.dpg_reward.metric
+def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:
+    """The curves of a run, and where they began and ended."""
     curves: dict[str, list[float]] = {}
     for logs in trainer.state.log_history:
         for name, value in logs.items():
             if name.startswith(("dpg/", "rewards/")) or name in ("entropy", "completions/mean_length"):
                 curves.setdefault(name, []).append(value)
-    summary: dict[str, Any] = {
+    return {
         "metric": script_args.metric,
-        "seed": args.seed,
+        "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "seconds": seconds,
-        "seconds_per_step": seconds / max(trainer.state.global_step, 1),
         "training": {
             name: {"first": values[0], "last10": sum(values[-10:]) / len(values[-10:])}
             for name, values in curves.items()
         },
+        "curves": curves,
     }
-    for name, samples in texts.items():
-        result = evaluate_dataset(args.load_student, samples, metric, trainer.dpg_reward.inner_loop_config, args.seed)
-        figures: dict[str, Any] = {"metric": result.metric, **result.proxies}
-        for reward in rewards:
-            values = reward(prompts=[""] * len(samples), completions=samples)
-            figures[reward.__name__] = sum(values) / len(values)
-        if isinstance(metric, Metric):
-            figures |= metric.readout(result.finetuned)
-        if script_args.greedy_prompt is not None:
-            figures["greedy"] = result.finetuned.generate(script_args.greedy_prompt)
-        summary[name] = figures | {"samples": samples[:8]}
-    return summary | {"curves": curves}
+
+
+def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: str | None = None) -> dict[str, Any]:
+    """
+    What a fresh student becomes by texts, and what the further rewards say of them.
+
+    Args:
+        texts (`list[str]`): Completions.
+        rows ([`~datasets.Dataset`]): As many rows of the prompts' dataset.
+        args ([`DPGConfig`]): The student and its fine-tuning.
+        metric (`Callable`): Φ.
+        rewards (`list`): Reward functions; asynchronous ones, and models, are left out.
+        greedy_prompt (`str`, *optional*): Also what the student writes greedily after this.
+    """
+    from datasets import Dataset
+
+    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.metrics import Metric
+
+    conversational = not isinstance(rows[0]["prompt"], str)
+    completions: list = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+    data: Any = texts
+    if args.train_on == "prompt_completion":
+        data = Dataset.from_dict({"prompt": rows["prompt"], "completion": completions})
+    result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
+    figures: dict[str, Any] = {"metric": result.metric, **result.proxies}
+    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
+    for reward in rewards:
+        if callable(reward) and not inspect.iscoroutinefunction(reward):
+            values = reward(prompts=list(rows["prompt"]), completions=completions, **columns)
+            values = [value for value in values if value is not None]
+            figures[reward.__name__] = sum(values) / max(len(values), 1)
+    if isinstance(metric, Metric):
+        figures |= metric.readout(result.finetuned)
+    if greedy_prompt is not None:
+        figures["greedy"] = result.finetuned.generate(greedy_prompt)
+    return figures | {"samples": texts[:8]}
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -294,4 +331,4 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))  # accelerate's may be in the file

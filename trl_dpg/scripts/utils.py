@@ -70,9 +70,12 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        mapping = json.loads(value)
     except json.JSONDecodeError as error:
         raise UsageError(f"--{flag} must be JSON, got {value!r} ({error}).") from error
+    if not isinstance(mapping, dict):
+        raise UsageError(f"--{flag} must be a mapping, got {value!r}.")
+    return mapping
 
 
 def resolve(name: str, known: dict[str, str], flag: str) -> Any:
@@ -163,5 +166,6 @@ def make_world(world: Path, script_args, student_args, model_args) -> None:
     model_args.model_name_or_path = model_args.model_name_or_path or str(world / "generator")
     student_args.student_model_name_or_path = student_args.student_model_name_or_path or str(world / "student")
     script_args.dataset_name = script_args.dataset_name or str(world / "prompts.jsonl")
-    if script_args.metric == "language_modeling" and not script_args.metric_kwargs:
-        script_args.metric_kwargs = {"dataset": str(world / "benchmark.jsonl")}
+    if script_args.metric == "language_modeling" and not {"dataset", "texts"} & set(script_args.metric_kwargs or ()):
+        benchmark = {"dataset": str(world / "benchmark.jsonl")}
+        script_args.metric_kwargs = (script_args.metric_kwargs or {}) | benchmark
