@@ -87,7 +87,7 @@ def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
 
 def judge_cell(folder: Path, experiment: str, seed: int) -> None:
     """
-    Fresh students on newly sampled texts, all ways alike: fine-tuned as the recipe says, whatever the way's own student.
+    Fresh students on newly sampled texts, fine-tuned as the recipe says, whatever the way.
 
     The run's own evaluation uses the student of the way (SGD, or more and smaller steps), which does not compare.
     """
