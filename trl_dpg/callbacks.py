@@ -203,7 +203,18 @@ def run_config(args, reward: DPGReward) -> dict[str, Any]:
 def environment() -> dict[str, str]:
     """Versions that a run's numbers may depend on."""
     versions = {"platform": platform.platform(), "python": platform.python_version()}
-    for package in ("trl-dpg", "trl", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes"):
+    packages = (
+        "trl-dpg",
+        "trl",
+        "torch",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "bitsandbytes",
+        "tokenizers",
+    )
+    for package in (*packages, "numpy", "wandb", "vllm", "lm-eval", "sentence-transformers"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
