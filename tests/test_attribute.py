@@ -315,6 +315,6 @@ def test_help_lists_every_argument_under_a_heading():
     command = [sys.executable, "-m", "trl_dpg.scripts.attribute", "--help"]
     root = str(Path(__file__).parents[1])
     shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
-    headings = ["metric, dataset and output:", "student and its fine-tuning:"]
+    headings = ["metric, data and output:", "student and its fine-tuning:"]
     own, student = (shown.index(heading) for heading in headings)
     assert own < shown.index("--keep_top KEEP_TOP", own) < student < shown.index("--student_eps_root", student)

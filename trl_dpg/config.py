@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
@@ -103,6 +103,8 @@ class StudentArguments:
         seed (`int`, *optional*, defaults to `42`):
             Seed of everything drawn at random.
     """
+
+    _argument_group_name: ClassVar[str] = "student and its fine-tuning"
 
     student_model_name_or_path: str | None = field(
         default=None,
@@ -293,6 +295,8 @@ class DPGConfig(StudentArguments, GRPOConfig):
             Samples with the highest and the lowest scores (half of them each) that are logged with their scores; `0`
             logs none. See [`DPGLoggingCallback`].
     """
+
+    _argument_group_name: ClassVar[str] = "generator (GRPO), student and reward"
 
     cross_group_batching: bool = field(
         default=True,

@@ -32,7 +32,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -87,8 +87,6 @@ class AttributeArguments(MetricArguments):
             CPU threads of torch.
     """
 
-    _argument_group_name: ClassVar[str] = "metric, dataset and output"
-
     dataset_name: str | None = field(
         default=None, metadata={"help": "The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt)."}
     )
@@ -136,9 +134,7 @@ class AttributeArguments(MetricArguments):
 
 @dataclass
 class AttributeStudentArguments(StudentArguments):
-    """[`StudentArguments`] under a heading of their own."""
-
-    _argument_group_name: ClassVar[str] = "student and its fine-tuning"
+    """[`StudentArguments`], the student among them."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 
 METRICS = {
@@ -50,6 +50,8 @@ class MetricArguments:
         metric_kwargs (`dict[str, Any]` or `str`, *optional*):
             The metric's arguments; JSON on the command line.
     """
+
+    _argument_group_name: ClassVar[str] = "metric, data and output"
 
     metric: str | None = field(
         default=None,
