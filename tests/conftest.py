@@ -9,3 +9,8 @@ import torch
 
 
 torch.set_num_threads(1)  # two busy OpenMP threads per test worker can be many times slower than one
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no worker is left alone with one in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
