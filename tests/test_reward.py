@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
@@ -282,11 +282,7 @@ def test_trl_trainers_raise_the_metric_as_they_are(trainer, config, tmp_path):
         lr_scheduler_type="constant",
         beta=0.0,
         logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
+        **QUIET,
     )
     run = trainer(
         make_model(seed=1, scale=1.0, vocab_size=14),

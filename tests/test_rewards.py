@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import toy
 from trl_dpg.rewards import EmbeddingSimilarityReward, LanguageIDReward, LevenshteinReward, language_id
 
@@ -102,11 +102,7 @@ def test_the_rewards_train_in_trls_trainer_under_their_names(rewards, tmp_path):
         max_completion_length=6,
         max_steps=1,
         logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
+        **QUIET,
     )
     trainer = GRPOTrainer(
         model=make_model(scale=1.0),

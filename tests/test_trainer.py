@@ -7,7 +7,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, TrlParser
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import DPGConfig, DPGTrainer, InnerLoopConfig, Student
 from trl_dpg.metrics import LanguageModelingMetric
 
@@ -25,11 +25,7 @@ def config(tmp_path, **kwargs):
         max_completion_length=6,
         max_steps=1,
         logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
+        **QUIET,
         student_batch_size=4,
         student_learning_rate=1e-3,
     )

@@ -16,6 +16,9 @@ from transformers import (
 
 
 VOCAB = 61
+QUIET = dict(report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True)
+"""Settings of every trainer in the tests: nothing is reported, saved or drawn, and no GPU is looked for."""
+
 _SHAPE = dict(
     vocab_size=VOCAB,
     hidden_size=32,

@@ -297,7 +297,7 @@ def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: st
     if args.train_on == "prompt_completion":
         data = Dataset.from_dict({"prompt": rows["prompt"], "completion": completions})
     result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
-    figures: dict[str, Any] = {"metric": result.metric, **result.proxies}
+    figures: dict[str, Any] = result.figures()
     columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
     for reward in rewards:
         if callable(reward) and not inspect.iscoroutinefunction(reward):
