@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_dataset
+from filelock import FileLock
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.scripts.attribute import plan_chunks
+from trl_dpg.scripts.attribute import chance, plan_chunks
 
 
 BENCHMARK = ["w1 w2 w3", "w5 w4"]
@@ -188,6 +189,28 @@ def test_a_recipe_for_dpg_gives_metric_and_student_settings(student_path, tmp_pa
     assert settings["metric"] == "weight_pattern" and settings["student_max_length"] == 17
 
 
+def test_one_chunk_is_scored_in_a_second_order_to_tell_how_much_is_chance(student_path, tmp_path, capsys):
+    texts = make_texts(21)
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in texts])
+    scored = run(student_path, data, tmp_path / "out", "--dataset_chunk", "8")
+    (rows, mine), student = plan_chunks(21, 8, seed=42, num_repeats=2)[3], Student(student_path)
+    again = metagradient(student, [texts[row] for row in rows], LanguageModelingMetric(BENCHMARK), CONFIG).scores
+    first = torch.tensor([scored[row]["dpg_score"] for row in rows[mine]])
+    ranks = [values.argsort().argsort() for values in (first, again[mine])]
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())["score"]
+    assert figures["rank_correlation"] == pytest.approx(torch.corrcoef(torch.stack(ranks).double())[0, 1].item())
+    assert figures["num_compared"] == 8 and "Rank correlation of 8 scores" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("correlation", "repeats", "advice"), [(0.85, 1, ""), (0.2, 1, "--num_repeats 16"), (0.2, 16, "")]
+)
+def test_a_ranking_that_is_mostly_chance_comes_with_advice(correlation, repeats, advice):
+    figures = {"num_repeats": repeats, "score": {"rank_correlation": correlation, "num_compared": 256}}
+    text = chance(figures)
+    assert f"{correlation:.2f}" in text and advice in text and ("Much of" in text) == bool(advice)
+
+
 # -- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
@@ -208,12 +231,12 @@ def test_after_sigkill_no_sample_is_lost_or_scored_twice(student_path, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = journal.read_bytes()
-    assert process.returncode == -signal.SIGKILL and 2 <= kept.count(b"\n") < 13
+    assert process.returncode == -signal.SIGKILL and 2 <= kept.count(b"\n") < 14
     assert not (tmp_path / "out" / "scored.parquet").exists()
 
     resumed = run(student_path, data, tmp_path / "out", *more)
     assert journal.read_bytes().startswith(kept)
-    rows = [row for line in read(journal)[1:] for row in line["rows"]]
+    rows = [row for line in read(journal)[1:] if line["chunk"] < 12 for row in line["rows"]]
     assert sorted(rows) == list(range(46))
     assert resumed == uninterrupted
 
@@ -227,7 +250,7 @@ def test_a_torn_last_line_is_scored_again_and_more_repeats_go_on(student_path, t
     content = journal.read_bytes()
     journal.write_bytes(content[:-40])
     assert run(student_path, data, tmp_path / "out", *more) == whole
-    assert [line["chunk"] for line in read(journal)[1:]] == list(range(6))
+    assert sorted(line["chunk"] for line in read(journal)[1:]) == list(range(6))
     fewer = run(student_path, data, tmp_path / "out", "--dataset_chunk", "4")
     assert fewer != whole and len(read(journal)) == 7
 
@@ -242,7 +265,7 @@ def test_memory_settings_may_change_when_resumed_but_no_others(student_path, tmp
     write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(8, seed=1)])
     assert "dataset_digest" in refuse(capsys, arguments(student_path, data, tmp_path / "out"))
     cli.main([*other, "--overwrite"])
-    assert len(read(tmp_path / "out" / "attribution.jsonl")) == 2
+    assert len(read(tmp_path / "out" / "attribution.jsonl")) == 3
     assert (tmp_path / "out" / "scored.parquet").exists() and not (tmp_path / "out" / "scored.jsonl").exists()
 
 
@@ -253,11 +276,22 @@ def test_another_student_at_the_same_path_is_noticed(tmp_path, capsys):
     data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(12)])
     run(str(student), data, tmp_path / "out", "--dataset_chunk", "8")
     journal = tmp_path / "out" / "attribution.jsonl"
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-2]))
     make_model(seed=1).save_pretrained(student)
     argv = arguments(str(student), data, tmp_path / "out", "--dataset_chunk", "8")
     assert "the student or the metric's data have changed" in refuse(capsys, argv)
     assert len(read(journal)) == 2
+
+
+def test_two_processes_share_the_chunks_out(student_path, tmp_path):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(21)])
+    more = ["--dataset_chunk", "8"]
+    alone = run(student_path, data, tmp_path / "alone", *more)
+    argv = arguments(student_path, data, tmp_path / "out", "--output_format", "jsonl", *more)
+    process = on_two_processes("trl_dpg.scripts.attribute", *argv[1:])
+    assert process.returncode == 0, process.stderr
+    assert read(tmp_path / "out" / "scored.jsonl") == alone
+    assert len(read(tmp_path / "out" / "attribution.jsonl")) == 5
 
 
 # -- wrong input -----------------------------------------------------------------------------------------------------
@@ -266,8 +300,8 @@ def test_another_student_at_the_same_path_is_noticed(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl"], "--dataset_name 'nowhere.jsonl' could not be read"),
-        (["--dataset_split", "test"], "(--dataset_split 'test')"),
+        (["--dataset_name", "nowhere.jsonl"], "There is no file 'nowhere.jsonl'"),
+        (["--dataset_train_split", "test"], "could not be read (split 'test')"),
         (["--dataset_text_field", "body"], "expected 'body'. Name the column with the text by --dataset_text_field"),
         (["--dataset_text_field", "id"], "The column 'id' holds no text but int64"),
         (["--dataset_chunk", "6"], "--dataset_chunk (6) must be a multiple of --student_batch_size (4)"),
@@ -301,7 +335,7 @@ def test_a_dataset_without_samples_to_read_is_refused(student_path, tmp_path, ca
 def test_an_empty_dataset_is_refused(student_path, tmp_path, capsys):
     Dataset.from_dict({"text": []}).to_parquet(tmp_path / "samples.parquet")
     message = refuse(capsys, arguments(student_path, str(tmp_path / "samples.parquet"), tmp_path / "out"))
-    assert "--dataset_split 'train'" in message and "corresponds to no data" in message
+    assert "(split 'train')" in message and "corresponds to no data" in message
 
 
 def test_another_commands_folder_is_left_alone(student_path, tmp_path, capsys):
@@ -311,10 +345,18 @@ def test_another_commands_folder_is_left_alone(student_path, tmp_path, capsys):
     assert "--output_dir" in message and (tmp_path / "summary.json").read_text() == "{}"
 
 
-def test_help_lists_every_argument_under_a_heading():
-    command = [sys.executable, "-m", "trl_dpg.scripts.attribute", "--help"]
-    root = str(Path(__file__).parents[1])
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True).stdout
+def test_help_lists_every_argument_under_a_heading(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["attribute", "--help"])
+    shown = capsys.readouterr().out
     headings = ["metric, data and output:", "student and its fine-tuning:"]
     own, student = (shown.index(heading) for heading in headings)
     assert own < shown.index("--keep_top KEEP_TOP", own) < student < shown.index("--student_eps_root", student)
+
+
+def test_two_commands_do_not_write_one_journal(student_path, tmp_path, capsys):
+    data = write(tmp_path / "samples.jsonl", [{"text": "w1 w2"}])
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / "attribution.lock"):
+        assert "at work in --output_dir" in refuse(capsys, arguments(student_path, data, tmp_path / "out"))
+    run(student_path, data, tmp_path / "out")

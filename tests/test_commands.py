@@ -4,17 +4,21 @@ import base64
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
 
+from tests.tiny import on_two_processes
 from trl_dpg import cli, toy
+from trl_dpg.scripts import utils
 from trl_dpg.scripts.evaluate import interval
 
 
@@ -52,6 +56,20 @@ def test_texts_that_were_sampled_again_are_not_read_from_a_cache(world, tmp_path
 def test_pairs_keep_their_prompts(world, tmp_path):
     dataset = generate(world, tmp_path, "--train_on", "prompt_completion")
     assert dataset["prompt"] == ["ba be", "bi", "bo ba"] and len(dataset["completion"]) == 3
+
+
+def test_a_recipe_gives_prompts_and_sampling(world, tmp_path):
+    articles = tmp_path / "articles.jsonl"
+    articles.write_text('{"text": "ba be bi bo"}\n{"text": "bo"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("prompt_template: '{text} bu'\nmax_prompt_tokens: 2\ntemperature: 0.5\nlearning_rate: 1e-3\n")
+    cli.main(
+        f"generate --config {recipe} --model_name_or_path {world / 'generator'} --dataset_name {articles} "
+        f"--output_dir {tmp_path / 'out'} --max_completion_length 4".split()
+    )
+    dataset = load_dataset(str(tmp_path / "out"), split="train")
+    assert dataset["source_prompt"] == ["ba be bu", "bo bu"]
+    assert '"temperature": 0.5' in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_trl_sft_trains_on_what_was_generated(world, tmp_path):
@@ -110,9 +128,47 @@ def test_every_command_has_help(command, capsys):
     assert raised.value.code == 0 and f"trl-dpg {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_is_a_module_for_accelerate(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["module", "--no_such_argument"])
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_module(f"trl_dpg.scripts.{command}", run_name="__main__")
+    assert raised.value.code == 2 and f"trl-dpg {command}: error: " in capsys.readouterr().err
+
+
+def test_two_processes_share_the_prompts_out(world, tmp_path):
+    command = ["--model_name_or_path", str(world / "generator"), "--dataset_name", str(world / "prompts.jsonl")]
+    command += ["--output_dir", str(tmp_path), "--num_samples", "7", "--max_completion_length", "4"]
+    process = on_two_processes("trl_dpg.scripts.generate", *command)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("7 texts") == 1
+    dataset = load_dataset(str(tmp_path), split="train")
+    assert dataset["source_prompt"] == ["ba be", "bi", "bo ba", "ba be", "bi", "bo ba", "ba be"]
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--datasets", "a"], ["verify", "--dataset_name", "a"]])
+def test_a_command_for_one_process_says_so(command, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*command, "--metric", "weight_norm", "--student_model_name_or_path", "b"])
+    assert raised.value.code == 2 and f"trl-dpg {command[0]} runs on one process, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("a: [1", "expected ',' or ']'"), ("no_such_key: 1", "keys that no command knows: --no_such_key")],
+)
+def test_a_config_file_that_cannot_be_read_is_named(content, message, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(content)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["env", "--config", str(tmp_path / "own.yaml")])
+    assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (["generate", "--config"], "argument --config: expected one argument"),
         (["generate"], "--model_name_or_path is required"),
         (["generate", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "There is no file 'no.jsonl'"),
         (["generate", "--model_name_or_path", "m", "--dataset_name", "d", "--temperature", "0"], "--temperature must"),

@@ -10,7 +10,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import cli, toy
 from trl_dpg.evaluation import evaluate_dataset, generate_texts, sft_config
 from trl_dpg.metagradients import InnerLoopConfig, metagradient
@@ -77,7 +77,7 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
         tokenizer.save_pretrained(tmp_path / hub_id)
     asked = []
 
-    def load_data(name, config=None, split="train"):
+    def load_data(name, config=None, split="train", streaming=False):
         asked.append((name, config, split))
         return Dataset.from_dict({"id": ["0"] * 8, "text": ["some text " * 200] * 8})
 
@@ -176,6 +176,24 @@ def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):
     assert launched[1].num_processes == 2 and launched[1].training_script_args == ["--config", str(own)]
     cli.main(["dpg", "--config", str(own)])
     assert launched[2].num_processes == 8
+
+
+def test_two_processes_train_one_generator(tmp_path):
+    recipe = ["--config", str(RECIPES / "pattern_67" / "mini.yaml"), "--output_dir", str(tmp_path / "out"), *SMALL]
+    process = on_two_processes("trl_dpg.scripts.dpg", *recipe, "--use_cpu")
+    assert process.returncode == 0, process.stderr[-3000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 2 and "trained" not in summary
+    samples = json.loads((tmp_path / "out" / "dpg_config.json").read_text())
+    assert samples["environment"] and process.stdout.count("see `trl-dpg evaluate`") == 1
+
+
+def test_a_streamed_dataset_trains_as_any_other(tmp_path):
+    rows = [json.dumps({"body": text}) + "\n" for text in ("abcd", "efgh", "bcde", "fgha")]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows * 8))
+    streamed = ["--dataset_name", str(tmp_path / "prompts.jsonl"), "--dataset_streaming"]
+    summary = run(RECIPES / "pattern_67" / "mini.yaml", tmp_path / "out", *streamed, "--prompt_template", "{body}")
+    assert summary["steps"] == 2 and "pixel_accuracy" in summary["trained"]
 
 
 # -- the honest test -------------------------------------------------------------------------------------------------

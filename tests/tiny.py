@@ -1,5 +1,8 @@
 """Models, tokenizers and samples made on the spot."""
 
+import subprocess
+import sys
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -81,3 +84,10 @@ def make_tokenizer(words=None, bos=False):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
     )
+
+
+def on_two_processes(module, *arguments):
+    """Run a module on two processes, as accelerate does on a machine without a GPU."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [sys.executable, "-m", *launcher, module, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -3,6 +3,9 @@
 import argparse
 import sys
 from importlib import import_module
+from itertools import groupby
+
+from yaml import YAMLError
 
 from .scripts.utils import UsageError
 
@@ -23,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     Run a command; each is a module of `trl_dpg.scripts` with `make_parser` and `main`.
 
-    Arguments of `accelerate launch` (and TRL's `--accelerate_config`) may stand among those of `dpg`; it then runs
+    Arguments of `accelerate launch` (and TRL's `--accelerate_config`) may stand among those of a command; it then runs
     under accelerate. Wrong usage ends with exit status 2, anything else that fails with 1.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -35,60 +38,89 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
-    command = parser.parse_args(argv[:1]).command
-    try:
-        script = import_module(f".scripts.{command}", __package__)
-    except ModuleNotFoundError as missing:
-        if str(missing.name).startswith(__package__):
-            raise
-        parser.exit(1, f"trl-dpg {command} needs {missing.name}: pip install 'trl-dpg[{command}]'\n")
+    run(parser.parse_args(argv[:1]).command, argv[1:], may_launch=True)
+
+
+def run(command: str, argv: list[str], may_launch: bool = False) -> None:
+    """
+    Run a command in this process; with `may_launch`, under accelerate, if there are arguments for it.
+
+    Args:
+        command (`str`): One of `COMMANDS`.
+        argv (`list[str]`): Its arguments.
+        may_launch (`bool`, *optional*, defaults to `False`): Whether accelerate's may be among them.
+    """
+    script = import_module(f".scripts.{command}", __package__)
     parser = script.make_parser(prog=f"trl-dpg {command}")
+    if argv[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
     try:
         *arguments, from_config, unknown = parser.parse_args_and_config(
-            args=argv[1:], return_remaining_strings=True, separate_remaining_strings=True
+            args=argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except (ValueError, OSError) as error:  # what the arguments' own checks say; no such file
+    except (ValueError, OSError, YAMLError) as error:  # what the arguments' own checks say; no such file
         parser.error(str(error))
-    if command == "dpg" and (from_config or unknown):
-        _launch(parser, command, argv[1:], from_config, unknown)
+    if unknown and not may_launch:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
+    launch_arguments = _for_accelerate(parser, from_config, unknown) if from_config or unknown else []
+    if launch_arguments and may_launch:
+        _launch(parser, command, argv, unknown, launch_arguments)
         return
-    _check_recipe(parser, from_config)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see trl-dpg {command} --help)")
     try:
         script.main(*arguments)
     except UsageError as error:
         parser.error(str(error))
 
 
-def _check_recipe(parser: argparse.ArgumentParser, strings: list[str]) -> None:
-    """A recipe for `dpg` serves the other commands, too: what only `dpg` reads is left aside, but nothing else is."""
-    flags = [string for string in strings if string.startswith("--")]
-    if flags:
-        known = import_module(".scripts.dpg", __package__).make_parser()._option_string_actions
-        strangers = [flag for flag in flags if flag not in known]
+def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unknown: list[str]) -> list[str]:
+    """
+    The arguments of `accelerate launch` among those that the command does not know, the command line's last.
+
+    A recipe for `dpg` serves the other commands, too: what only `dpg` reads is left aside. Nothing else is.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    accelerates = {*launch_command_parser()._option_string_actions, "--accelerate_config"}
+    recipes = import_module(".scripts.dpg", __package__).make_parser()._option_string_actions
+    found: list[str] = []
+    for strings, others, message in (
+        (from_config, recipes, "the config file has keys that no command knows"),
+        (unknown, {}, "unrecognized arguments"),
+    ):
+        flags = _by_flag(strings)
+        strangers = [flag for flag, _ in flags if flag not in accelerates and flag not in others]
         if strangers:
-            parser.error(f"the config file has keys that no command knows: {', '.join(strangers)}")
+            parser.error(f"{message}: {' '.join(strangers)} (see {parser.prog} --help)")
+        for flag, values in flags:
+            if flag not in others:
+                if flag == "--accelerate_config" and flag in found:  # the command line's comes last, and wins
+                    place = found.index(flag)
+                    del found[place : place + 2]
+                found += values
+    return found
+
+
+def _by_flag(strings: list[str]) -> list[tuple[str, list[str]]]:
+    """Flags with their values; each group is as it stands on a command line."""
+    numbers, number = [], 0
+    for string in strings:
+        number += string.startswith("--")
+        numbers.append(number)
+    groups = [
+        [s for s, _ in group] for _, group in groupby(zip(strings, numbers, strict=True), key=lambda pair: pair[1])
+    ]
+    return [(group[0].split("=")[0], group) for group in groups]
 
 
 def _launch(
-    parser: argparse.ArgumentParser, command: str, argv: list[str], from_config: list[str], unknown: list[str]
+    parser: argparse.ArgumentParser, command: str, argv: list[str], unknown: list[str], launch_arguments: list[str]
 ) -> None:
-    """Run a command under `accelerate launch`; its arguments stand in the config file or on the command line."""
+    """Run a command under `accelerate launch`, with what is its own of the command line."""
     from accelerate.commands.launch import launch_command, launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    launcher = launch_command_parser()
-    known = {*launcher._option_string_actions, "--accelerate_config"}
-    both = from_config + unknown  # the command line comes last, and wins
-    strangers = [string for string in both if string.split("=")[0] not in known and string.startswith("-")]
-    if strangers or not both[0].startswith("-"):
-        parser.error(f"unrecognized arguments: {' '.join(both)} (see trl-dpg {command} --help)")
-    if "--accelerate_config" in unknown and "--accelerate_config" in from_config:
-        place = from_config.index("--accelerate_config")
-        both = from_config[:place] + from_config[place + 2 :] + unknown
     try:
-        launch_arguments = resolve_accelerate_config_argument(both)
+        launch_arguments = resolve_accelerate_config_argument(launch_arguments)
     except ValueError as error:
         parser.error(str(error))
     left = iter(unknown)
@@ -99,7 +131,7 @@ def _launch(
         else:
             mine.append(string)
     module = ["--module", f"{__package__}.scripts.{command}"]
-    launch_command(launcher.parse_args([*launch_arguments, *module, *mine]))
+    launch_command(launch_command_parser().parse_args([*launch_arguments, *module, *mine]))
 
 
 if __name__ == "__main__":

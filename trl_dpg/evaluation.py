@@ -8,9 +8,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -191,3 +199,33 @@ def generate_texts(
         )
         texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
     return texts
+
+
+def load_generator(path: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A generator on this process's device, and its tokenizer, ready to sample.
+
+    Args:
+        path (`str`):
+            Its path or Hub id, or those of its adapters.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Type of its weights.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(PartialState().device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def prompt_completion_pairs(
+    prompts: Sequence[str | list[dict[str, Any]]], texts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Rows of `prompt` and `completion`; after a conversation, the text is the assistant's message."""
+    return [
+        {
+            "prompt": prompt,
+            "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
+        }
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]

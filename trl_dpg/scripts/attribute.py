@@ -8,9 +8,11 @@ The dataset is shuffled by `seed` and cut into chunks of `dataset_chunk` samples
 student's start, and the scores of its samples are its metagradients, see [`metagradient`]. Scores of different chunks
 compare because start, number of steps and batch size are the same, and the company a sample is in is alike. For that
 reason the last chunk is filled up with samples of other chunks, whose scores there are thrown away. What is left is
-chance: a sample's company, and the step it is trained in. `num_repeats` scores all samples in as many orders and takes
-the mean; the rank correlation between the orders tells how much of the scores is chance. A dataset of one chunk is
-trained on in its own order, the first time.
+chance: a sample's company, and the step it is trained in. One chunk is therefore scored again in another order, and
+the rank correlation tells how much of the scores is chance. `num_repeats` scores all samples in as many orders and
+takes the mean. A dataset of one chunk is trained on in its own order, the first time.
+
+Several processes (`--num_processes`) share the chunks out.
 
 Files in `output_dir`:
 
@@ -30,6 +32,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ import numpy as np
 
 from trl_dpg.config import StudentArguments
 
-from .utils import MetricArguments, UsageError, load_data, make_metric
+from .utils import DatasetArguments, MetricArguments, UsageError, make_metric, process_state
 
 
 FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # as Student.tokenize reads them
@@ -51,20 +54,16 @@ MEMORY_ONLY = (  # settings that may change when a run is resumed
 )
 SAMPLES_PER_CHUNK = 256
 ROWS_PER_WRITE = 1000
+RELIABLE = 0.8
+"""Correlation of a ranking with another like it, from which on `attribute` has nothing to say against it."""
 
 
 @dataclass
-class AttributeArguments(MetricArguments):
+class AttributeArguments(MetricArguments, DatasetArguments):
     """
     Script arguments of `trl-dpg attribute`.
 
     Args:
-        dataset_name (`str`):
-            The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt).
-        dataset_config (`str`, *optional*):
-            Configuration of a Hub dataset.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            Split, e.g. `"train[:10000]"`.
         dataset_text_field (`str`, *optional*):
             The column that holds the text. Without it: `input_ids` (with `labels`, if there), `messages`, `prompt` and
             `completion`, or `text`, the first that the dataset has.
@@ -87,11 +86,6 @@ class AttributeArguments(MetricArguments):
             CPU threads of torch.
     """
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt)."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset, e.g. 'train[:10000]'."})
     dataset_text_field: str | None = field(
         default=None,
         metadata={
@@ -122,8 +116,6 @@ class AttributeArguments(MetricArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset_name is None:
-            raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
         if self.num_repeats < 1:
@@ -149,16 +141,7 @@ class AttributeStudentArguments(StudentArguments):
 
 def load_samples(script_args: AttributeArguments):
     """The dataset as it is, and the view of it that the student reads."""
-    from datasets.exceptions import DatasetGenerationError
-
-    name, split = script_args.dataset_name, script_args.dataset_split
-    try:
-        dataset = load_data(name, script_args.dataset_config, split)  # type: ignore[arg-type]
-    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
-        raise UsageError(
-            f"--dataset_name {name!r} could not be read (--dataset_split {split!r}): {error} Give a Hub id, or a file "
-            "(json, jsonl, parquet, csv, txt)."
-        ) from error
+    name, dataset = script_args.dataset_name, script_args.load()
     taken = [column for column in ("dpg_score", "dpg_token_scores") if column in dataset.column_names]
     if taken:
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
@@ -249,6 +232,26 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other commands from a journal while this one writes it."""
+    from filelock import FileLock, Timeout
+
+    if not process_state().is_main_process:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(
+            f"Another trl-dpg attribute is at work in --output_dir {str(path.parent)!r}. Choose another folder."
+        ) from error
+    with lock:
+        yield
+
+
 def open_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[int, float | None]:
     """
     Start a journal, or go on with the one there is.
@@ -329,34 +332,42 @@ def score_samples(student, samples, metric, config, chunks, path: Path, done: di
     Raises:
         `UsageError`: If the student or the metric are not what they were when the journal was begun.
     """
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
     earlier = next((value for value in done.values() if value is not None), None)
     metric_before = None
-    total = sum(int(scored.sum()) for _, scored in chunks)
-    initial = sum(int(scored.sum()) for k, (_, scored) in enumerate(chunks) if k in done)
-    if done:
-        print(f"Resuming: {initial} of {total} scores are there already.", file=sys.stderr)
-    with tqdm(desc="Scoring", total=total, initial=initial, unit="sample") as progress:
-        for k, (rows, scored) in enumerate(chunks):
-            if k in done:
-                continue
-            record = score_chunk(student, samples, rows, scored, metric, config, metric_before)
-            metric_before = record["metric_before"] if metric_before is None else metric_before
-            if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
-                raise UsageError(
-                    f"The metric of the student at its start is {metric_before:.6g}, but was {earlier:.6g} when "
-                    f"--output_dir {str(path.parent)!r} was begun: the student or the metric's data have changed. "
-                    "Choose another folder, or throw the old scores away by --overwrite."
-                )
-            append(path, {"chunk": k, **record})
-            progress.update(int(scored.sum()))
+    todo = [k for k in range(len(chunks)) if k not in done]
+    state = process_state()
+    if done and todo and state.is_main_process:
+        print(f"Resuming: {len(done)} of {len(chunks)} chunks are there already.", file=sys.stderr)
+    sizes = [int(scored.sum()) for _, scored in chunks]
+    initial = sum(sizes) - sum(sizes[k] for k in todo)
+    bar = tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not state.is_main_process)
+    with bar:
+        for start in range(0, len(todo), state.num_processes):
+            records = []
+            for k in todo[start : start + state.num_processes][state.process_index :][:1]:
+                rows, scored = chunks[k]
+                record = score_chunk(student, samples, rows, scored, metric, config, metric_before)
+                metric_before = record["metric_before"] if metric_before is None else metric_before
+                if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
+                    raise UsageError(
+                        f"The metric of the student at its start is {metric_before:.6g}, but was {earlier:.6g} when "
+                        f"--output_dir {str(path.parent)!r} was begun: the student or the metric's data have changed. "
+                        "Choose another folder, or throw the old scores away by --overwrite."
+                    )
+                records.append({"chunk": k, **record})
+            for record in gather_object(records):
+                if state.is_main_process:
+                    append(path, record)
+                bar.update(sizes[record["chunk"]])
 
 
 # -- the results -----------------------------------------------------------------------------------------------------
 
 
-def summarize(path: Path, num_samples: int, num_chunks: int, num_repeats: int):
+def summarize(path: Path, num_samples: int, chunks_per_repeat: int, num_repeats: int):
     """
     What a finished journal says.
 
@@ -364,22 +375,23 @@ def summarize(path: Path, num_samples: int, num_chunks: int, num_repeats: int):
         `tuple[np.ndarray, np.ndarray, dict[str, Any]]`: Scores `[N]` and numbers of tokens `[N]` in the dataset's
         order, and figures for `summary.json`.
     """
-    repeats = np.zeros((num_repeats, num_samples), dtype=np.float32)
+    num_chunks = chunks_per_repeat * num_repeats
+    repeats = np.full((max(num_repeats, 2), num_samples), np.nan, dtype=np.float32)
     num_tokens = np.zeros(num_samples, dtype=np.int64)
     totals = {"num_empty": 0, "num_truncated": 0, "seconds": 0.0}
     before, after = [], []
-    for record in read_chunks(path, num_chunks):
-        repeats[record["chunk"] // (num_chunks // num_repeats), record["rows"]] = record["scores"]
+    for record in read_chunks(path, max(num_chunks, chunks_per_repeat + 1)):
+        repeats[record["chunk"] // chunks_per_repeat, record["rows"]] = record["scores"]
+        if record["chunk"] >= num_chunks:
+            continue  # only compared
         num_tokens[record["rows"]] = record["num_tokens"]
         totals = {name: value + record[name] for name, value in totals.items()}
         if record["metric_after"] is not None:
             before.append(record["metric_before"])
             after.append(record["metric_after"])
-    scores = repeats.mean(axis=0)
-    correlation = None
-    if num_repeats > 1 and num_samples > 1:
-        ranks = repeats.argsort(axis=1, kind="stable").argsort(axis=1)
-        correlation = float(np.asarray(np.corrcoef(ranks))[np.triu_indices(num_repeats, k=1)].mean())
+    scores = repeats[:num_repeats].mean(axis=0)
+    compared = repeats[:, ~np.isnan(repeats).any(axis=0)]
+    correlation = rank_correlation(compared)
     quantiles = np.quantile(scores, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)).tolist()
     figures = {
         "num_samples": num_samples,
@@ -397,10 +409,35 @@ def summarize(path: Path, num_samples: int, num_chunks: int, num_repeats: int):
             "std": float(scores.std()),
             **dict(zip(("min", "q05", "q25", "median", "q75", "q95", "max"), quantiles, strict=True)),
             "rank_correlation": correlation,
+            "num_compared": compared.shape[1],
         },
         "settings": next(read_journal(path)),
     }
     return scores, num_tokens, figures
+
+
+def rank_correlation(repeats: np.ndarray) -> float | None:
+    """Spearman's correlation of scores `[R, N]`, the mean over all pairs; `None` if all of one are equal."""
+    if repeats.shape[1] < 2 or (repeats.max(axis=1) == repeats.min(axis=1)).any():
+        return None
+    ranks = repeats.argsort(axis=1, kind="stable").argsort(axis=1)
+    return float(np.asarray(np.corrcoef(ranks))[np.triu_indices(len(repeats), k=1)].mean())
+
+
+def chance(figures: dict[str, Any]) -> str:
+    """How much of the ranking is chance, and what to do about it."""
+    correlation, repeats = figures["score"]["rank_correlation"], figures["num_repeats"]
+    if correlation is None:
+        return "The scores are too few, or all alike, to say how much of them is chance."
+    text = f"Rank correlation of {figures['score']['num_compared']} scores in two random orders: {correlation:.2f}."
+    reliability = repeats * correlation / (1 + (repeats - 1) * correlation)  # of a mean, Spearman-Brown
+    if reliability >= RELIABLE:
+        return text
+    text += "\nMuch of the ranking is chance. Raise --student_eps_root or --student_batch_size (docs/attribution.md)"
+    if correlation > 0.01:
+        enough = math.ceil(RELIABLE / (1 - RELIABLE) * (1 / correlation - 1) - 1e-9)
+        text += f", or take the mean of more orders: --num_repeats {enough} for {RELIABLE}"
+    return text + "."
 
 
 def gather_token_scores(path: Path, num_chunks: int, num_repeats: int, offsets: np.ndarray) -> np.ndarray:
@@ -482,13 +519,10 @@ def preview(row: dict[str, Any], student, width: int = 90) -> str:
 
 def render(figures: dict[str, Any], files: list[Path]) -> str:
     """A few lines for the terminal."""
-    correlation = figures["score"]["rank_correlation"]
     lines = [
         f"{figures['num_samples']} samples in {figures['seconds']:.0f} s; metric {figures['metric_before']:.6g} "
         f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)",
-        "How much of the scores is chance? The same command with --num_repeats 2 goes on and tells."
-        if correlation is None
-        else f"Rank correlation of the scores in two random orders: {correlation:.2f}",
+        chance(figures),
     ]
     for name in ("best", "worst"):
         lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
@@ -498,15 +532,10 @@ def render(figures: dict[str, Any], files: list[Path]) -> str:
 
 def main(script_args: AttributeArguments, student_args: AttributeStudentArguments) -> None:
     import torch
-    from accelerate import PartialState
 
+    state = process_state()
     if script_args.num_threads is not None:
         torch.set_num_threads(script_args.num_threads)
-    if PartialState().num_processes > 1:
-        raise UsageError(
-            "trl-dpg attribute runs on one process. To use more GPUs, start it once for each with a part of the "
-            "dataset (--dataset_split) and a folder of its own (--output_dir)."
-        )
     config = student_args.inner_loop_config()
     size = script_args.dataset_chunk or math.ceil(SAMPLES_PER_CHUNK / config.batch_size) * config.batch_size
     if size < 1 or size % config.batch_size:
@@ -525,7 +554,6 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         "dataset_digest": digest(samples),
     }
     path = Path(script_args.output_dir) / "attribution.jsonl"
-    done = open_journal(path, settings, script_args.overwrite)
     metric = make_metric(script_args)
     try:
         student = student_args.load_student()
@@ -533,12 +561,19 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         raise UsageError(
             f"--student_model_name_or_path {student_args.student_model_name_or_path!r} could not be loaded: {error}"
         ) from error
-
     repeats = script_args.num_repeats
-    chunks = plan_chunks(len(samples), size, student_args.seed, repeats)
-    score_samples(student, samples, metric, config, chunks, path, done)
+    chunks = plan_chunks(len(samples), size, student_args.seed, max(repeats, 2))
+    chunks_per_repeat = len(chunks) // max(repeats, 2)
+    if repeats == 1:
+        chunks = chunks[: chunks_per_repeat + 1]  # the last is scored in another order, to compare
+    with locked(path):
+        with state.main_process_first():
+            done = open_journal(path, settings, script_args.overwrite)
+        score_samples(student, samples, metric, config, chunks, path, done)
+    if not state.is_main_process:
+        return
 
-    scores, num_tokens, figures = summarize(path, len(samples), len(chunks), repeats)
+    scores, num_tokens, figures = summarize(path, len(samples), chunks_per_repeat, repeats)
     if figures["num_empty"] == len(samples):
         raise UsageError(
             f"None of the {len(samples)} samples of --dataset_name has a token to learn from. Name the column with "
@@ -557,7 +592,9 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             for row in rows.tolist()
         ]
     offsets = np.concatenate([[0], num_tokens.cumsum()])
-    token_scores = gather_token_scores(path, len(chunks), repeats, offsets) if config.per_token else None
+    token_scores = None
+    if config.per_token:
+        token_scores = gather_token_scores(path, chunks_per_repeat * repeats, repeats, offsets)
     files = write_results(dataset, path.parent, script_args.output_format, scores, kept, token_scores, offsets)
     summary = path.with_name("summary.json")
     summary.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
@@ -573,4 +610,4 @@ def make_parser(prog: str | None = None):
 if __name__ == "__main__":
     from trl_dpg import cli
 
-    cli.main(["attribute", *sys.argv[1:]])
+    cli.run("attribute", sys.argv[1:])

@@ -9,6 +9,7 @@ texts of the generator and of what it was at its start. All figures are in `<out
 """
 
 import inspect
+import itertools
 import json
 import sys
 import time
@@ -20,19 +21,21 @@ from trl import ScriptArguments
 
 from .utils import (
     REWARDS,
-    WORLDS,
     MetricArguments,
+    PromptArguments,
+    ToyWorldArguments,
     UsageError,
     from_json,
     load_data,
     make_metric,
+    make_prompts,
     make_rewards,
     make_world,
 )
 
 
 @dataclass
-class DPGScriptArguments(MetricArguments, ScriptArguments):
+class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, ScriptArguments):
     """
     Script arguments of `trl-dpg dpg`.
 
@@ -43,18 +46,6 @@ class DPGScriptArguments(MetricArguments, ScriptArguments):
             logs.
         reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
             Arguments for the rewards that need some, by their names in `reward_funcs`.
-        prompt_template (`str`, *optional*):
-            Makes the prompt from a row's columns, e.g. `"Rephrase this article.\n\n{text}"`. Without it, the dataset
-            needs a column `prompt`.
-        conversational (`bool`, *optional*, defaults to `False`):
-            With `prompt_template`: the prompt is a user's message.
-        max_prompt_tokens (`int`, *optional*):
-            With `prompt_template`: longer columns are cut off, in the generator's tokens.
-        toy_world (`str`, *optional*):
-            Models and data made on the spot in `<output_dir>_world`: `"characters"`, `"languages"` or `"strings"`.
-            They stand in for generator, student, dataset and the metric's dataset, where those are not given.
-        toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
-            The world's arguments.
         evaluate (`bool`, *optional*, defaults to `True`):
             End with fresh students, fine-tuned by SFTTrainer. On one process only.
         num_threads (`int`, *optional*):
@@ -70,17 +61,6 @@ class DPGScriptArguments(MetricArguments, ScriptArguments):
     reward_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
     )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "Makes the prompt from a row's columns, e.g. 'Rephrase: {text}'."}
-    )
-    conversational: bool = field(default=False, metadata={"help": "The prompt template is a user's message."})
-    max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Columns in the prompt template are cut off at this many tokens."}
-    )
-    toy_world: str | None = field(
-        default=None, metadata={"help": f"Models and data made on the spot: {', '.join(WORLDS)}."}
-    )
-    toy_world_kwargs: dict | str | None = field(default=None, metadata={"help": "The world's arguments, as JSON."})
     evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
     greedy_prompt: str | None = field(
@@ -90,42 +70,7 @@ class DPGScriptArguments(MetricArguments, ScriptArguments):
     def __post_init__(self):
         MetricArguments.__post_init__(self)
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
-        self.toy_world_kwargs = from_json("toy_world_kwargs", self.toy_world_kwargs)
-
-
-def make_prompts(dataset, script_args: DPGScriptArguments, tokenizer):
-    """The dataset with a column `prompt`."""
-    from accelerate import PartialState
-
-    template, limit = script_args.prompt_template, script_args.max_prompt_tokens
-    if template is None:
-        if "prompt" not in dataset.column_names:
-            raise UsageError(
-                f"The dataset has the columns {dataset.column_names}, but no `prompt`. Set --prompt_template, e.g. "
-                f"'Rephrase this text.\\n\\n{{{dataset.column_names[0]}}}'."
-            )
-        return dataset
-
-    def prompt(row):
-        if limit is not None:
-            cut = {}
-            for name, value in row.items():
-                if isinstance(value, str) and f"{{{name}}}" in template:
-                    ids = tokenizer(value, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
-                    cut[name] = tokenizer.decode(ids)
-            row = row | cut
-        text = template.format(**row)
-        return {"prompt": [{"role": "user", "content": text}] if script_args.conversational else text}
-
-    try:
-        template.format(**dataset[0])
-    except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(
-            f"--prompt_template cannot be filled in ({error!r}); the dataset has the columns {dataset.column_names}, "
-            "and braces of the text itself are doubled."
-        ) from error
-    with PartialState().main_process_first():
-        return dataset.map(prompt, remove_columns=dataset.column_names)
+        ToyWorldArguments.__post_init__(self)
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
@@ -150,8 +95,8 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 def main(script_args, training_args, model_args, dataset_args):
     import torch
     from accelerate import PartialState
+    from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
-    from transformers.utils import is_rich_available
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_dpg import DPGTrainer
@@ -177,12 +122,9 @@ def main(script_args, training_args, model_args, dataset_args):
         mixture = get_dataset(dataset_args)
         data = {key: make_prompts(mixture[split], script_args, tokenizer) for key, split in splits.items()}
     elif script_args.dataset_name is not None:
-        data = {
-            key: make_prompts(
-                load_data(script_args.dataset_name, script_args.dataset_config, split), script_args, tokenizer
-            )
-            for key, split in splits.items()
-        }
+        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        loaded = {key: load_data(name, config, split, streaming) for key, split in splits.items()}
+        data = {key: make_prompts(split, script_args, tokenizer) for key, split in loaded.items()}
     else:
         raise UsageError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
 
@@ -203,7 +145,7 @@ def main(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    if sys.stdout.isatty() and is_rich_available() and not training_args.log_completions:
+    if sys.stdout.isatty() and not training_args.log_completions:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         trainer.add_callback(LiveTable(Path(training_args.output_dir).name))
@@ -212,8 +154,8 @@ def main(script_args, training_args, model_args, dataset_args):
         trainer.accelerator.print("Several processes: no fresh students in the end, see `trl-dpg evaluate`.")
     texts: dict[str, list[str]] = {}
     if evaluate:
-        rows = data.get("eval", data["train"])
-        rows = rows.select(range(min(training_args.generation_batch_size, len(rows))))
+        first = itertools.islice(data.get("eval", data["train"]), training_args.generation_batch_size)
+        rows = Dataset.from_list(list(first))
         texts["untrained"] = sample(trainer, rows["prompt"])
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -288,19 +230,17 @@ def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: st
     """
     from datasets import Dataset
 
-    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.evaluation import evaluate_dataset, prompt_completion_pairs
     from trl_dpg.metrics import Metric
 
-    conversational = not isinstance(rows[0]["prompt"], str)
-    completions: list = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-    data: Any = texts
-    if args.train_on == "prompt_completion":
-        data = Dataset.from_dict({"prompt": rows["prompt"], "completion": completions})
+    pairs = prompt_completion_pairs(rows["prompt"], texts)
+    data: Any = Dataset.from_list(pairs) if args.train_on == "prompt_completion" else texts
     result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
     figures: dict[str, Any] = result.figures()
     columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
     for reward in rewards:
         if callable(reward) and not inspect.iscoroutinefunction(reward):
+            completions = [pair["completion"] for pair in pairs]
             values = reward(prompts=list(rows["prompt"]), completions=completions, **columns)
             values = [value for value in values if value is not None]
             figures[reward.__name__] = sum(values) / max(len(values), 1)
@@ -331,4 +271,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config(fail_with_unknown_args=False))  # accelerate's may be in the file
+    from trl_dpg import cli
+
+    cli.run("dpg", sys.argv[1:])

@@ -1,5 +1,6 @@
 """Versions and devices, for a bug report."""
 
+import sys
 from dataclasses import dataclass
 
 from trl import TrlParser
@@ -27,4 +28,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("env", sys.argv[1:])

@@ -9,13 +9,14 @@ anew; intervals are Student's t, 95 %. They say nothing of the chance by which t
 
 import json
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t
 
-from .utils import MetricArguments, UsageError, load_data, make_metric
+from .utils import MetricArguments, UsageError, load_data, make_metric, one_process
 
 
 @dataclass
@@ -26,7 +27,7 @@ class EvaluateArguments(MetricArguments):
     Args:
         datasets (`list[str]`):
             Datasets by file or Hub id, in any format of SFTTrainer; the first is compared with the others.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
             The split that is read.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`):
             A student for each.
@@ -37,7 +38,7 @@ class EvaluateArguments(MetricArguments):
     """
 
     datasets: list[str] = field(default_factory=list, metadata={"help": "Files or Hub ids; the first is compared."})
-    dataset_split: str = field(default="train", metadata={"help": "The split that is read."})
+    dataset_train_split: str = field(default="train", metadata={"help": "The split that is read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each."})
     num_samples: int | None = field(default=None, metadata={"help": "Use the first so many samples of each dataset."})
     output_file: str | None = field(default=None, metadata={"help": "Where the figures are written as JSON."})
@@ -66,12 +67,13 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     from trl_dpg.evaluation import evaluate_dataset
     from trl_dpg.student import FinetunedStudent
 
+    one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
     if student_args.student_model_name_or_path is None:
         raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
     metric = make_metric(script_args)
     datasets = {}
     for name in script_args.datasets:
-        dataset = load_data(name, split=script_args.dataset_split)
+        dataset = load_data(name, split=script_args.dataset_train_split)
         if script_args.num_samples is not None:
             if len(dataset) < script_args.num_samples:
                 raise UsageError(f"--num_samples is {script_args.num_samples}, but {name!r} has {len(dataset)}.")
@@ -146,4 +148,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("evaluate", sys.argv[1:])

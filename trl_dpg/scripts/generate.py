@@ -4,32 +4,28 @@ Sample a synthetic dataset from a trained generator.
     trl-dpg generate --model_name_or_path runs/new_language --dataset_name prompts.jsonl --output_dir runs/data
     trl sft --dataset_name runs/data --model_name_or_path <student> --output_dir runs/student
 
+A recipe of `trl-dpg dpg` will do for prompts and sampling (`--config`). Several processes share the prompts out.
 Writes `train.parquet` and a dataset card that records generator, prompts and sampling settings; `--hub_dataset_id`
 also pushes them.
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from .utils import UsageError, load_data
+from .utils import DatasetArguments, PromptArguments, UsageError, make_prompts, one_process, process_state
 
 
 @dataclass
-class GenerateArguments:
+class GenerateArguments(PromptArguments, DatasetArguments):
     """
-    Arguments of `trl-dpg generate`.
+    Arguments of `trl-dpg generate`. The dataset is of prompts (texts or conversations).
 
     Args:
         model_name_or_path (`str`):
-            The generator's path or Hub id; with adapters, those of the adapter.
-        dataset_name (`str`):
-            Prompts by file or Hub id, with a column `prompt` (texts or conversations).
-        dataset_config (`str`, *optional*):
-            Configuration of a dataset of the Hub.
-        dataset_split (`str`, *optional*, defaults to `"train"`):
-            The split that is read.
+            The generator's path or Hub id, or those of its adapters.
         num_samples (`int`, *optional*):
             How many texts; the prompts are gone through again as often as it takes. One for each prompt by default.
         output_dir (`str`, *optional*, defaults to `"trl-dpg-data"`):
@@ -59,10 +55,9 @@ class GenerateArguments:
             As a private one.
     """
 
+    _argument_group_name: ClassVar[str] = "generator, prompts and sampling"
+
     model_name_or_path: str | None = field(default=None, metadata={"help": "The generator's path or Hub id."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Prompts by file or Hub id (column `prompt`)."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "The split that is read."})
     num_samples: int | None = field(default=None, metadata={"help": "How many texts; one for each prompt by default."})
     output_dir: str = field(default="trl-dpg-data", metadata={"help": "Where the dataset is written."})
     train_on: str = field(default="completion", metadata={"help": "Columns: 'completion' or 'prompt_completion'."})
@@ -93,26 +88,26 @@ class GenerateArguments:
 def main(script_args: GenerateArguments) -> None:
     from datasets import Dataset
     from huggingface_hub import HfApi
+    from transformers import AutoTokenizer
+
+    from trl_dpg.evaluation import prompt_completion_pairs
 
     output_dir = Path(script_args.output_dir)
     if any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"--output_dir: {script_args.output_dir!r} holds a model, whose card would be overwritten.")
-    prompts = load_data(script_args.dataset_name, script_args.dataset_config, script_args.dataset_split)  # type: ignore
-    if "prompt" not in prompts.column_names:
-        raise UsageError(
-            f"--dataset_name: {script_args.dataset_name!r} has no column `prompt`: {prompts.column_names}."
-        )
+    state = process_state()
+    data = script_args.load()
+    tokenizer = AutoTokenizer.from_pretrained(script_args.model_name_or_path)
+    prompts = make_prompts(data, script_args, tokenizer)["prompt"]
     number = script_args.num_samples or len(prompts)
-    rows = [prompts[index % len(prompts)]["prompt"] for index in range(number)]
+    rows = [prompts[index % len(prompts)] for index in range(number)]
     texts = sample(script_args, rows)
+    if not state.is_main_process:
+        return
     if script_args.train_on == "completion":
-        columns = {"text": texts, "source_prompt": rows}
+        dataset = Dataset.from_dict({"text": texts, "source_prompt": rows})
     else:
-        answers: list[Any] = texts
-        if not isinstance(rows[0], str):
-            answers = [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {"prompt": rows, "completion": answers}
-    dataset = Dataset.from_dict(columns)
+        dataset = Dataset.from_list(prompt_completion_pairs(rows, texts))
     output_dir.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(output_dir / "train.parquet")
     dataset_card(script_args, number).save(output_dir / "README.md")
@@ -131,6 +126,7 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
     """A text for each prompt."""
     sampling = {name: vars(script_args)[name] for name in ("temperature", "top_p", "top_k")}
     if script_args.use_vllm:
+        one_process("generate", "vLLM finds the GPUs itself.")
         try:
             from vllm import LLM, SamplingParams
         except ModuleNotFoundError as missing:
@@ -142,28 +138,23 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
         return [output.outputs[0].text for output in answer(prompts, parameters)]
 
     import torch
-    from accelerate import PartialState
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from accelerate.utils import gather_object
 
-    from trl_dpg.evaluation import generate_texts
+    from trl_dpg.evaluation import generate_texts, load_generator
 
-    path = str(script_args.model_name_or_path)
-    auto = AutoPeftModelForCausalLM if Path(path, "adapter_config.json").is_file() else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=script_args.dtype).to(PartialState().device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    with torch.inference_mode():
-        return generate_texts(
+    state = process_state()
+    model, tokenizer = load_generator(str(script_args.model_name_or_path), script_args.dtype)
+    with torch.inference_mode(), state.split_between_processes(prompts) as mine:
+        texts = generate_texts(
             model,
             tokenizer,
-            prompts,
+            mine,
             script_args.max_completion_length,
             batch_size=script_args.batch_size,
-            seed=script_args.seed,
+            seed=script_args.seed + state.process_index,
             **sampling,
         )
+    return gather_object(texts)
 
 
 def dataset_card(script_args: GenerateArguments, number: int):
@@ -206,4 +197,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("generate", sys.argv[1:])

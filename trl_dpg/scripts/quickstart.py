@@ -12,6 +12,7 @@ Each ends with the claim itself: a fresh student, trained by stock SFTTrainer on
 """
 
 import json
+import sys
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -282,4 +283,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("quickstart", sys.argv[1:])

@@ -12,6 +12,7 @@ of `dpg_config.json`, `summary.json` and `trainer_state.json` where a run has th
 import base64
 import io
 import json
+import sys
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -470,4 +471,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("report", sys.argv[1:])

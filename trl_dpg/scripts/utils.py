@@ -67,6 +67,81 @@ class MetricArguments:
             raise UsageError(f"--metric is required: {', '.join(METRICS)}, or a dotted import path.")
 
 
+@dataclass
+class DatasetArguments:
+    """
+    The dataset a command reads.
+
+    Args:
+        dataset_name (`str`):
+            A Hub id, or a file (json, jsonl, parquet, csv, txt).
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset of the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            The split that is read, e.g. `"train[:10000]"`.
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A Hub id, or a file (json, jsonl, parquet, csv, txt)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "The split that is read, e.g. 'train[:10000]'."}
+    )
+
+    def load(self):
+        """The split as [`~datasets.Dataset`]."""
+        if self.dataset_name is None:
+            raise UsageError("--dataset_name is required: a Hub id, or a file (json, jsonl, parquet, csv, txt).")
+        return load_data(self.dataset_name, self.dataset_config, self.dataset_train_split)
+
+
+@dataclass
+class PromptArguments:
+    """
+    How the generator's prompts are made.
+
+    Args:
+        prompt_template (`str`, *optional*):
+            Makes the prompt from a row's columns, e.g. `"Rephrase this article.\n\n{text}"`. Without it, the dataset
+            needs a column `prompt`.
+        conversational (`bool`, *optional*, defaults to `False`):
+            With `prompt_template`: the prompt is a user's message.
+        max_prompt_tokens (`int`, *optional*):
+            With `prompt_template`: longer columns are cut off, in the generator's tokens.
+    """
+
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "Makes the prompt from a row's columns, e.g. 'Rephrase: {text}'."}
+    )
+    conversational: bool = field(default=False, metadata={"help": "The prompt template is a user's message."})
+    max_prompt_tokens: int | None = field(
+        default=None, metadata={"help": "Columns in the prompt template are cut off at this many tokens."}
+    )
+
+
+@dataclass
+class ToyWorldArguments:
+    """
+    Models and data made on the spot.
+
+    Args:
+        toy_world (`str`, *optional*):
+            `"characters"`, `"languages"` or `"strings"`, see `trl_dpg.toy`. They stand in for generator, student,
+            dataset and the metric's dataset, where those are not given.
+        toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
+            The world's arguments; JSON on the command line.
+    """
+
+    toy_world: str | None = field(
+        default=None, metadata={"help": f"Models and data made on the spot: {', '.join(WORLDS)}."}
+    )
+    toy_world_kwargs: dict | str | None = field(default=None, metadata={"help": "The world's arguments, as JSON."})
+
+    def __post_init__(self):
+        self.toy_world_kwargs = from_json("toy_world_kwargs", self.toy_world_kwargs)
+
+
 def from_json(flag: str, value: dict | str | None) -> dict | None:
     """An argument that is a mapping in YAML and JSON on the command line."""
     if not isinstance(value, str):
@@ -96,16 +171,74 @@ def resolve(name: str, known: dict[str, str], flag: str) -> Any:
         raise UsageError(f"--{flag}: could not import {path!r} ({error}).") from error
 
 
-def load_data(name: str, config: str | None = None, split: str = "train"):
+def load_data(name: str, config: str | None = None, split: str = "train", streaming: bool = False):
     """A split of a dataset by its Hub id, or of a local file by its path."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     suffix = Path(name).suffix
-    if suffix in FILE_FORMATS:
-        if not Path(name).is_file():
-            raise UsageError(f"There is no file {name!r}.")
-        return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split)
-    return load_dataset(name, name=config, split=split)
+    if suffix in FILE_FORMATS and not Path(name).is_file():
+        raise UsageError(f"There is no file {name!r}.")
+    try:
+        if suffix in FILE_FORMATS:
+            return load_dataset(FILE_FORMATS[suffix], data_files=name, split=split, streaming=streaming)
+        return load_dataset(name, name=config, split=split, streaming=streaming)
+    except (FileNotFoundError, ValueError, DatasetGenerationError) as error:
+        raise UsageError(
+            f"The dataset {name!r} could not be read (split {split!r}): {error} Give a Hub id, or a file "
+            "(json, jsonl, parquet, csv, txt)."
+        ) from error
+
+
+def make_prompts(dataset, arguments: PromptArguments, tokenizer):
+    """The dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]) with a column `prompt`."""
+    from accelerate import PartialState
+
+    template, limit = arguments.prompt_template, arguments.max_prompt_tokens
+    row = next(iter(dataset))
+    if template is None:
+        if "prompt" not in row:
+            raise UsageError(
+                f"The dataset has the columns {list(row)}, but no `prompt`. Set --prompt_template, e.g. "
+                f"'Rephrase this text.\\n\\n{{{next(iter(row))}}}'."
+            )
+        return dataset
+
+    def prompt(row):
+        if limit is not None:
+            cut = {}
+            for name, value in row.items():
+                if isinstance(value, str) and f"{{{name}}}" in template:
+                    ids = tokenizer(value, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
+                    cut[name] = tokenizer.decode(ids)
+            row = row | cut
+        text = template.format(**row)
+        return {"prompt": [{"role": "user", "content": text}] if arguments.conversational else text}
+
+    try:
+        template.format(**row)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"--prompt_template cannot be filled in ({error!r}); the dataset has the columns {list(row)}, "
+            "and braces of the text itself are doubled."
+        ) from error
+    with PartialState().main_process_first():
+        return dataset.map(prompt, remove_columns=list(row))
+
+
+def process_state():
+    """[`~accelerate.PartialState`], which by itself knows of several processes on accelerators only."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def one_process(command: str, instead: str) -> None:
+    """Refuse to run on several processes."""
+    number = process_state().num_processes
+    if number > 1:
+        raise UsageError(f"trl-dpg {command} runs on one process, not {number}. {instead}")
 
 
 def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):

@@ -10,28 +10,35 @@ status 0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the fi
 
 import json
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .utils import WORLDS, MetricArguments, UsageError, from_json, load_data, make_metric, make_world
+from .utils import (
+    DatasetArguments,
+    MetricArguments,
+    PromptArguments,
+    ToyWorldArguments,
+    UsageError,
+    make_metric,
+    make_prompts,
+    make_world,
+    one_process,
+)
 
 
 @dataclass
-class VerifyArguments(MetricArguments):
+class VerifyArguments(MetricArguments, PromptArguments, ToyWorldArguments, DatasetArguments):
     """
     Arguments of `trl-dpg verify`.
 
+    The dataset is of samples, with a column `text`, `messages`, `input_ids`, or `prompt` and `completion`. Or it is of
+    prompts (a column `prompt`, or `prompt_template`), which the generator completes.
+
     Args:
-        dataset_name (`str`, *optional*):
-            Samples by Hub id or file, with a column `text`, `messages`, `input_ids`, or `prompt` and `completion`. Or
-            prompts (a column `prompt`, or `prompt_template`), which the generator completes.
-        dataset_config (`str`, *optional*):
-            Configuration of a dataset of the Hub.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            The split that is read.
         num_samples (`int`, *optional*):
             Samples to verify on, the first ones. By default as many as a reward step has: `generation_batch_size`, or
             `per_device_train_batch_size` times `gradient_accumulation_steps`, as a recipe says, or 256.
@@ -45,12 +52,6 @@ class VerifyArguments(MetricArguments):
             Where `verify.json` is written.
         model_name_or_path (`str`, *optional*):
             The generator, for prompts.
-        prompt_template (`str`, *optional*):
-            Makes the prompt from a row's columns.
-        conversational (`bool`, *optional*, defaults to `False`):
-            With `prompt_template`: the prompt is a user's message.
-        max_prompt_tokens (`int`, *optional*):
-            With `prompt_template`: longer columns are cut off.
         max_completion_length (`int`, *optional*, defaults to `256`):
             Of the generator's texts, in tokens.
         temperature (`float`, *optional*, defaults to `1.0`):
@@ -60,15 +61,10 @@ class VerifyArguments(MetricArguments):
         generation_batch_size (`int`, *optional*), per_device_train_batch_size (`int`, *optional*),
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
             A recipe's, for `num_samples`.
-        toy_world (`str`, *optional*), toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Models and data made on the spot, as in `trl-dpg dpg`.
         num_threads (`int`, *optional*):
             CPU threads of torch.
     """
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Samples, or prompts, by Hub id or file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split that is read."})
     num_samples: int | None = field(
         default=None, metadata={"help": "Verify on the first so many samples; by default a reward step's, or 256."}
     )
@@ -77,24 +73,17 @@ class VerifyArguments(MetricArguments):
     try_remedies: bool = field(default=True, metadata={"help": "If predictions fail, try other settings."})
     output_dir: str | None = field(default=None, metadata={"help": "Where verify.json is written."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The generator, for prompts."})
-    prompt_template: str | None = field(default=None, metadata={"help": "Makes the prompt from a row's columns."})
-    conversational: bool = field(default=False, metadata={"help": "The prompt template is a user's message."})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Columns in the template are cut off here."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest text of the generator, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "The generator's sampling temperature."})
     train_on: str = field(default="completion", metadata={"help": "'completion' or 'prompt_completion'."})
     generation_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
     per_device_train_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's; see num_samples."})
-    toy_world: str | None = field(
-        default=None, metadata={"help": f"Models and data made on the spot: {', '.join(WORLDS)}."}
-    )
-    toy_world_kwargs: dict | str | None = field(default=None, metadata={"help": "The world's arguments, as JSON."})
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
 
     def __post_init__(self):
-        super().__post_init__()
-        self.toy_world_kwargs = from_json("toy_world_kwargs", self.toy_world_kwargs)
+        MetricArguments.__post_init__(self)
+        ToyWorldArguments.__post_init__(self)
         if self.num_samples is None:
             self.num_samples = self.generation_batch_size or (
                 self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -111,9 +100,7 @@ class VerifyArguments(MetricArguments):
 
 def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
     """What the student is fine-tuned on: the dataset's samples, or the generator's texts after its prompts."""
-    if script_args.dataset_name is None:
-        raise UsageError("--dataset_name is required: samples, or the generator's prompts, by Hub id or file.")
-    data = load_data(script_args.dataset_name, script_args.dataset_config, script_args.dataset_train_split)
+    data = script_args.load()
     columns = set(data.column_names)
     of_prompts = script_args.prompt_template is not None or ("prompt" in columns and "completion" not in columns)
     if not of_prompts:
@@ -126,21 +113,12 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
     if script_args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is required: the dataset is of prompts, which a generator completes.")
 
-    from accelerate import PartialState
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl_dpg.evaluation import generate_texts, load_generator, prompt_completion_pairs
 
-    from trl_dpg.evaluation import generate_texts
-
-    from .dpg import make_prompts
-
-    path = script_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    model, tokenizer = load_generator(script_args.model_name_or_path)
     data = data.select(range(min(num_samples, len(data))))
-    known = make_prompts(data, script_args, tokenizer)["prompt"]  # type: ignore[arg-type]
+    known = make_prompts(data, script_args, tokenizer)["prompt"]
     prompts = [known[index % len(known)] for index in range(num_samples)]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(PartialState().device)
     texts = generate_texts(
         model,
         tokenizer,
@@ -149,15 +127,7 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
         seed=seed,
         temperature=script_args.temperature,
     )
-    if script_args.train_on == "completion":
-        return texts
-    completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    return [
-        {"prompt": prompt, "completion": completion} for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
 def main(script_args: VerifyArguments, student_args) -> None:
@@ -165,6 +135,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
 
     from trl_dpg.verification import verify
 
+    one_process("verify", "Start it without accelerate, or with --num_processes 1.")
     if script_args.num_threads is not None:
         torch.set_num_threads(script_args.num_threads)
     if student_args.attribution != "metagradient":
@@ -218,4 +189,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    from trl_dpg import cli
+
+    cli.run("verify", sys.argv[1:])
