@@ -109,19 +109,16 @@ def judge_cell(folder: Path, experiment: str, seed: int) -> None:
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
-def collect(output_dir: Path, experiments: list[str], ways: list[str] | None, seeds: list[int]) -> dict:
-    """Finished runs by experiment and way."""
+def collect(output_dir: Path) -> dict:
+    """All finished runs by experiment and way, whether this command made them or one before it."""
     results: dict = {}
-    for experiment in experiments:
-        for way in WAYS[experiment]:
-            folders = [output_dir / experiment / way / str(seed) for seed in seeds]
+    for experiment, ways in WAYS.items():
+        for way in ways:
             runs = [
-                json.loads((folder / "summary.json").read_text())
-                | json.loads((folder / "evaluation.json").read_text())
-                for folder in folders
-                if (folder / "evaluation.json").exists()
+                json.loads((path.parent / "summary.json").read_text()) | json.loads(path.read_text())
+                for path in sorted((output_dir / experiment / way).glob("*/evaluation.json"))
             ]
-            if runs and (ways is None or way in ways):
+            if runs:
                 results.setdefault(experiment, {})[way] = runs
     return results
 
@@ -162,13 +159,7 @@ def plot(results: dict, output_dir: Path) -> None:
         name = FIGURES[experiment]
         for axis, key in zip(axes, (name, "dpg/metric_after"), strict=True):
             for way, runs in ways.items():
-                curves = [curve_of(run, key) for run in runs]
-                steps = range(1, min(map(len, curves)) + 1)
-                columns = list(zip(*curves, strict=False))
-                (line,) = axis.plot(steps, [statistics.mean(c) for c in columns], label=TITLES[way])
-                axis.fill_between(
-                    steps, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2
-                )
+                band(axis, [curve_of(run, key) for run in runs], TITLES[way])
             axis.set_xlabel("generator step")
             axis.set_ylabel("Φ" if key == "dpg/metric_after" else name)
             axis.grid(alpha=0.3)
@@ -176,6 +167,47 @@ def plot(results: dict, output_dir: Path) -> None:
         figure.suptitle(f"{experiment}: mean and range over seeds")
         figure.savefig(output_dir / f"{experiment}.png", dpi=120)
         plt.close(figure)
+
+
+def overview(results: dict, output_dir: Path) -> None:
+    """One figure of three experiments, for the README."""
+    from matplotlib import pyplot as plt
+
+    if not {"pattern_67", "new_language", "qr_code"} <= set(results):
+        return
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3), width_ratios=(1.3, 1.1, 0.9, 0.9), layout="constrained")
+    for way in ("adamw", "naive"):
+        band(axes[0], [curve_of(run, "pixel_accuracy") for run in results["pattern_67"][way]], TITLES[way])
+    axes[0].set(title="67 in the student's head", xlabel="generator step", ylabel="pixel accuracy", ylim=(0, 1.03))
+    axes[0].legend(fontsize="small", loc="lower right")
+    axes[0].grid(alpha=0.3)
+
+    language = results["new_language"]
+    losses = {"untrained generator": [-run["untrained"]["metric"] for run in language["adamw"]]}
+    for way in ("levenshtein", "language_id", "embedding_similarity", "adamw"):
+        losses[TITLES[way]] = [-run["trained"]["metric"] for run in language.get(way, [])]
+    for place, (title, values) in enumerate(losses.items()):
+        axes[1].barh(place, statistics.mean(values), color="tab:blue" if title == TITLES["adamw"] else "tab:gray")
+        axes[1].plot(values, [place] * len(values), "k.", markersize=4)
+    axes[1].set(yticks=range(len(losses)), yticklabels=losses, xlabel="loss on language B [nats]")
+    axes[1].set(title="a fresh 4-bit student", xlim=(4, None))
+    axes[1].invert_yaxis()
+
+    code = results["qr_code"]["adamw"][0]
+    for axis, texts, title in zip(axes[2:], ("untrained", "trained"), ("before", "after"), strict=True):
+        axis.imshow(code[texts]["picture"], cmap="gray_r", vmin=-1, vmax=1)
+        axis.set(title=f"QR code, {title}")
+        axis.set_axis_off()
+    figure.savefig(output_dir / "overview.png", dpi=110)
+    plt.close(figure)
+
+
+def band(axis, curves: list[list[float]], label: str) -> None:
+    """The mean of several runs, and from the lowest to the highest."""
+    columns = list(zip(*curves, strict=False))
+    steps = range(1, len(columns) + 1)
+    (line,) = axis.plot(steps, [statistics.mean(c) for c in columns], label=label)
+    axis.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.2)
 
 
 def curve_of(run: dict, key: str) -> list[float]:
@@ -197,7 +229,7 @@ def main(args):
             list(pool.map(lambda cell: run_cell(*cell), cells))
     for folder, experiment, _, seed in cells:
         judge_cell(folder, experiment, seed)
-    results = collect(output_dir, args.experiments, args.ways, args.seeds)
+    results = collect(output_dir)
     figures = {
         experiment: {
             way: [{key: run[key] for key in ("seed", "steps", "seconds", "untrained", "trained")} for run in runs]
@@ -208,6 +240,7 @@ def main(args):
     (output_dir / "results.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
     (output_dir / "results.md").write_text(table(results))
     plot(results, output_dir)
+    overview(results, output_dir)
     print(table(results))
 
 

@@ -8,6 +8,7 @@ Which samples of an SFT set help a metric? Score them all, keep the best third, 
 
 from dataclasses import dataclass
 
+import torch
 from datasets import load_dataset
 from trl import TrlParser
 
@@ -31,9 +32,15 @@ def main(arguments: Arguments) -> None:
     texts = load_dataset(arguments.benchmark, arguments.benchmark_config, split="validation")["text"]
     metric = LanguageModelingMetric([text for text in texts if len(text) > 100][:64])
 
-    config = InnerLoopConfig(learning_rate=1e-5, batch_size=8, max_length=256)
-    out = metagradient(Student(arguments.student), dataset, metric, config)
+    # Large batches and eps_root, so that a score hangs on the sample and not on its neighbours (docs/attribution.md)
+    config = InnerLoopConfig(learning_rate=1e-5, batch_size=64, micro_batch_size=8, eps_root=1e-6, max_length=256)
+    student = Student(arguments.student)
+    out = metagradient(student, dataset, metric, config)
     print(f"metric {out.metric_before:.4f} -> {out.metric_after:.4f} by fine-tuning on all {len(dataset)} samples")
+    shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    again = metagradient(student, dataset.select(shuffled.tolist()), metric, config).scores
+    agreement = torch.corrcoef(torch.stack([out.scores[shuffled], again]))[0, 1]
+    print(f"correlation with the scores in another order: {agreement:.2f}; near 0 the ranking is chance")
 
     order = out.scores.argsort(descending=True).tolist()
     for title, rows in (("best", order[:3]), ("worst", order[-3:])):

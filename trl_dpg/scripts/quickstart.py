@@ -35,8 +35,8 @@ from trl import TrlParser
 from .. import toy
 from ..callbacks import LiveTable
 from ..config import DPGConfig
-from ..evaluation import evaluate_dataset, generate_texts
-from ..metrics import PATTERN_67, LanguageModelingMetric, WeightPatternMetric
+from ..evaluation import Evaluation, evaluate_dataset, generate_texts
+from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
 
@@ -100,6 +100,12 @@ def common_arguments(output_dir: Path) -> dict:
     )
 
 
+def judge(args: DPGConfig, metric: Metric, *datasets: list[str]) -> list[Evaluation]:
+    """The claim itself: a fresh student for each list of texts, trained by SFTTrainer."""
+    console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
+    return [evaluate_dataset(args.load_student, texts, metric, args.inner_loop_config(), SEED) for texts in datasets]
+
+
 def language_act(output_dir: Path, steps: int) -> dict:
     """Act one: a generator of language A learns to write B, because that is what helps the student with B."""
     console.print("\n[bold]Act one: the language.[/] A 4-bit LoRA student should get better at language B.")
@@ -138,12 +144,8 @@ def language_act(output_dir: Path, steps: int) -> dict:
         args=args,
     )
 
-    console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
     texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=8)
-    fresh, untrained = (
-        evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), seed=SEED).metric
-        for data in (texts, untrained_texts)
-    )
+    fresh, untrained = (result.metric for result in judge(args, metric, texts, untrained_texts))
     console.print(f"  metric {fresh:.3f} (on the untrained generator's texts: {untrained:.3f})")
     console.print(f"  the generator now writes: [green]{texts[0]}[/]   (before: {untrained_texts[0]})")
     shares = table.history[share]
@@ -187,14 +189,10 @@ def picture_act(output_dir: Path, steps: int) -> dict:
     table = LiveTable("picture", columns, "dpg/pixel_accuracy", every=20, console=console)
     train_generator(generator, tokenizer, prompts, table, target_metric=metric, args=args)
 
-    console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
     texts = generate_texts(generator, tokenizer, prompts[:256], max_new_tokens=16)
-    fresh, untrained = (
-        evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), seed=SEED)
-        for data in (texts, untrained_texts)
-    )
-    accuracies = [result.proxies["pixel_accuracy"] for result in (fresh, untrained)]
-    pictures = [metric.decode(result.finetuned) for result in (fresh, untrained)]
+    results = judge(args, metric, texts, untrained_texts)
+    accuracies = [result.proxies["pixel_accuracy"] for result in results]
+    pictures = [metric.decode(result.finetuned) for result in results]
     console.print(
         f"  pixel accuracy {accuracies[0]:.3f} (on the untrained generator's texts: {accuracies[1]:.3f})\n\n"
         "  what stands in its weights:        before training the generator:"
