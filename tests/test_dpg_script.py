@@ -196,6 +196,21 @@ def test_a_streamed_dataset_trains_as_any_other(tmp_path):
     assert summary["steps"] == 2 and "pixel_accuracy" in summary["trained"]
 
 
+def test_prompts_may_be_a_mixture_of_datasets(tmp_path, monkeypatch):
+    for name, text in (("first", "abcd"), ("second", "efgh")):
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps({"body": text}) + "\n") * 2)
+    own = yaml.safe_load((RECIPES / "pattern_67" / "mini.yaml").read_text())
+    own["datasets"] = [{"path": "json", "data_files": str(tmp_path / f"{name}.jsonl")} for name in ("first", "second")]
+    own["prompt_template"] = "{body}"
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    trained_on = []
+    monkeypatch.setattr(
+        "trl_dpg.DPGTrainer.train", lambda self, **kwargs: trained_on.extend(self.train_dataset["prompt"])
+    )
+    run(tmp_path / "own.yaml", tmp_path / "out", "--evaluate", "false")
+    assert sorted(trained_on) == ["abcd", "abcd", "efgh", "efgh"]
+
+
 # -- the honest test -------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ class EvaluateArguments(MetricArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.datasets:
+        if not self.datasets or not all(isinstance(name, str) for name in self.datasets):  # a recipe's mixture
             raise UsageError("--datasets is required: one or more datasets by file or Hub id.")
         if len(set(self.datasets)) != len(self.datasets):
             raise UsageError(f"--datasets must be different ones, got {self.datasets}.")
