@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import make_model, make_tokenizer
-from trl_dpg import InnerLoopConfig, Student, metagradient
-from trl_dpg.alignment import TokenBytes, decode_with_ends, ends_from_offsets, redistribute, translate
+from trl_dpg import InnerLoopConfig, Student, alignment, metagradient
+from trl_dpg.alignment import TokenBytes, decode_with_ends, ends_from_offsets, translate
 from trl_dpg.metrics import WeightNormMetric
 
 
@@ -187,6 +187,15 @@ def test_rewritten_contents_are_matched_as_far_as_they_go():
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------
+
+
+def redistribute(scores, ends, target_ends):
+    """Between two other texts, which must not notice."""
+    other = torch.tensor([1.0, 2.0], dtype=scores.dtype), np.array([1.0, 3]), np.array([2.0, 3])
+    columns = zip(other, (scores, ends, target_ends), other, strict=True)
+    before, received, after = alignment.redistribute(*columns)
+    assert before.tolist() == pytest.approx([2, 1]) and after.tolist() == pytest.approx([2, 1])
+    return received
 
 
 def test_a_words_token_receives_the_scores_of_its_characters():

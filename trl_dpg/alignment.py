@@ -73,11 +73,15 @@ class TokenBytes(dict[int, bytes]):
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Any tokenizer, fast or slow.
+
+    Attributes:
+        special (`dict[int, str]`): Names of the special tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.tokenizer = tokenizer
+        self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
     def __missing__(self, token_id: int) -> bytes:
         # What it adds to itself: decoders drop the space before a text's first token.
@@ -109,17 +113,20 @@ def decode_with_ends(token_ids: Sequence[int], token_bytes: TokenBytes) -> tuple
     Returns:
         `tuple[str, np.ndarray]`: The text, and the ends, of shape `[n]`. Bytes that make no character are U+FFFD.
     """
+    data = [token_bytes[token_id] for token_id in token_ids]
+    whole = b"".join(data)
+    if whole.isascii():
+        return whole.decode(), np.cumsum([len(piece) for piece in data], dtype=np.float64)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     pieces, unfinished, pending = [], [], False
-    for token_id in token_ids:
-        data = token_bytes[token_id]
-        if pending or not data.isascii():
-            pieces.append(decoder.decode(data))
+    for piece in data:
+        if pending or not piece.isascii():
+            pieces.append(decoder.decode(piece))
             pending = decoder.getstate()[0] != b""
         else:
-            pieces.append(data.decode())
+            pieces.append(piece.decode())
         unfinished.append(pending)
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.float64)
+    ends = np.cumsum([len(characters) for characters in pieces], dtype=np.float64)
     text = "".join(pieces) + decoder.decode(b"", final=True)
     tokens = np.flatnonzero(unfinished[:-1])
     ends[-1:] = len(text)
@@ -164,33 +171,53 @@ def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int =
     return np.interp(ends, [*here, here[-1]], [*there, length])
 
 
-def redistribute(scores: Tensor, ends: np.ndarray, target_ends: np.ndarray) -> Tensor:
+def redistribute(
+    scores: Sequence[Tensor], ends: Sequence[np.ndarray], target_ends: Sequence[np.ndarray]
+) -> list[Tensor]:
     """
-    Scores of one tokenisation's tokens, handed to those of another by the characters they have in common.
+    Scores of one tokenisation's tokens, handed to those of another by the characters they have in common; of N texts.
 
     A token's score is divided in proportion to the characters. That of a token without characters goes to the token
     that covers its place, and at the end of the text (eos) to the last token. The sum is preserved.
 
     Args:
-        scores (`torch.Tensor` of shape `[n]`): On the CPU.
-        ends (`np.ndarray` of shape `[n]`): Ends of the tokens that have the scores.
-        target_ends (`np.ndarray` of shape `[m]`): Ends of the tokens that receive them.
+        scores (`list[torch.Tensor]`, N of shape `[n]`): On the CPU.
+        ends (`list[np.ndarray]`, N of shape `[n]`): Ends of the tokens that have the scores.
+        target_ends (`list[np.ndarray]`, N of shape `[m]`): Ends of the tokens that receive them.
 
     Returns:
-        `torch.Tensor` of shape `[m]`, in the type of `scores`.
+        `list[torch.Tensor]`, N of shape `[m]`, in the type of `scores`.
     """
-    if len(target_ends) == 0:
-        return scores.new_zeros(0)
-    values = scores.double().numpy()
-    edges = np.zeros(len(ends) + 1)
-    edges[1:] = ends
-    bare = edges[1:] == edges[:-1]
-    # Along the text, the sum of scores rises linearly within each token: the receivers get its differences.
-    risen = np.zeros(len(ends) + 1)
-    np.cumsum(np.where(bare, 0.0, values), out=risen[1:])
-    shares = np.interp(target_ends, edges, risen)
-    shares[-1] = risen[-1]
-    shares[1:] -= shares[:-1].copy()
-    for place, value in zip(ends[bare], values[bare], strict=True):
-        shares[np.searchsorted(target_ends, place) if place < target_ends[-1] else -1] += value
-    return torch.from_numpy(shares).to(scores.dtype)
+    texts = [k for k, tokens in enumerate(target_ends) if len(tokens)]  # the others receive nothing
+    if not texts:
+        return [theirs.new_zeros(0) for theirs in scores]
+    # All texts on one line, a character apart: where each begins, and its tokens' ends
+    lengths = [max([target_ends[k][-1], *ends[k][-1:]]) for k in texts]
+    begins = np.cumsum([0.0, *(length + 1 for length in lengths)])
+    targets = np.concatenate([target_ends[k] + begin for k, begin in zip(texts, begins, strict=False)])
+    edge_parts: list[np.ndarray] = []
+    value_parts: list[np.ndarray] = []
+    for k, begin in zip(texts, begins, strict=False):
+        edge_parts += [np.array([begin]), ends[k] + begin]
+        value_parts += [np.zeros(1), scores[k].double().numpy()]
+    edges, values = np.concatenate(edge_parts), np.concatenate(value_parts)
+    counts = [len(target_ends[k]) for k in texts]
+    lasts = np.cumsum(counts) - 1
+    firsts = np.concatenate([[0], lasts[:-1] + 1])
+
+    # Along a text, the sum of scores rises linearly within each token: the receivers get its differences.
+    bare = np.concatenate([[False], edges[1:] == edges[:-1]])
+    risen = np.where(bare, 0.0, values).cumsum()
+    stops = targets.copy()
+    stops[lasts] = begins[1:] - 1  # what is left over goes to the last token
+    shares = np.interp(stops, edges, risen)
+    before = np.concatenate([[0.0], shares[:-1]])
+    before[firsts] = np.interp(begins[:-1], edges, risen)
+    shares -= before
+    places, text = edges[bare], np.searchsorted(begins, edges[bare], side="right") - 1
+    receivers = np.where(places < targets[lasts[text]], np.searchsorted(targets, places), lasts[text])
+    np.add.at(shares, receivers, values[bare])
+    received = [theirs.new_zeros(0) for theirs in scores]
+    for k, share in zip(texts, torch.from_numpy(shares).to(scores[0].dtype).split(counts), strict=True):
+        received[k] = share
+    return received

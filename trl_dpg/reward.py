@@ -1,7 +1,7 @@
 """The reward: what each completion, as training data, did for the target metric."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,10 +209,11 @@ class DPGReward:
                 for rows, output in zip(datasets, outputs, strict=True)
                 for row, scores, ends in zip(rows, output.token_scores, output.token_ends, strict=True)  # type: ignore
             }
-            self.last_token_scores = [
-                self._at_generator_tokens(student_tokens[first + k], completion, ids)
-                for k, (completion, ids) in enumerate(zip(completions, completion_ids, strict=True))  # type: ignore
-            ]
+            tokens, self.last_token_scores = self._align(
+                [student_tokens[row] for row in range(mine.start, mine.stop)],
+                completions,
+                completion_ids,  # type: ignore[arg-type]
+            )
         self.last_batch = ScoredBatch(
             prompts=[_text(prompt) for prompt in all_prompts],
             completions=gather_object([completion_text(completion) for completion in completions]),
@@ -220,7 +221,7 @@ class DPGReward:
             readout=outputs[0].readout,
         )
         if per_token:
-            self.last_batch.tokens = gather_object([self._token_texts(ids) for ids in completion_ids])  # type: ignore
+            self.last_batch.tokens = gather_object(tokens)
             self.last_batch.token_scores = gather_object(self.last_token_scores)
         if log_metric is not None:
             for name, value in self._figures(raw, outputs).items():
@@ -291,26 +292,28 @@ class DPGReward:
         self._verified = gather_object([verified])[0]  # the first rank has the first dataset
         return [everyones[index] for index in range(len(datasets))]
 
-    def _at_generator_tokens(
-        self, student_tokens: tuple[Tensor, np.ndarray], completion: Text, completion_ids: list[int]
-    ) -> Tensor:
-        """The student's tokens' scores (padded) and ends, as the scores of the generator's tokens `[C]`."""
-        scores, ends = student_tokens
-        if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
-            self._token_bytes = TokenBytes(self.processing_class)
-        contents = [completion] if isinstance(completion, str) else [message_text(message) for message in completion]
-        text, target_ends = decode_with_ends(completion_ids, self._token_bytes)
-        return redistribute(scores[: len(ends)], ends, translate(target_ends, text, contents))
+    def _align(
+        self, student_tokens: list[tuple[Tensor, np.ndarray]], completions: list[Text], completion_ids: list[list[int]]
+    ) -> tuple[list[list[str]], list[Tensor]]:
+        """
+        The student's tokens' scores (padded) and ends, as the generator's tokens and their scores `[C]`.
 
-    def _token_texts(self, completion_ids: Sequence[int]) -> list[str]:
-        """What each token adds to the text; the name of a special token. A split character goes to its last part."""
-        text, ends = decode_with_ends(completion_ids, self._token_bytes)  # type: ignore[arg-type]
-        last = ends.astype(int)
-        special = set(self.processing_class.all_special_ids)  # type: ignore[union-attr]
-        return [
-            self.processing_class.convert_ids_to_tokens(token_id) if token_id in special else text[first:end]  # type: ignore
-            for token_id, first, end in zip(completion_ids, [0, *last[:-1]], last, strict=True)
-        ]
+        A token's text is what it adds to the completion, or the name of a special token. A character that is split
+        over several tokens is in the text of the last.
+        """
+        if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
+            self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
+        special = self._token_bytes.special
+        tokens, target_ends = [], []
+        for completion, ids in zip(completions, completion_ids, strict=True):
+            text, ends = decode_with_ends(ids, self._token_bytes)
+            last = ends.astype(int).tolist()
+            spans = zip(ids, [0, *last], last, strict=False)
+            tokens.append([special[token] if token in special else text[first:end] for token, first, end in spans])
+            contents = [completion] if isinstance(completion, str) else [message_text(part) for part in completion]
+            target_ends.append(translate(ends, text, contents))
+        scores = [padded[: len(ends)] for padded, ends in student_tokens]
+        return tokens, redistribute(scores, [ends for _, ends in student_tokens], target_ends)
 
     def _figures(self, raw: Tensor, outputs: list[MetagradientOutput]) -> dict[str, float]:
         """What is logged; figures of several datasets are averaged."""
