@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -119,6 +120,12 @@ def test_env_names_versions_and_devices(capsys):
     cli.main(["env"])
     printed = capsys.readouterr().out
     assert "- torch: 2." in printed and "- devices:" in printed and "- vllm: not installed" in printed
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["--version"])
+    assert raised.value.code == 0 and capsys.readouterr().out == f"trl-dpg {version('trl-dpg')}\n"
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from yaml import YAMLError
 
+from . import __version__
 from .scripts.utils import UsageError
 
 
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog=f"commands:\n{listing}\n\n`trl-dpg <command> --help` lists a command's arguments.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"trl-dpg {__version__}")
     parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS, metavar="command")
     run(parser.parse_args(argv[:1]).command, argv[1:], may_launch=True)
 
