@@ -13,11 +13,12 @@ import pytest
 import torch
 from datasets import Dataset, load_dataset
 from filelock import FileLock
+from scipy.stats import spearmanr
 
 from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.scripts.attribute import chance, plan_chunks
+from trl_dpg.scripts.attribute import chance, plan_chunks, rank_correlation
 
 
 BENCHMARK = ["w1 w2 w3", "w5 w4"]
@@ -118,8 +119,7 @@ def test_every_chunk_is_an_inner_loop_from_the_students_start(student_path, tmp_
         expected[k // 3, rows[mine]] = scores[mine]
     assert [row["dpg_score"] for row in scored] == expected.mean(axis=0).tolist()
     correlation = json.loads((tmp_path / "out" / "summary.json").read_text())["score"]["rank_correlation"]
-    ranks = expected.argsort(axis=1).argsort(axis=1)
-    assert correlation == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert correlation == pytest.approx(spearmanr(*expected).statistic)
 
 
 @pytest.mark.parametrize(("num_samples", "size"), [(1, 8), (8, 8), (9, 8), (23, 8), (24, 8), (5, 4)])
@@ -206,9 +206,43 @@ def test_one_chunk_is_scored_in_a_second_order_to_tell_how_much_is_chance(studen
     ("correlation", "repeats", "advice"), [(0.85, 1, ""), (0.2, 1, "--num_repeats 16"), (0.2, 16, "")]
 )
 def test_a_ranking_that_is_mostly_chance_comes_with_advice(correlation, repeats, advice):
-    figures = {"num_repeats": repeats, "score": {"rank_correlation": correlation, "num_compared": 256}}
+    score = {"rank_correlation": correlation, "num_compared": 256, "min": -1.0, "max": 1.0}
+    figures = {"num_repeats": repeats, "num_chunks": 8 * repeats, "score": score}
     text = chance(figures)
     assert f"{correlation:.2f}" in text and advice in text and ("Much of" in text) == bool(advice)
+
+
+def test_empty_samples_do_not_count_as_agreement(student_path, tmp_path):
+    texts = [text for text in make_texts(16) for text in (text, "")]
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in texts])
+    run(student_path, data, tmp_path / "out", "--dataset_chunk", "8", "--num_repeats", "2")
+    figures = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert figures["score"]["num_compared"] == 16 and figures["num_empty"] == 16
+    tied = np.array([[1.0, 1, 2, 3], [1.0, 1, 3, 2]])
+    assert rank_correlation(tied) == pytest.approx(spearmanr(*tied).statistic)
+
+
+def test_one_batch_has_no_order_to_vary(student_path, tmp_path, capsys):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(4)])
+    run(student_path, data, tmp_path / "out")
+    assert "All samples are in one batch" in capsys.readouterr().out
+    assert len(read(tmp_path / "out" / "attribution.jsonl")) == 2
+
+
+def test_equal_scores_rank_nothing(student_path, tmp_path, capsys):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(8)])
+    still = arguments(student_path, data, tmp_path / "out", "--student_learning_rate", "0")
+    cli.main(still)
+    assert "All scores are equal" in capsys.readouterr().out
+    assert "--keep_top: all 8 scores are equal" in refuse(capsys, [*still, "--keep_top", "0.5"])
+
+
+def test_results_of_an_earlier_command_do_not_stay_beside_the_new_summary(student_path, tmp_path):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(8)])
+    run(student_path, data, tmp_path / "out", "--keep_top", "0.5")
+    cli.main(arguments(student_path, data, tmp_path / "out"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"attribution.jsonl", "attribution.lock", "scored.parquet", "summary.json"}
 
 
 # -- stopped and resumed ---------------------------------------------------------------------------------------------
@@ -300,13 +334,20 @@ def test_two_processes_share_the_chunks_out(student_path, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--dataset_name", "nowhere.jsonl"], "There is no file 'nowhere.jsonl'"),
+        (["--dataset_name", "nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
         (["--dataset_train_split", "test"], "could not be read (split 'test')"),
         (["--dataset_text_field", "body"], "expected 'body'. Name the column with the text by --dataset_text_field"),
         (["--dataset_text_field", "id"], "The column 'id' holds no text but int64"),
         (["--dataset_chunk", "6"], "--dataset_chunk (6) must be a multiple of --student_batch_size (4)"),
         (["--keep_top", "30"], "--keep_top is a share"),
         (["--num_repeats", "0"], "--num_repeats must be at least 1"),
+        (["--num_shown", "-1"], "--num_shown must be at least 0"),
+        (["--num_threads", "0"], "--num_threads must be at least 1"),
+        (["--seed", "-1"], "seed must not be negative"),
+        (["--student_batch_size", "0"], "(arguments `student_...`): batch_size must be at least 1"),
+        (["--student_model_init_kwargs", "{a"], "student_model_init_kwargs must be JSON"),
+        (["--metric_kwargs", '{"datset": "x"}'], "unexpected keyword argument 'datset'"),
+        (["--num_processes", "2", "junk"], "unrecognized arguments: junk"),
         (["--output_format", "csv"], "--output_format must be 'parquet' or 'jsonl'"),
         (["--per_token", "--attribution", "dataset"], "--per_token needs --attribution metagradient"),
         (["--metric", "qr_code", "--metric_kwargs", "{}"], "--metric_kwargs does not fit 'qr_code'"),

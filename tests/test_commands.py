@@ -50,8 +50,32 @@ def test_a_generated_dataset_has_a_text_for_each_prompt_and_a_valid_card(world, 
 
 
 def test_texts_that_were_sampled_again_are_not_read_from_a_cache(world, tmp_path):
-    texts = [generate(world, tmp_path / "data", "--seed", seed)["text"] for seed in ("1", "2")]
+    texts = [generate(world, tmp_path / "data", "--seed", seed, "--overwrite")["text"] for seed in ("1", "2")]
     assert texts[0] != texts[1]
+
+
+def test_what_is_in_the_folder_is_not_overwritten_unasked(world, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit) as raised:
+        generate(world, tmp_path)
+    assert raised.value.code == 2 and "has README.md already" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "mine" and not (tmp_path / "train.parquet").exists()
+
+
+def test_a_toy_worlds_recipe_serves_all_commands(tmp_path, capsys):
+    recipe = str(Path(__file__).parents[1] / "recipes" / "pattern_67" / "mini.yaml")
+    data = tmp_path / "data"
+    cli.main(
+        ["dpg", "--config", recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--evaluate", "false"]
+    )
+    cli.main(
+        ["generate", "--config", recipe, "--model_name_or_path", str(tmp_path / "run"), "--output_dir", str(data)]
+        + ["--num_samples", "24"]
+    )
+    few = ["--student_batch_size", "8", "--config", recipe]
+    cli.main(["evaluate", "--datasets", str(data / "train.parquet"), "--seeds", "0", *few])
+    cli.main(["attribute", "--dataset_name", str(data / "train.parquet"), "--output_dir", str(tmp_path / "at"), *few])
+    assert (tmp_path / "at" / "scored.parquet").exists() and "metric before" in capsys.readouterr().out
 
 
 def test_pairs_keep_their_prompts(world, tmp_path):
@@ -108,6 +132,27 @@ def test_the_dataset_nearer_to_the_benchmark_wins_beyond_its_interval(world, tmp
     assert difference["mean"] == pytest.approx(first["mean"] - second["mean"])
     assert difference["mean"] - difference["half_width"] > 0
     assert "first minus this" in capsys.readouterr().out
+
+
+def test_empty_samples_are_left_out_and_seeds_that_change_nothing_are_told(world, tmp_path, capsys):
+    full, holes = tmp_path / "full.jsonl", tmp_path / "holes.jsonl"
+    full.write_text('{"text": "lan len lin"}\n{"text": "ton tan"}\n')
+    holes.write_text('{"text": "lan len lin"}\n{"text": ""}\n{"text": "ton tan"}\n')
+    output = tmp_path / "figures.json"
+    evaluate(world, "--datasets", str(full), str(holes), "--seeds", "0", "1", "--output_file", str(output))
+    first, second = json.loads(output.read_text())["datasets"].values()
+    assert first["metric"] == second["metric"] and (first["empty"], second["empty"]) == (0, 1)
+    printed = capsys.readouterr().out
+    assert "holes.jsonl: 1 empty samples were left out" in printed and "the seeds change nothing" in printed
+
+
+def test_each_seed_draws_its_own_samples(world, tmp_path):
+    data, output = tmp_path / "data.jsonl", tmp_path / "figures.json"
+    data.write_text("".join(f'{{"text": "{word} {word}"}}\n' for word in ("lan", "ba", "ton", "be", "lin", "do")))
+    arguments = ["--datasets", str(data), "--num_samples", "2", "--seeds", "0", "1", "--output_file", str(output)]
+    evaluate(world, *arguments)
+    (figures,) = json.loads(output.read_text())["datasets"].values()
+    assert len(set(figures["metric"])) == 2 and figures["samples"] == 2
 
 
 def test_the_interval_is_students_t():
@@ -177,12 +222,22 @@ def test_a_config_file_that_cannot_be_read_is_named(content, message, tmp_path, 
     [
         (["generate", "--config"], "argument --config: expected one argument"),
         (["generate"], "--model_name_or_path is required"),
-        (["generate", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "There is no file 'no.jsonl'"),
+        (
+            ["generate", "--model_name_or_path", "m", "--dataset_name", "d"],
+            "--model_name_or_path 'm' could not be loaded",
+        ),
         (["generate", "--model_name_or_path", "m", "--dataset_name", "d", "--temperature", "0"], "--temperature must"),
         (["evaluate", "--metric", "weight_norm"], "--datasets is required"),
         (["evaluate", "--metric", "weight_norm", "--datasets", "a", "--seeds", "1", "1"], "--seeds must be different"),
         (["evaluate", "--metric", "weight_norm", "--datasets", "a"], "--student_model_name_or_path is required"),
         (["evaluate", "--datasets", "a"], "--metric is required"),
+        (["evaluate", "--metric", "weight_norm", "--datasets", "a", "--num_samples", "0"], "--num_samples must be at"),
+        (["evaluate", "--metric", "weight_norm", "--datasets", "a", "--output_file", "."], "'.' is a folder"),
+        (["generate", "--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
+        (["generate", "--top_k", "-1"], "--top_k must be at least 0"),
+        (["generate", "--dtype", "foo"], "--dtype must be one of"),
+        (["generate", "--max_prompt_tokens", "0"], "--max_prompt_tokens must be at least 1"),
+        (["quickstart", "--picture_steps", "0"], "--picture_steps must be at least 1"),
         (["env", "--verbose"], "unrecognized arguments: --verbose"),
         (["env", "--config", "none.yaml"], "none.yaml"),
         (["fly"], "invalid choice: 'fly'"),

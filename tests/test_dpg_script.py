@@ -45,6 +45,7 @@ def test_a_mini_recipe_runs_and_ends_with_the_figures_of_fresh_students(recipe, 
         assert figure[recipe.parent.name] in summary[texts]
         assert len(summary[texts]["samples"]) == 8
     assert len(summary["curves"]["dpg/metric_after"]) == 2
+    assert "fresh students on texts of the | untrained generator" in (tmp_path / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "llama"
 
 
@@ -79,7 +80,8 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
 
     def load_data(name, config=None, split="train", streaming=False):
         asked.append((name, config, split))
-        return Dataset.from_dict({"id": ["0"] * 8, "text": ["some text " * 200] * 8})
+        rows = settings["generation_batch_size"] // settings["num_generations"]
+        return Dataset.from_dict({"id": ["0"] * rows, "text": ["some text " * 110] * rows})
 
     class Reached(Exception):
         pass
@@ -149,16 +151,42 @@ def tiny_gpt2(tokenizer):
         (["--toy_world", "moon"], "--toy_world: unknown name 'moon'"),
         (["--reward_funcs", "length"], "--reward_funcs: unknown name 'length'"),
         (["--reward_kwargs", '{"contains": {"text": "a"}}'], "not in --reward_funcs"),
-        (["--dataset_name", "prompts.jsonl"], "There is no file 'prompts.jsonl'"),
+        (["--dataset_name", "prompts.jsonl"], "there is no file 'prompts.jsonl'"),
         (["--prompt_template", "{text}"], "cannot be filled in (KeyError('text'))"),
         (["--metric_kwargs", '{"pattern": "67", "size": 3}'], "--metric_kwargs does not fit 'weight_pattern'"),
         (["--metric_kwargs", "[1]"], "--metric_kwargs must be a mapping"),
+        (["--reward_weights", "1", "2"], "--reward_weights has 2 weights for 1 rewards"),
+        (["--toy_world_kwargs", '{"moons": 2}'], "--toy_world_kwargs does not fit 'characters'"),
+        (["--conversational"], "--conversational: the generator's tokenizer has no chat template"),
+        (["--model_name_or_path", "/nowhere"], "--model_name_or_path '/nowhere' could not be loaded"),
+        (["--student_model_name_or_path", "/nowhere"], "--student_model_name_or_path '/nowhere' could not be loaded"),
+        (["--train_on", "prompt"], "Unknown train_on 'prompt'"),
+        (["--verify_steps", "-1"], "verify_steps must not be negative"),
     ],
 )
 def test_wrong_input_is_named_and_ends_with_status_2(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as raised:
         run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, *arguments)
     assert raised.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_too_few_prompts_for_a_step_are_refused(tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text('{"prompt": "abcd"}\n')
+    with pytest.raises(SystemExit) as raised:
+        run(RECIPES / "pattern_67" / "mini.yaml", tmp_path / "out", "--dataset_name", str(tmp_path / "one.jsonl"))
+    assert raised.value.code == 2 and "has 1 rows, but a generation batch takes 2 prompts" in capsys.readouterr().err
+
+
+def test_switches_of_accelerate_may_stand_in_a_recipe(tmp_path, monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    own = tmp_path / "own.yaml"
+    recipe = (RECIPES / "pattern_67" / "mini.yaml").read_text()
+    own.write_text(recipe + "multi_gpu: true\ntpu: false\nnum_processes: 2\n")
+    cli.main(["dpg", f"--config={own}"])
+    (arguments,) = launched
+    assert arguments.multi_gpu and not arguments.tpu and arguments.num_processes == 2
+    assert arguments.training_script_args == ["--config", str(own)]
 
 
 def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):

@@ -208,3 +208,13 @@ def test_help_names_every_argument(capsys):
         cli.main(["report", "--help"])
     assert stop.value.code == 0
     assert {"--run_dir", "--output_dir", "--title"} <= set(capsys.readouterr().out.replace(",", " ").split())
+
+
+def test_runs_of_different_metrics_are_refused(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, per_token=False) for name in ("pictures", "none")]
+    log = runs[1] / "dpg_log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text("".join(json.dumps(line | {"readout": {}}) + "\n" for line in lines))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["report", "--run_dir", *map(str, runs), "--output_dir", str(tmp_path / "report")])
+    assert raised.value.code == 2 and "runs of different metrics" in capsys.readouterr().err

@@ -256,7 +256,7 @@ def test_samples_of_a_file_are_taken_as_they_are(tmp_path):
         (["--num_directions", "2"], "--num_directions must be at least 3"),
         (["--num_samples", "1"], "--num_samples must be at least 2"),
         (["--attribution", "dataset"], "--attribution dataset computes no scores"),
-        (["--dataset_name", "texts.jsonl"], "There is no file 'texts.jsonl'"),
+        (["--dataset_name", "texts.jsonl"], "there is no file 'texts.jsonl'"),
         (["--train_on", "prompt"], "--train_on must be"),
         (["--student_optimizer", "lion"], "Unknown optimizer 'lion'"),
     ],

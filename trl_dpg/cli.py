@@ -3,7 +3,7 @@
 import argparse
 import sys
 from importlib import import_module
-from itertools import groupby
+from subprocess import CalledProcessError
 
 from yaml import YAMLError
 
@@ -54,13 +54,17 @@ def run(command: str, argv: list[str], may_launch: bool = False) -> None:
     """
     script = import_module(f".scripts.{command}", __package__)
     parser = script.make_parser(prog=f"trl-dpg {command}")
+    parser.usage = "%(prog)s [--config recipe.yaml] [--argument value ...]"
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
     try:
         *arguments, from_config, unknown = parser.parse_args_and_config(
             args=argv, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except (ValueError, OSError, YAMLError) as error:  # what the arguments' own checks say; no such file
+    except (OSError, YAMLError) as error:
+        parser.error(f"--config: {error}")
+    except ValueError as error:  # what the arguments' own checks say
         parser.error(str(error))
     if unknown and not may_launch:
         parser.error(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
@@ -82,36 +86,45 @@ def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unk
     """
     from accelerate.commands.launch import launch_command_parser
 
-    accelerates = {*launch_command_parser()._option_string_actions, "--accelerate_config"}
+    accelerates = launch_command_parser()._option_string_actions
     recipes = import_module(".scripts.dpg", __package__).make_parser()._option_string_actions
-    found: list[str] = []
+    found: dict[str, list[str]] = {}  # the command line comes last, and wins
     for strings, others, message in (
         (from_config, recipes, "the config file has keys that no command knows"),
         (unknown, {}, "unrecognized arguments"),
     ):
-        flags = _by_flag(strings)
-        strangers = [flag for flag, _ in flags if flag not in accelerates and flag not in others]
+        strangers = []
+        for flag, values in _by_flag(strings):
+            if flag == "--datasets":
+                parser.error("the recipe's mixture (datasets) is for `trl-dpg dpg` only. Give --dataset_name.")
+            if flag in others:
+                continue
+            action = accelerates.get(flag)
+            if flag != "--accelerate_config" and action is None:
+                strangers += [flag, *values]
+            elif action is not None and action.nargs == 0:  # a switch, which is `true` in YAML
+                if values not in ([], ["True"], ["False"]):
+                    strangers += values
+                elif values != ["False"]:
+                    found[flag] = []
+            else:
+                strangers += values[1:]
+                found[flag] = values[:1]
         if strangers:
             parser.error(f"{message}: {' '.join(strangers)} (see {parser.prog} --help)")
-        for flag, values in flags:
-            if flag not in others:
-                if flag == "--accelerate_config" and flag in found:  # the command line's comes last, and wins
-                    place = found.index(flag)
-                    del found[place : place + 2]
-                found += values
-    return found
+    return [string for flag, values in found.items() for string in (flag, *values)]
 
 
 def _by_flag(strings: list[str]) -> list[tuple[str, list[str]]]:
-    """Flags with their values; each group is as it stands on a command line."""
-    numbers, number = [], 0
+    """Flags with their values. What stands before the first flag is one without values."""
+    groups: list[tuple[str, list[str]]] = []
     for string in strings:
-        number += string.startswith("--")
-        numbers.append(number)
-    groups = [
-        [s for s, _ in group] for _, group in groupby(zip(strings, numbers, strict=True), key=lambda pair: pair[1])
-    ]
-    return [(group[0].split("=")[0], group) for group in groups]
+        if string.startswith("--") or not groups:
+            flag, *value = string.split("=", 1)
+            groups.append((flag, value))
+        else:
+            groups[-1][1].append(string)
+    return groups
 
 
 def _launch(
@@ -119,6 +132,7 @@ def _launch(
 ) -> None:
     """Run a command under `accelerate launch`, with what is its own of the command line."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     try:
@@ -133,7 +147,12 @@ def _launch(
         else:
             mine.append(string)
     module = ["--module", f"{__package__}.scripts.{command}"]
-    launch_command(launch_command_parser().parse_args([*launch_arguments, *module, *mine]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_arguments, *module, *mine]))
+    except CalledProcessError as error:  # one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # several; what went wrong is on the screen already
+        sys.exit(error.get_first_failure()[1].exitcode)
 
 
 if __name__ == "__main__":

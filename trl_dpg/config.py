@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
@@ -191,8 +192,20 @@ class StudentArguments:
 
     def __post_init__(self):
         if isinstance(self.student_model_init_kwargs, str):
-            self.student_model_init_kwargs = json.loads(self.student_model_init_kwargs)
-        self.inner_loop_config()  # raises on what it does not know
+            try:
+                self.student_model_init_kwargs = json.loads(self.student_model_init_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"student_model_init_kwargs must be JSON, got {self.student_model_init_kwargs!r} ({error})."
+                ) from error
+        try:
+            self.inner_loop_config()
+        except ValueError as error:
+            raise ValueError(f"The student's fine-tuning (arguments `student_...`): {error}") from error
+        if self.student_lora_r < 1:
+            raise ValueError(f"student_lora_r must be at least 1, got {self.student_lora_r}.")
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}.")
         if self.student_load_in_4bit and not self.student_use_peft:
             raise ValueError(
                 "student_load_in_4bit needs student_use_peft: quantised weights cannot be trained themselves."
@@ -317,8 +330,15 @@ class DPGConfig(StudentArguments, GRPOConfig):
     )
 
     def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # TRL's defaults run on a CPU, too
         GRPOConfig.__post_init__(self)
         StudentArguments.__post_init__(self)
+        if self.train_on not in ("completion", "prompt_completion"):
+            raise ValueError(f"Unknown train_on {self.train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        for name in ("verify_steps", "num_logged_samples"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}.")
         size = self.generation_batch_size
         if not self.cross_group_batching:
             size //= self.num_generations

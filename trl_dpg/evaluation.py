@@ -22,6 +22,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
 
+from .alignment import completion_text
 from .metagradients import InnerLoopConfig
 from .metrics.base import Metric
 from .student import FinetunedStudent, Student
@@ -64,7 +65,7 @@ def evaluate_dataset(
         load_student (`Callable`):
             Makes the student at its start; called twice.
         dataset ([`~datasets.Dataset`] or `list[str]`):
-            What SFTTrainer trains on, or texts; empty ones are left out.
+            What SFTTrainer trains on, or texts. Empty texts and completions are left out, as in the inner loop.
         metric (`Callable`):
             Φ.
         config (`InnerLoopConfig`):
@@ -76,7 +77,8 @@ def evaluate_dataset(
         `ValueError`: If all texts are empty.
     """
     if not isinstance(dataset, Dataset):
-        dataset = Dataset.from_dict({"text": [text for text in dataset if text]})
+        dataset = Dataset.from_dict({"text": list(dataset)})
+    dataset = without_empty(dataset)
     if len(dataset) == 0:
         raise ValueError("All texts are empty, so a student has nothing to be fine-tuned on.")
     start, trained = load_student(), load_student()
@@ -101,6 +103,14 @@ def evaluate_dataset(
         value = metric(finetuned).item()
         proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
     return Evaluation(value, proxies, finetuned)
+
+
+def without_empty(dataset: Dataset) -> Dataset:
+    """The rows with something to learn from: neither an empty `text` nor an empty `completion`."""
+    column = next((name for name in ("text", "completion") if name in dataset.column_names), None)
+    if column is None:
+        return dataset
+    return dataset.select([k for k, value in enumerate(dataset[column]) if completion_text(value)])
 
 
 def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any) -> SFTConfig:
@@ -201,7 +211,9 @@ def generate_texts(
     return texts
 
 
-def load_generator(path: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_generator(
+    path: str, dtype: str = "auto", revision: str = "main", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     A generator on this process's device, and its tokenizer, ready to sample.
 
@@ -210,9 +222,14 @@ def load_generator(path: str, dtype: str = "auto") -> tuple[PreTrainedModel, Pre
             Its path or Hub id, or those of its adapters.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of its weights.
+        revision (`str`, *optional*, defaults to `"main"`):
+            Of a model on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the code that comes with the model.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(PartialState().device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    hub_kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub_kwargs).to(PartialState().device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -62,9 +62,14 @@ class DPGTrainer(GRPOTrainer):
         kwargs:
             All further arguments of [`~trl.GRPOTrainer`].
 
+    Attributes:
+        dpg_reward ([`DPGReward`]): The reward.
+        fresh_students (`dict[str, dict]`): Figures of fresh students, by the generator's state, for the model card.
+
     Raises:
         `ValueError`:
-            If student or metric is missing, `args` is no [`DPGConfig`], or student and generator share parameters.
+            If student or metric is missing, `args` is no [`DPGConfig`], student and generator share parameters, or
+            there are fewer prompts than a generation batch takes.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -114,6 +119,14 @@ class DPGTrainer(GRPOTrainer):
         if student is None:
             raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
 
+        if isinstance(train_dataset, Dataset):
+            num_prompts = args.generation_batch_size // args.num_generations
+            if len(train_dataset) < num_prompts:
+                raise ValueError(
+                    f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
+                    f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
+                    "so that there would be no step. Give more prompts, or raise num_generations."
+                )
         # Before adapters are added, which keep the base's parameters
         if not isinstance(model, str) and not isinstance(student, str):
             student_model = student.model if isinstance(student, Student) else student
@@ -137,6 +150,7 @@ class DPGTrainer(GRPOTrainer):
                 student, student_processing_class, student_peft_config, student_quantization_config
             )
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
             student,
             target_metric,
@@ -209,4 +223,15 @@ class DPGTrainer(GRPOTrainer):
             inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
             results="\n".join(f"| {name} | {first:.5g} | {last:.5g} |" for name, first, last in self._results()),
         )
+        if self.fresh_students:
+            states = list(self.fresh_students)
+            first, *_ = self.fresh_students.values()
+            rows = [
+                [name, *(f"{figures[name]:.5g}" for figures in self.fresh_students.values())]
+                for name, value in first.items()
+                if isinstance(value, float)
+            ]
+            table = [["fresh students on texts of the", *(f"{state} generator" for state in states)]]
+            table += [["---"] * (1 + len(states)), *rows]
+            card.text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
         card.save(path)

@@ -22,7 +22,8 @@ Files in `output_dir`:
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
   `student_max_length`.
 - `top.parquet` (or `.jsonl`), with `keep_top`: the share of best rows, in the dataset's order.
-- `summary.json`: counts, quantiles of the scores, the metric before and after, seconds.
+- `summary.json`: counts, quantiles of the scores, the metric before and after, seconds (of all processes together).
+- `attribution.lock`: keeps two commands from writing at once.
 """
 
 import hashlib
@@ -38,13 +39,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import rankdata
 
 from trl_dpg.config import StudentArguments
 
-from .utils import DatasetArguments, MetricArguments, UsageError, make_metric, process_state
+from .utils import (
+    FORMATS,
+    DatasetArguments,
+    MetricArguments,
+    ToyWorldArguments,
+    UsageError,
+    at_least,
+    check_student,
+    make_folder,
+    make_metric,
+    process_state,
+    toy_world,
+)
 
 
-FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # as Student.tokenize reads them
 MEMORY_ONLY = (  # settings that may change when a run is resumed
     "student_micro_batch_size",
     "student_memory_budget",
@@ -54,12 +67,13 @@ MEMORY_ONLY = (  # settings that may change when a run is resumed
 )
 SAMPLES_PER_CHUNK = 256
 ROWS_PER_WRITE = 1000
+RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
 RELIABLE = 0.8
 """Correlation of a ranking with another like it, from which on `attribute` has nothing to say against it."""
 
 
 @dataclass
-class AttributeArguments(MetricArguments, DatasetArguments):
+class AttributeArguments(MetricArguments, DatasetArguments, ToyWorldArguments):
     """
     Script arguments of `trl-dpg attribute`.
 
@@ -82,8 +96,6 @@ class AttributeArguments(MetricArguments, DatasetArguments):
             How many of the best and of the worst samples are printed.
         overwrite (`bool`, *optional*, defaults to `False`):
             Throw away what an earlier run with other settings left in `output_dir`.
-        num_threads (`int`, *optional*):
-            CPU threads of torch.
     """
 
     dataset_text_field: str | None = field(
@@ -112,14 +124,13 @@ class AttributeArguments(MetricArguments, DatasetArguments):
     overwrite: bool = field(
         default=False, metadata={"help": "Throw away what a run with other settings left in `output_dir`."}
     )
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
-        if self.num_repeats < 1:
-            raise UsageError(f"--num_repeats must be at least 1, got {self.num_repeats}.")
+        at_least(1, num_repeats=self.num_repeats)
+        at_least(0, num_shown=self.num_shown)
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
 
@@ -130,8 +141,6 @@ class AttributeStudentArguments(StudentArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.student_model_name_or_path is None:
-            raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
         if self.per_token and self.attribution != "metagradient":
             raise UsageError("--per_token needs --attribution metagradient: the naive baseline has no token scores.")
 
@@ -284,7 +293,7 @@ def open_journal(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[
             f"--output_dir {str(output_dir)!r} has scores of other settings: {changes}. Choose another folder, or "
             "throw them away by --overwrite."
         )
-    for name in ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl", "summary.json"):
+    for name in (*RESULTS, "summary.json"):
         (output_dir / name).unlink(missing_ok=True)
     path.write_bytes(b"")
     append(path, settings)
@@ -390,7 +399,7 @@ def summarize(path: Path, num_samples: int, chunks_per_repeat: int, num_repeats:
             before.append(record["metric_before"])
             after.append(record["metric_after"])
     scores = repeats[:num_repeats].mean(axis=0)
-    compared = repeats[:, ~np.isnan(repeats).any(axis=0)]
+    compared = repeats[:, ~np.isnan(repeats).any(axis=0) & repeats.any(axis=0)]  # empty samples score 0 in any order
     correlation = rank_correlation(compared)
     quantiles = np.quantile(scores, (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)).tolist()
     figures = {
@@ -420,16 +429,20 @@ def rank_correlation(repeats: np.ndarray) -> float | None:
     """Spearman's correlation of scores `[R, N]`, the mean over all pairs; `None` if all of one are equal."""
     if repeats.shape[1] < 2 or (repeats.max(axis=1) == repeats.min(axis=1)).any():
         return None
-    ranks = repeats.argsort(axis=1, kind="stable").argsort(axis=1)
+    ranks = rankdata(repeats, axis=1)
     return float(np.asarray(np.corrcoef(ranks))[np.triu_indices(len(repeats), k=1)].mean())
 
 
 def chance(figures: dict[str, Any]) -> str:
     """How much of the ranking is chance, and what to do about it."""
     correlation, repeats = figures["score"]["rank_correlation"], figures["num_repeats"]
+    if figures["score"]["min"] == figures["score"]["max"]:
+        return "All scores are equal and rank nothing. Does the student learn (--student_learning_rate)?"
     if correlation is None:
-        return "The scores are too few, or all alike, to say how much of them is chance."
+        return "All samples are in one batch, or too few to say how much of their ranking is chance."
     text = f"Rank correlation of {figures['score']['num_compared']} scores in two random orders: {correlation:.2f}."
+    if figures["num_chunks"] == repeats:
+        text += " (They are one chunk, the same company in both.)"
     reliability = repeats * correlation / (1 + (repeats - 1) * correlation)  # of a mean, Spearman-Brown
     if reliability >= RELIABLE:
         return text
@@ -531,11 +544,9 @@ def render(figures: dict[str, Any], files: list[Path]) -> str:
 
 
 def main(script_args: AttributeArguments, student_args: AttributeStudentArguments) -> None:
-    import torch
 
     state = process_state()
-    if script_args.num_threads is not None:
-        torch.set_num_threads(script_args.num_threads)
+    script_args.set_threads()
     config = student_args.inner_loop_config()
     size = script_args.dataset_chunk or math.ceil(SAMPLES_PER_CHUNK / config.batch_size) * config.batch_size
     if size < 1 or size % config.batch_size:
@@ -543,7 +554,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             f"--dataset_chunk ({size}) must be a multiple of --student_batch_size ({config.batch_size}), so that "
             f"every sample weighs the same in its batch. E.g. {max(size // config.batch_size, 1) * config.batch_size}."
         )
-    dataset, samples = load_samples(script_args)
+    output_dir = make_folder("output_dir", script_args.output_dir)
+    with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
+        check_student(student_args)
+        dataset, samples = load_samples(script_args)
     settings = {
         "metric": script_args.metric,
         "metric_kwargs": script_args.metric_kwargs,
@@ -553,26 +567,27 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         "dataset_rows": len(samples),
         "dataset_digest": digest(samples),
     }
-    path = Path(script_args.output_dir) / "attribution.jsonl"
+    path = output_dir / "attribution.jsonl"
     metric = make_metric(script_args)
-    try:
-        student = student_args.load_student()
-    except OSError as error:
-        raise UsageError(
-            f"--student_model_name_or_path {student_args.student_model_name_or_path!r} could not be loaded: {error}"
-        ) from error
+    student = student_args.load_student()
     repeats = script_args.num_repeats
     chunks = plan_chunks(len(samples), size, student_args.seed, max(repeats, 2))
     chunks_per_repeat = len(chunks) // max(repeats, 2)
-    if repeats == 1:
-        chunks = chunks[: chunks_per_repeat + 1]  # the last is scored in another order, to compare
+    if repeats == 1:  # one chunk more is scored in another order, to compare
+        chunks = chunks[: chunks_per_repeat + (len(samples) > config.batch_size)]
     with locked(path):
         with state.main_process_first():
             done = open_journal(path, settings, script_args.overwrite)
         score_samples(student, samples, metric, config, chunks, path, done)
-    if not state.is_main_process:
-        return
+        if state.is_main_process:
+            finish(script_args, path, dataset, samples, student, config.per_token, chunks_per_repeat)
 
+
+def finish(
+    script_args: AttributeArguments, path: Path, dataset, samples, student, per_token: bool, chunks_per_repeat: int
+) -> None:
+    """Write the results of a finished journal."""
+    repeats = script_args.num_repeats
     scores, num_tokens, figures = summarize(path, len(samples), chunks_per_repeat, repeats)
     if figures["num_empty"] == len(samples):
         raise UsageError(
@@ -582,6 +597,8 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
     ranking = np.argsort(-scores, kind="stable")
     kept = None
     if script_args.keep_top is not None:
+        if len(scores) > 1 and scores.min() == scores.max():
+            raise UsageError(f"--keep_top: all {len(scores)} scores are equal. {chance(figures)}")
         kept = np.zeros(len(scores), dtype=bool)
         kept[ranking[: max(1, round(script_args.keep_top * len(scores)))]] = True
         figures["num_kept"] = int(kept.sum())
@@ -593,9 +610,12 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         ]
     offsets = np.concatenate([[0], num_tokens.cumsum()])
     token_scores = None
-    if config.per_token:
+    if per_token:
         token_scores = gather_token_scores(path, chunks_per_repeat * repeats, repeats, offsets)
     files = write_results(dataset, path.parent, script_args.output_format, scores, kept, token_scores, offsets)
+    for name in RESULTS:
+        if path.with_name(name) not in files:
+            path.with_name(name).unlink(missing_ok=True)  # of an earlier command; it would contradict the summary
     summary = path.with_name("summary.json")
     summary.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
     print(render(figures, [*files, summary]))

@@ -25,12 +25,16 @@ from .utils import (
     PromptArguments,
     ToyWorldArguments,
     UsageError,
+    check_model,
+    check_student,
     from_json,
     load_data,
+    make_folder,
     make_metric,
     make_prompts,
     make_rewards,
     make_world,
+    world_folder,
 )
 
 
@@ -48,8 +52,6 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
             Arguments for the rewards that need some, by their names in `reward_funcs`.
         evaluate (`bool`, *optional*, defaults to `True`):
             End with fresh students, fine-tuned by SFTTrainer. On one process only.
-        num_threads (`int`, *optional*):
-            CPU threads of torch. Models this small run best with 1; on a busy machine more can be many times slower.
         greedy_prompt (`str`, *optional*):
             Also write down what the fresh students write greedily after this prompt; it may be empty.
     """
@@ -62,21 +64,19 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
         default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
     )
     evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
     greedy_prompt: str | None = field(
         default=None, metadata={"help": "Write down what fresh students write greedily after this prompt."}
     )
 
     def __post_init__(self):
-        MetricArguments.__post_init__(self)
+        super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
-        ToyWorldArguments.__post_init__(self)
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
     """Write the world, and let it stand in for whatever is not given."""
-    world = Path(f"{training_args.output_dir.rstrip('/')}_world")  # beside what is pushed
-    make_world(world, script_args, training_args, model_args)
+    world = world_folder(training_args.output_dir)
+    make_world(world, script_args, training_args.seed, training_args, model_args)
     benchmark = str(world / "benchmark.jsonl")
     references = (
         {"references": [row["text"] for row in load_data(benchmark)]} if Path(benchmark).stat().st_size else {}
@@ -93,7 +93,6 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 
 
 def main(script_args, training_args, model_args, dataset_args):
-    import torch
     from accelerate import PartialState
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
@@ -102,19 +101,21 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl_dpg import DPGTrainer
     from trl_dpg.callbacks import LiveTable
 
-    if script_args.num_threads is not None:
-        torch.set_num_threads(script_args.num_threads)
+    script_args.set_threads()
     if script_args.toy_world is not None:
         make_toy_world(script_args, training_args, model_args)
-    if model_args.model_name_or_path is None:
-        raise UsageError("--model_name_or_path is required: the generator's path or Hub id.")
+    hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    check_model("model_name_or_path", model_args.model_name_or_path, **hub_kwargs)
+    check_student(training_args)
+    make_folder("output_dir", training_args.output_dir)
     metric = make_metric(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    weights = training_args.reward_weights
+    if weights is not None and len(weights) != 1 + len(rewards):
+        raise UsageError(
+            f"--reward_weights has {len(weights)} weights for {1 + len(rewards)} rewards: DPG's, then --reward_funcs."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub_kwargs)
     splits = {"train": script_args.dataset_train_split}
     if training_args.eval_strategy != "no":
         splits["eval"] = script_args.dataset_test_split
@@ -134,17 +135,20 @@ def main(script_args, training_args, model_args, dataset_args):
         dtype=model_args.dtype,
     )
     training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
-    trainer = DPGTrainer(
-        model=model_args.model_name_or_path,
-        target_metric=metric,
-        args=training_args,
-        reward_funcs=rewards,
-        train_dataset=data["train"],
-        eval_dataset=data.get("eval"),
-        processing_class=tokenizer,
-        quantization_config=get_quantization_config(model_args),
-        peft_config=get_peft_config(model_args),
-    )
+    try:
+        trainer = DPGTrainer(
+            model=model_args.model_name_or_path,
+            target_metric=metric,
+            args=training_args,
+            reward_funcs=rewards,
+            train_dataset=data["train"],
+            eval_dataset=data.get("eval"),
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:  # settings that do not go together
+        raise UsageError(str(error)) from error
     if sys.stdout.isatty() and not training_args.log_completions:
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
@@ -161,20 +165,28 @@ def main(script_args, training_args, model_args, dataset_args):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-    if evaluate:
-        texts["trained"] = sample(trainer, rows["prompt"])
+    path = Path(training_args.output_dir) / "summary.json"
+    summary = training_figures(trainer, seconds, script_args)
     if trainer.is_world_process_zero():
-        path = Path(training_args.output_dir) / "summary.json"
-        summary = training_figures(trainer, seconds, script_args)
-        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))  # whatever happens to the students
+        write(path, summary)  # whatever happens to the students
+    try:
+        if evaluate:
+            texts["trained"] = sample(trainer, rows["prompt"])
         for name, samples in texts.items():
             summary[name] = judge(samples, rows, training_args, metric, rewards, script_args.greedy_prompt)
-        path.write_text(json.dumps(summary, indent=2, ensure_ascii=False))
+            write(path, summary)
+    finally:
+        trainer.fresh_students = {name: summary[name] for name in texts if name in summary}
+        trainer.create_model_card(dataset_name=script_args.dataset_name)
+        if training_args.push_to_hub:
+            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if trainer.is_world_process_zero():
         print(render(summary) + f"\nAll figures: {path}")
     trainer.end()
+
+
+def write(path: Path, figures: dict[str, Any]) -> None:
+    path.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
 def sample(trainer, prompts) -> list[str]:

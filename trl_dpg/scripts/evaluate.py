@@ -3,8 +3,9 @@ The honest test: fresh students, fine-tuned by stock SFTTrainer on a dataset, an
 
     trl-dpg evaluate --config recipes/new_language/full.yaml --datasets runs/ours.jsonl runs/theirs.jsonl
 
-Datasets are compared with the first one. Each seed draws the order of the samples (and the start of the adapters)
-anew; intervals are Student's t, 95 %. They say nothing of the chance by which the samples themselves were drawn.
+Datasets are compared with the first one. Each seed draws the samples (with `num_samples`), their order and the start
+of the adapters anew; intervals are Student's t, 95 %. Where a seed changes nothing (all samples in one step of full
+fine-tuning), that is said. Empty samples are left out.
 """
 
 import json
@@ -16,11 +17,22 @@ from typing import Any
 
 from scipy.stats import t
 
-from .utils import MetricArguments, UsageError, load_data, make_metric, one_process
+from .utils import (
+    FORMATS,
+    MetricArguments,
+    ToyWorldArguments,
+    UsageError,
+    at_least,
+    check_student,
+    load_data,
+    make_metric,
+    one_process,
+    toy_world,
+)
 
 
 @dataclass
-class EvaluateArguments(MetricArguments):
+class EvaluateArguments(MetricArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg evaluate`.
 
@@ -32,7 +44,7 @@ class EvaluateArguments(MetricArguments):
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`):
             A student for each.
         num_samples (`int`, *optional*):
-            Use the first so many samples of each dataset, so that all are of one size.
+            Use so many samples of each dataset, so that all are of one size; each seed draws them anew.
         output_file (`str`, *optional*):
             Where the figures are written as JSON.
     """
@@ -40,7 +52,9 @@ class EvaluateArguments(MetricArguments):
     datasets: list[str] = field(default_factory=list, metadata={"help": "Files or Hub ids; the first is compared."})
     dataset_train_split: str = field(default="train", metadata={"help": "The split that is read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each."})
-    num_samples: int | None = field(default=None, metadata={"help": "Use the first so many samples of each dataset."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Draw so many samples of each dataset, for each seed."}
+    )
     output_file: str | None = field(default=None, metadata={"help": "Where the figures are written as JSON."})
 
     def __post_init__(self):
@@ -51,6 +65,10 @@ class EvaluateArguments(MetricArguments):
             raise UsageError(f"--datasets must be different ones, got {self.datasets}.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
+        at_least(0, seeds=min(self.seeds))
+        at_least(1, num_samples=self.num_samples)
+        if self.output_file is not None and Path(self.output_file).is_dir():
+            raise UsageError(f"--output_file {self.output_file!r} is a folder. Name a file.")
 
 
 def interval(values: list[float]) -> tuple[float, float | None]:
@@ -62,26 +80,40 @@ def interval(values: list[float]) -> tuple[float, float | None]:
 
 
 def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
+    one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
+    script_args.set_threads()
+    with toy_world(script_args, student_args.seed, student_args):
+        check_student(student_args)
+        return compare(script_args, student_args)
+
+
+def compare(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
+    """A student for each seed and dataset. The figures are written after each seed."""
     import torch
 
-    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.evaluation import evaluate_dataset, without_empty
     from trl_dpg.student import FinetunedStudent
 
-    one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
-    if student_args.student_model_name_or_path is None:
-        raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
     metric = make_metric(script_args)
-    datasets = {}
+    datasets, empty = {}, {}
     for name in script_args.datasets:
-        dataset = load_data(name, split=script_args.dataset_train_split)
-        if script_args.num_samples is not None:
-            if len(dataset) < script_args.num_samples:
-                raise UsageError(f"--num_samples is {script_args.num_samples}, but {name!r} has {len(dataset)}.")
-            dataset = dataset.select(range(script_args.num_samples))
-        datasets[name] = dataset
+        dataset = load_data(name, split=script_args.dataset_train_split, flag="datasets")
+        if not any(set(columns) <= set(dataset.column_names) for columns in FORMATS):
+            raise UsageError(
+                f"--datasets: {name!r} has the columns {dataset.column_names}; SFTTrainer reads `text`, `messages`, "
+                "`prompt` and `completion`, or `input_ids`."
+            )
+        datasets[name] = without_empty(dataset)
+        empty[name] = len(dataset) - len(datasets[name])
+        size = script_args.num_samples or 1
+        if len(datasets[name]) < size:
+            raise UsageError(
+                f"--num_samples is {size}, but {name!r} has {len(datasets[name])} samples that are not empty."
+            )
 
     runs: dict[str, list[dict]] = {name: [] for name in datasets}
-    before = []
+    before: list[float] = []
+    figures: dict[str, Any] = {}
     for seed in script_args.seeds:
         student_args.seed = seed
         student = student_args.load_student()
@@ -89,33 +121,40 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         with torch.no_grad(), student.train_mode():
             before.append(metric(FinetunedStudent(student, theta, theta)).item())
         for name, dataset in datasets.items():
-            result = evaluate_dataset(
-                student_args.load_student, dataset, metric, student_args.inner_loop_config(), seed=seed
-            )
+            if script_args.num_samples is not None:
+                dataset = dataset.shuffle(seed=seed).select(range(script_args.num_samples))
+            config = student_args.inner_loop_config()
+            result = evaluate_dataset(student_args.load_student, dataset, metric, config, seed=seed)
             runs[name].append(result.figures())
             print(f"seed {seed}, {name}: metric {before[-1]:.5g} -> {result.metric:.5g}", flush=True)
+        figures = {"seeds": script_args.seeds[: len(before)], "before": before}
+        sizes = {name: script_args.num_samples or len(dataset) for name, dataset in datasets.items()}
+        figures["datasets"] = summarize(runs, sizes, empty)
+        if script_args.output_file is not None:
+            Path(script_args.output_file).parent.mkdir(parents=True, exist_ok=True)
+            Path(script_args.output_file).write_text(json.dumps(figures, indent=2))
+    print(render(figures))
+    return figures
 
-    first, *_ = datasets
-    figures: dict[str, Any] = {"seeds": script_args.seeds, "before": before, "datasets": {}}
-    for name in datasets:
-        values = [run["metric"] for run in runs[name]]
+
+def summarize(runs: dict[str, list[dict]], sizes: dict[str, int], empty: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Means and intervals of each dataset's students, and of what the first dataset is ahead."""
+    first, *_ = runs
+    figures: dict[str, dict[str, Any]] = {}
+    for name, students in runs.items():
+        values = [run["metric"] for run in students]
         mean, half = interval(values)
-        figures["datasets"][name] = {
-            "samples": len(datasets[name]),
+        figures[name] = {
+            "samples": sizes[name],
+            "empty": empty[name],
             "metric": values,
             "mean": mean,
             "half_width": half,
-            "proxies": {key: statistics.mean(run[key] for run in runs[name]) for key in runs[name][0]},
+            "proxies": {key: statistics.mean(run[key] for run in students) for key in students[0]},
         }
         if name != first:  # paired: the same seeds
             advantage = [run["metric"] - value for run, value in zip(runs[first], values, strict=True)]
-            figures["datasets"][name]["first_minus_this"] = dict(
-                zip(("mean", "half_width"), interval(advantage), strict=True)
-            )
-    print(render(figures))
-    if script_args.output_file is not None:
-        Path(script_args.output_file).parent.mkdir(parents=True, exist_ok=True)
-        Path(script_args.output_file).write_text(json.dumps(figures, indent=2))
+            figures[name]["first_minus_this"] = dict(zip(("mean", "half_width"), interval(advantage), strict=True))
     return figures
 
 
@@ -136,6 +175,14 @@ def render(figures: dict[str, Any]) -> str:
         difference = row.get("first_minus_this")
         cells = [name, str(row["samples"]), plus_minus(row), plus_minus(difference) if difference else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    for name, row in figures["datasets"].items():
+        if row["empty"]:
+            lines.append(f"{name}: {row['empty']} empty samples were left out.")
+        if row["half_width"] is not None and row["half_width"] < 1e-5 * abs(row["mean"]):
+            lines.append(
+                f"{name}: the seeds change nothing (one step takes all samples, whatever their order), so that the "
+                "interval says nothing. With --num_samples each seed draws its own."
+            )
     return "\n".join(lines)
 
 

@@ -39,6 +39,7 @@ from ..evaluation import Evaluation, evaluate_dataset, generate_texts
 from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
+from .utils import at_least
 
 
 SEED = 0
@@ -62,6 +63,9 @@ class QuickstartArguments:
     output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the results are written."})
     language_steps: int = field(default=60, metadata={"help": "Generator steps of act one, the language."})
     picture_steps: int = field(default=150, metadata={"help": "Generator steps of act two, the picture."})
+
+    def __post_init__(self):
+        at_least(1, language_steps=self.language_steps, picture_steps=self.picture_steps)
 
 
 def train_generator(

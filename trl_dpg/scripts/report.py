@@ -276,7 +276,10 @@ def draw(runs: list[Run]) -> dict[str, tuple[str, Figure]]:
             draw_curves(runs, main),
         )
     }
-    for name in pictures(runs[0].scored[-1]["readout"]):
+    names = [set(pictures(run.scored[-1]["readout"])) for run in runs]
+    if any(found != names[0] for found in names):
+        raise UsageError("--run_dir: these are runs of different metrics. Make a report of each.")
+    for name in sorted(names[0]):
         figures[name] = (
             "What stands in the fine-tuned student's weights: ink is +, paper is −.",
             draw_pictures(runs, name),

@@ -11,27 +11,26 @@ status 0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the fi
 import json
 import math
 import sys
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from .utils import (
-    DatasetArguments,
+    GeneratorArguments,
     MetricArguments,
-    PromptArguments,
     ToyWorldArguments,
     UsageError,
+    at_least,
+    check_student,
+    make_folder,
     make_metric,
-    make_prompts,
-    make_world,
     one_process,
+    toy_world,
 )
 
 
 @dataclass
-class VerifyArguments(MetricArguments, PromptArguments, ToyWorldArguments, DatasetArguments):
+class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg verify`.
 
@@ -50,19 +49,9 @@ class VerifyArguments(MetricArguments, PromptArguments, ToyWorldArguments, Datas
             If predictions fail, try other values of eps_root, learning rate and batch size.
         output_dir (`str`, *optional*):
             Where `verify.json` is written.
-        model_name_or_path (`str`, *optional*):
-            The generator, for prompts.
-        max_completion_length (`int`, *optional*, defaults to `256`):
-            Of the generator's texts, in tokens.
-        temperature (`float`, *optional*, defaults to `1.0`):
-            Of the generator.
-        train_on (`str`, *optional*, defaults to `"completion"`):
-            The student is trained on the generator's `"completion"` or on `"prompt_completion"`.
         generation_batch_size (`int`, *optional*), per_device_train_batch_size (`int`, *optional*),
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
             A recipe's, for `num_samples`.
-        num_threads (`int`, *optional*):
-            CPU threads of torch.
     """
 
     num_samples: int | None = field(
@@ -72,30 +61,20 @@ class VerifyArguments(MetricArguments, PromptArguments, ToyWorldArguments, Datas
     compare_precision: bool = field(default=True, metadata={"help": "Compare float32's scores with bfloat16's."})
     try_remedies: bool = field(default=True, metadata={"help": "If predictions fail, try other settings."})
     output_dir: str | None = field(default=None, metadata={"help": "Where verify.json is written."})
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The generator, for prompts."})
-    max_completion_length: int = field(default=256, metadata={"help": "Longest text of the generator, in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "The generator's sampling temperature."})
-    train_on: str = field(default="completion", metadata={"help": "'completion' or 'prompt_completion'."})
     generation_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
     per_device_train_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's; see num_samples."})
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch."})
 
     def __post_init__(self):
-        MetricArguments.__post_init__(self)
-        ToyWorldArguments.__post_init__(self)
+        super().__post_init__()
         if self.num_samples is None:
             self.num_samples = self.generation_batch_size or (
                 self.per_device_train_batch_size * self.gradient_accumulation_steps
                 if self.per_device_train_batch_size
                 else 256
             )
-        if self.num_samples < 2:
-            raise UsageError(f"--num_samples must be at least 2, got {self.num_samples}.")
-        if self.num_directions < 3:
-            raise UsageError(f"--num_directions must be at least 3 for a correlation, got {self.num_directions}.")
-        if self.train_on not in ("completion", "prompt_completion"):
-            raise UsageError(f"--train_on must be 'completion' or 'prompt_completion', got {self.train_on!r}.")
+        at_least(2, num_samples=self.num_samples)
+        at_least(3, num_directions=self.num_directions)  # of a correlation
 
 
 def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
@@ -110,42 +89,24 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
                 "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
             )
         return list(data.select(range(min(num_samples, len(data)))))
-    if script_args.model_name_or_path is None:
-        raise UsageError("--model_name_or_path is required: the dataset is of prompts, which a generator completes.")
+    from trl_dpg.evaluation import prompt_completion_pairs
 
-    from trl_dpg.evaluation import generate_texts, load_generator, prompt_completion_pairs
-
-    model, tokenizer = load_generator(script_args.model_name_or_path)
-    data = data.select(range(min(num_samples, len(data))))
-    known = make_prompts(data, script_args, tokenizer)["prompt"]
-    prompts = [known[index % len(known)] for index in range(num_samples)]
-    texts = generate_texts(
-        model,
-        tokenizer,
-        prompts,
-        script_args.max_completion_length,
-        seed=seed,
-        temperature=script_args.temperature,
-    )
+    prompts = script_args.prompts(num_samples)
+    texts = script_args.complete(prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
 def main(script_args: VerifyArguments, student_args) -> None:
-    import torch
-
     from trl_dpg.verification import verify
 
     one_process("verify", "Start it without accelerate, or with --num_processes 1.")
-    if script_args.num_threads is not None:
-        torch.set_num_threads(script_args.num_threads)
+    script_args.set_threads()
     if student_args.attribution != "metagradient":
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing to verify.")
-    temporary = script_args.toy_world is not None and script_args.output_dir is None
-    with TemporaryDirectory() if temporary else nullcontext(script_args.output_dir) as folder:
-        if script_args.toy_world is not None:
-            make_world(Path(str(folder)) / "world", script_args, student_args, script_args)
-        if student_args.student_model_name_or_path is None:
-            raise UsageError("--student_model_name_or_path is required: the student's path or Hub id.")
+    if script_args.output_dir is not None:
+        make_folder("output_dir", script_args.output_dir)
+    with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
+        check_student(student_args)
         metric = make_metric(script_args)
         examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
@@ -163,7 +124,6 @@ def main(script_args: VerifyArguments, student_args) -> None:
     print(result.render())
     if script_args.output_dir is not None:
         path = Path(script_args.output_dir) / "verify.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         figures = {"trustworthy": result.trustworthy, "num_samples": len(examples), **asdict(result)}
         path.write_text(json.dumps(_finite(figures), indent=2))
         print(f"All figures: {path}")
