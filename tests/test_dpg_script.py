@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,16 @@ def test_switches_of_accelerate_may_stand_in_a_recipe(tmp_path, monkeypatch):
     assert arguments.training_script_args == ["--config", str(own)]
 
 
+def test_what_accelerate_runs_ends_with_its_own_status(monkeypatch):
+    def fail(arguments):
+        raise subprocess.CalledProcessError(2, "python")
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", fail)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["dpg", "--num_processes", "2", "--config", str(RECIPES / "pattern_67" / "mini.yaml")])
+    assert raised.value.code == 2
+
+
 def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
@@ -208,7 +219,7 @@ def test_accelerates_arguments_are_passed_on(tmp_path, monkeypatch):
 
 def test_two_processes_train_one_generator(tmp_path):
     recipe = ["--config", str(RECIPES / "pattern_67" / "mini.yaml"), "--output_dir", str(tmp_path / "out"), *SMALL]
-    process = on_two_processes("trl_dpg.scripts.dpg", *recipe, "--use_cpu")
+    process = on_two_processes("trl_dpg.scripts.dpg", *recipe)
     assert process.returncode == 0, process.stderr[-3000:]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["steps"] == 2 and "trained" not in summary

@@ -146,7 +146,7 @@ class InnerLoopConfig:
             raise ValueError(f"checkpoint_interval must be 'auto' or at least 1, got {self.checkpoint_interval}.")
         else:
             self.checkpoint_interval = int(self.checkpoint_interval)
-        _check_choice("lr_scheduler_type", self.lr_scheduler_type, _SCHEDULES)
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, [schedule.value for schedule in _SCHEDULES])
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps} has no effect on the 'constant' schedule. Use "
