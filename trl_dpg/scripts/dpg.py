@@ -8,6 +8,7 @@ Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned
 texts of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
 """
 
+import gc
 import inspect
 import itertools
 import json
@@ -182,7 +183,11 @@ def main(script_args, training_args, model_args, dataset_args):
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
     if trainer.is_world_process_zero():
         print(render(summary) + f"\nAll figures: {path}")
-    trainer.end()
+    accelerator = trainer.accelerator
+    accelerator.free_memory()
+    del trainer  # with DDP's reducer: freed after the process group, it can wait for that for ever (gloo)
+    gc.collect()
+    accelerator.end_training()
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
