@@ -335,7 +335,7 @@ def test_two_processes_share_the_chunks_out(student_path, tmp_path):
     ("more", "message"),
     [
         (["--dataset_name", "nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
-        (["--dataset_train_split", "test"], "could not be read (split 'test')"),
+        (["--dataset_split", "test"], "could not be read (split 'test')"),
         (["--dataset_text_field", "body"], "expected 'body'. Name the column with the text by --dataset_text_field"),
         (["--dataset_text_field", "id"], "The column 'id' holds no text but int64"),
         (["--dataset_chunk", "6"], "--dataset_chunk (6) must be a multiple of --student_batch_size (4)"),

@@ -45,12 +45,12 @@ from trl_dpg.config import StudentArguments
 
 from .utils import (
     FORMATS,
-    DatasetArguments,
     MetricArguments,
     ToyWorldArguments,
     UsageError,
     at_least,
     check_student,
+    load_data,
     make_folder,
     make_metric,
     process_state,
@@ -73,11 +73,17 @@ RELIABLE = 0.8
 
 
 @dataclass
-class AttributeArguments(MetricArguments, DatasetArguments, ToyWorldArguments):
+class AttributeArguments(MetricArguments, ToyWorldArguments):
     """
     Script arguments of `trl-dpg attribute`.
 
     Args:
+        dataset_name (`str`):
+            The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt).
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset of the Hub.
+        dataset_split (`str`, *optional*, defaults to `"train"`):
+            Split, e.g. `"train[:10000]"`. Not a recipe's `dataset_train_split`, which is of its prompts.
         dataset_text_field (`str`, *optional*):
             The column that holds the text. Without it: `input_ids` (with `labels`, if there), `messages`, `prompt` and
             `completion`, or `text`, the first that the dataset has.
@@ -98,6 +104,11 @@ class AttributeArguments(MetricArguments, DatasetArguments, ToyWorldArguments):
             Throw away what an earlier run with other settings left in `output_dir`.
     """
 
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset, e.g. 'train[:10000]'."})
     dataset_text_field: str | None = field(
         default=None,
         metadata={
@@ -127,6 +138,8 @@ class AttributeArguments(MetricArguments, DatasetArguments, ToyWorldArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dataset_name is None:
+            raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
         at_least(1, num_repeats=self.num_repeats)
@@ -150,7 +163,8 @@ class AttributeStudentArguments(StudentArguments):
 
 def load_samples(script_args: AttributeArguments):
     """The dataset as it is, and the view of it that the student reads."""
-    name, dataset = script_args.dataset_name, script_args.load()
+    name = str(script_args.dataset_name)
+    dataset = load_data(name, script_args.dataset_config, script_args.dataset_split)
     taken = [column for column in ("dpg_score", "dpg_token_scores") if column in dataset.column_names]
     if taken:
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
@@ -544,7 +558,6 @@ def render(figures: dict[str, Any], files: list[Path]) -> str:
 
 
 def main(script_args: AttributeArguments, student_args: AttributeStudentArguments) -> None:
-
     state = process_state()
     script_args.set_threads()
     config = student_args.inner_loop_config()
@@ -568,8 +581,6 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         "dataset_digest": digest(samples),
     }
     path = output_dir / "attribution.jsonl"
-    metric = make_metric(script_args)
-    student = student_args.load_student()
     repeats = script_args.num_repeats
     chunks = plan_chunks(len(samples), size, student_args.seed, max(repeats, 2))
     chunks_per_repeat = len(chunks) // max(repeats, 2)
@@ -578,6 +589,8 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
     with locked(path):
         with state.main_process_first():
             done = open_journal(path, settings, script_args.overwrite)
+        metric = make_metric(script_args)
+        student = student_args.load_student()
         score_samples(student, samples, metric, config, chunks, path, done)
         if state.is_main_process:
             finish(script_args, path, dataset, samples, student, config.per_token, chunks_per_repeat)

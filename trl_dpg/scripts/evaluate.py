@@ -39,7 +39,7 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
     Args:
         datasets (`list[str]`):
             Datasets by file or Hub id, in any format of SFTTrainer; the first is compared with the others.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+        dataset_split (`str`, *optional*, defaults to `"train"`):
             The split that is read.
         seeds (`list[int]`, *optional*, defaults to `[0, 1, 2]`):
             A student for each.
@@ -50,7 +50,7 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
     """
 
     datasets: list[str] = field(default_factory=list, metadata={"help": "Files or Hub ids; the first is compared."})
-    dataset_train_split: str = field(default="train", metadata={"help": "The split that is read."})
+    dataset_split: str = field(default="train", metadata={"help": "The split that is read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each."})
     num_samples: int | None = field(
         default=None, metadata={"help": "Draw so many samples of each dataset, for each seed."}
@@ -97,7 +97,7 @@ def compare(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     metric = make_metric(script_args)
     datasets, empty = {}, {}
     for name in script_args.datasets:
-        dataset = load_data(name, split=script_args.dataset_train_split, flag="datasets")
+        dataset = load_data(name, split=script_args.dataset_split, flag="datasets")
         if not any(set(columns) <= set(dataset.column_names) for columns in FORMATS):
             raise UsageError(
                 f"--datasets: {name!r} has the columns {dataset.column_names}; SFTTrainer reads `text`, `messages`, "

@@ -105,7 +105,7 @@ class MetricArguments(CommandArguments):
 @dataclass
 class DatasetArguments(CommandArguments):
     """
-    The dataset a command reads.
+    The dataset of prompts, or of samples, that a command reads as `dpg` does.
 
     Args:
         dataset_name (`str`):
@@ -498,12 +498,17 @@ def toy_world(
     script_args: ToyWorldArguments, seed: int, *others: Any, output_dir: str | None = None
 ) -> Iterator[None]:
     """The toy world, if one is asked for: beside `output_dir`, or for as long as the command runs."""
+    from accelerate.utils import broadcast_object_list
+
     if script_args.toy_world is None:
         yield
         return
-    with TemporaryDirectory() if output_dir is None else nullcontext(world_folder(output_dir)) as folder:
+    state = process_state()
+    with TemporaryDirectory() if output_dir is None else nullcontext(str(world_folder(output_dir))) as folder:
+        (folder,) = broadcast_object_list([folder])  # the first process writes it
         make_world(Path(folder), script_args, seed, *others)
         yield
+        state.wait_for_everyone()
 
 
 def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: Any) -> None:
