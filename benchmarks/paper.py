@@ -190,7 +190,7 @@ def overview(results: dict, output_dir: Path) -> None:
         axes[1].barh(place, statistics.mean(values), color="tab:blue" if title == TITLES["adamw"] else "tab:gray")
         axes[1].plot(values, [place] * len(values), "k.", markersize=4)
     axes[1].set(yticks=range(len(losses)), yticklabels=losses, xlabel="loss on language B [nats]")
-    axes[1].set(title="a fresh 4-bit student", xlim=(4, None))
+    axes[1].set(title="a fresh 4-bit student")
     axes[1].invert_yaxis()
 
     code = results["qr_code"]["adamw"][0]
