@@ -82,7 +82,7 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
     def load_data(name, config=None, split="train", streaming=False):
         asked.append((name, config, split))
         rows = settings["generation_batch_size"] // settings["num_generations"]
-        return Dataset.from_dict({"id": ["0"] * rows, "text": ["some text " * 110] * rows})
+        return Dataset.from_dict({"id": ["0"] * rows, "text": ["some text " * 200] + ["short"] * (rows - 1)})
 
     class Reached(Exception):
         pass
