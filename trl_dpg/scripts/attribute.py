@@ -370,7 +370,7 @@ def score_samples(student, samples, metric, config, chunks, path: Path, done: di
     with bar:
         for start in range(0, len(todo), state.num_processes):
             records = []
-            for k in todo[start : start + state.num_processes][state.process_index :][:1]:
+            for k in todo[start + state.process_index :][:1]:  # this process's, if there is one left
                 rows, scored = chunks[k]
                 record = score_chunk(student, samples, rows, scored, metric, config, metric_before)
                 metric_before = record["metric_before"] if metric_before is None else metric_before

@@ -103,35 +103,6 @@ class MetricArguments(CommandArguments):
 
 
 @dataclass
-class DatasetArguments(CommandArguments):
-    """
-    The dataset of prompts, or of samples, that a command reads as `dpg` does.
-
-    Args:
-        dataset_name (`str`):
-            A Hub id, or a file (json, jsonl, parquet, csv, txt).
-        dataset_config (`str`, *optional*):
-            Configuration of a dataset of the Hub.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            The split that is read, e.g. `"train[:10000]"`.
-    """
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A Hub id, or a file (json, jsonl, parquet, csv, txt)."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "The split that is read, e.g. 'train[:10000]'."}
-    )
-
-    def load(self):
-        """The split as [`~datasets.Dataset`]."""
-        if self.dataset_name is None:
-            raise UsageError("--dataset_name is required: a Hub id, or a file (json, jsonl, parquet, csv, txt).")
-        return load_data(self.dataset_name, self.dataset_config, self.dataset_train_split)
-
-
-@dataclass
 class PromptArguments(CommandArguments):
     """
     How the generator's prompts are made.
@@ -160,11 +131,17 @@ class PromptArguments(CommandArguments):
 
 
 @dataclass
-class GeneratorArguments(PromptArguments, DatasetArguments):
+class GeneratorArguments(PromptArguments):
     """
-    A generator and its sampling, by the names of [`~trl.ModelConfig`] and [`~trl.GRPOConfig`].
+    A generator, its dataset and its sampling, by the names that they have in `trl-dpg dpg`.
 
     Args:
+        dataset_name (`str`):
+            A Hub id, or a file (json, jsonl, parquet, csv, txt).
+        dataset_config (`str`, *optional*):
+            Configuration of a dataset of the Hub.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            The split that is read, e.g. `"train[:10000]"`.
         model_name_or_path (`str`):
             The generator's path or Hub id, or those of its adapters.
         model_revision (`str`, *optional*, defaults to `"main"`):
@@ -193,6 +170,13 @@ class GeneratorArguments(PromptArguments, DatasetArguments):
             What a student is trained on: `"completion"` or `"prompt_completion"`.
     """
 
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A Hub id, or a file (json, jsonl, parquet, csv, txt)."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_train_split: str = field(
+        default="train", metadata={"help": "The split that is read, e.g. 'train[:10000]'."}
+    )
     model_name_or_path: str | None = field(default=None, metadata={"help": "The generator's path or Hub id."})
     model_revision: str = field(default="main", metadata={"help": "Revision of a model on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
@@ -226,6 +210,12 @@ class GeneratorArguments(PromptArguments, DatasetArguments):
         at_least(1, max_completion_length=self.max_completion_length)
         at_least(0, top_k=self.top_k)
 
+    def load(self):
+        """The split as [`~datasets.Dataset`]."""
+        if self.dataset_name is None:
+            raise UsageError("--dataset_name is required: a Hub id, or a file (json, jsonl, parquet, csv, txt).")
+        return load_data(self.dataset_name, self.dataset_config, self.dataset_train_split)
+
     def sampling(self) -> dict[str, Any]:
         return {name: vars(self)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
 
@@ -247,12 +237,15 @@ class GeneratorArguments(PromptArguments, DatasetArguments):
             **self.generation_kwargs or {},  # type: ignore[arg-type]
         )
 
-    def prompts(self, number: int) -> list:
-        """As many prompts of the dataset, which is gone through again as often as it takes; 0: one of each row."""
+    def prompts(self, number: int, dataset=None) -> list:
+        """
+        As many prompts of the dataset (loaded, unless it is given), which is gone through again as often as it takes;
+        0: one of each row.
+        """
         from transformers import AutoTokenizer
 
         check_model("model_name_or_path", self.model_name_or_path, **self.hub_kwargs())
-        dataset = self.load()
+        dataset = self.load() if dataset is None else dataset
         tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path, **self.hub_kwargs())
         if number:
             dataset = dataset.select(range(min(number, len(dataset))))

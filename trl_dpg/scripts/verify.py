@@ -91,7 +91,7 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
         return list(data.select(range(min(num_samples, len(data)))))
     from trl_dpg.evaluation import prompt_completion_pairs
 
-    prompts = script_args.prompts(num_samples)
+    prompts = script_args.prompts(num_samples, data)
     texts = script_args.complete(prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
