@@ -290,3 +290,11 @@ def test_generated_texts_are_the_models_own_and_repeat_with_the_seed():
     assert texts[0] == texts[1] != texts[2]
     assert all(set(text.split()) <= set(toy.LANGUAGE_A) for text in texts[0])
     assert model.training
+
+
+def test_gradient_checkpointing_does_not_change_what_is_generated():
+    model, tokenizer = make_model().train(), make_tokenizer()
+    texts = generate_texts(model, tokenizer, ["w1 w2", "w3"], 8)
+    model.gradient_checkpointing_enable()
+    assert generate_texts(model, tokenizer, ["w1 w2", "w3"], 8) == texts
+    assert model.is_gradient_checkpointing and model.training

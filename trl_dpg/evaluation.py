@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from .alignment import completion_text
 from .metagradients import InnerLoopConfig
@@ -204,9 +205,10 @@ def generate_texts(
             return_token_type_ids=False,
             add_special_tokens=isinstance(prompts[first], str),
         ).to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=processing_class.pad_token_id, **sampling
-        )
+        with disable_gradient_checkpointing(model):  # in train mode, its layers are given no past
+            output = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=processing_class.pad_token_id, **sampling
+            )
         texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
     return texts
 
