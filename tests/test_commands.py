@@ -146,6 +146,22 @@ def test_empty_samples_are_left_out_and_seeds_that_change_nothing_are_told(world
     assert "holes.jsonl: 1 empty samples were left out" in printed and "the seeds change nothing" in printed
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", [], "--datasets: all 2 samples of {!r} are empty."),
+        ("", ["--num_samples", "3"], "--datasets: all 2 samples of {!r} are empty."),
+        ("ba", ["--num_samples", "3"], "--num_samples is 3, but {!r} has 2 samples that are not empty."),
+    ],
+)
+def test_a_dataset_with_too_few_samples_is_named_with_the_flag(text, arguments, message, world, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text}) + "\n")
+    with pytest.raises(SystemExit) as raised:
+        evaluate(world, "--datasets", str(data), *arguments)
+    assert raised.value.code == 2 and message.format(str(data)) in capsys.readouterr().err
+
+
 def test_each_seed_draws_its_own_samples(world, tmp_path):
     data, output = tmp_path / "data.jsonl", tmp_path / "figures.json"
     data.write_text("".join(f'{{"text": "{word} {word}"}}\n' for word in ("lan", "ba", "ton", "be", "lin", "do")))
