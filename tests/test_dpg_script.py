@@ -140,6 +140,12 @@ def tiny_gpt2(tokenizer):
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=128))
 
 
+def test_generation_kwargs_override_how_the_final_test_samples(tmp_path):
+    override = ["--temperature", "0.9", "--generation_kwargs", '{"temperature": 0.5, "max_new_tokens": 3}']
+    summary = run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, *override)
+    assert all(len(text) <= 3 for name in ("untrained", "trained") for text in summary[name]["samples"])
+
+
 # -- wrong input -----------------------------------------------------------------------------------------------------
 
 
