@@ -17,7 +17,7 @@ from tests.test_trainer import config as dpg_config
 from tests.test_trainer import make_trainer
 from tests.tiny import make_model, make_samples, make_tokenizer
 from tests.unroll import log_likelihood, unroll
-from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient, verification
+from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.verification import (
     Agreement,
@@ -25,9 +25,11 @@ from trl_dpg.verification import (
     compute_dtype,
     gradient_noise,
     in_precision,
+    measurements,
     metasmoothness,
     predicted_and_actual,
     random_signs,
+    verdict,
     verify,
 )
 
@@ -126,7 +128,7 @@ def test_grouped_samples_give_the_same_gradient_noise_in_the_mean(monkeypatch):
     samples = make_samples(48, seed=2)
     fine_tuning = FineTuning(Student(make_model(scale=1.0)), samples, InnerLoopConfig(batch_size=8))
     grouped = gradient_noise(fine_tuning)
-    monkeypatch.setattr(verification, "NUM_GROUPS", 48)
+    monkeypatch.setattr(measurements, "NUM_GROUPS", 48)
     assert grouped.noise_share == pytest.approx(gradient_noise(fine_tuning).noise_share, rel=0.2)
 
 
@@ -148,31 +150,34 @@ def test_without_eps_root_it_says_so_and_finds_what_helps():
     result = verify(Student(make_model()), SAMPLES, METRIC, ROUGH, num_directions=8, compare_precision=False)
     assert not result.trustworthy and result["metasmoothness"].status == "fail"
     for name in ("pearson", "metasmoothness"):
-        assert result[name].advice.startswith("raise --student_eps_root to 1e-")
-    assert result.remedies[-1].helps and "--student_eps_root" in result.remedies[-1].flags
-    assert "NOT trustworthy" in result.render() and f"Change: {result.remedies[-1].flags}" in result.render()
+        assert result[name].advice.startswith("raise `eps_root` to 1e-")
+    assert result.remedies[-1].helps and "eps_root" in result.remedies[-1].changes
+    fitting = f"1e{round(np.log10(result.remedies[-1].changes['eps_root']))}"
+    assert "NOT trustworthy" in result.render() and f"Change: eps_root {fitting}" in result.render()
+    shown = result.render(lambda field: f"--student_{field}")
+    assert f"-> raise --student_eps_root to {fitting}" in shown and f"Change: --student_eps_root {fitting}" in shown
 
 
 def test_a_large_learning_rate_is_said_to_be_the_cause():
     rate = InnerLoopConfig(learning_rate=0.5, eps_root=1e-4, batch_size=4)
     result = verify(Student(make_model()), SAMPLES, METRIC, rate, num_directions=8, compare_precision=False)
     assert not result.trustworthy
-    assert "lower --student_learning_rate (now 0.5)" in result["pearson"].advice
-    assert result.remedies[-1].helps and "--student_learning_rate" in result.remedies[-1].flags
+    assert "lower `learning_rate` (now 0.5)" in result["pearson"].advice
+    assert result.remedies[-1].helps and "learning_rate" in result.remedies[-1].changes
 
 
 def test_a_diverging_student_fails_without_raising():
     rate = InnerLoopConfig(optimizer="sgd", learning_rate=1e30, batch_size=4)
     result = verify(Student(make_model()), SAMPLES, METRIC, rate, num_directions=3)
     assert result["finite"].status == "fail" and "learning rate" in result["finite"].meaning
-    assert "--student_learning_rate" in result["finite"].advice and "eps_root" not in result["finite"].advice
+    assert "`learning_rate`" in result["finite"].advice and "eps_root" not in result["finite"].advice
 
 
 def test_small_batches_of_noisy_samples_get_a_warning(monkeypatch):
-    monkeypatch.setattr(verification, "NOISY", 0.0)
+    monkeypatch.setattr(verdict, "NOISY", 0.0)
     result = verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=3, compare_precision=False)
     assert result["gradient_noise"].status == "warn" and result.trustworthy
-    assert "--student_batch_size" in result["gradient_noise"].advice
+    assert "`batch_size`" in result["gradient_noise"].advice
 
 
 # -- precision -------------------------------------------------------------------------------------------------------
@@ -186,13 +191,13 @@ def test_a_half_precision_student_is_held_against_its_float32_copy():
     own = metagradient(student, SAMPLES, METRIC, rough).scores
     assert result["bf16_agreement"].value == pytest.approx(np.corrcoef(own, other)[0, 1], abs=1e-6)
     assert result["bf16_agreement"].status == "fail"
-    assert '--student_model_init_kwargs \'{"dtype": "float32"}\'' in result["bf16_agreement"].advice
+    assert '`model_init_kwargs` \'{"dtype": "float32"}\'' in result["bf16_agreement"].advice
     assert compute_dtype(student) == torch.bfloat16
 
 
 def test_a_float32_student_is_only_warned_of_bfloat16(monkeypatch):
-    monkeypatch.setattr(verification, "PASS", 1.1)  # no correlation is good enough
-    monkeypatch.setattr(verification, "WARN", 1.1)
+    monkeypatch.setattr(verdict, "PASS", 1.1)  # no correlation is good enough
+    monkeypatch.setattr(verdict, "WARN", 1.1)
     result = verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=3, try_remedies=False)
     assert result["pearson"].status == "fail" and result["bf16_agreement"].status == "warn"
     assert "float32" in result["bf16_agreement"].advice

@@ -1,0 +1,43 @@
+"""
+Is a set-up trustworthy? [`verify`] measures how well the scores predict what reweighting the data does to the metric.
+"""
+
+from ..metagradients.fine_tuning import FineTuning
+from ..student.precision import compute_dtype, in_precision
+from .measurements import (
+    NUM_GROUPS,
+    STEP,
+    Agreement,
+    GradientNoise,
+    gradient_noise,
+    metasmoothness,
+    pearson,
+    predicted_and_actual,
+    random_signs,
+)
+from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Remedy, Verification, verify
+
+
+__all__ = [
+    "NOISY",
+    "NUM_GROUPS",
+    "PASS",
+    "ROUGH",
+    "SMOOTH",
+    "STEP",
+    "WARN",
+    "Agreement",
+    "Check",
+    "FineTuning",
+    "GradientNoise",
+    "Remedy",
+    "Verification",
+    "compute_dtype",
+    "gradient_noise",
+    "in_precision",
+    "metasmoothness",
+    "pearson",
+    "predicted_and_actual",
+    "random_signs",
+    "verify",
+]
