@@ -17,8 +17,8 @@ from scipy.stats import spearmanr
 
 from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, cli, metagradient
+from trl_dpg.attribution import Attribution, plan_chunks, rank_correlation
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.scripts.attribute import chance, plan_chunks, rank_correlation
 
 
 BENCHMARK = ["w1 w2 w3", "w5 w4"]
@@ -204,12 +204,13 @@ def test_one_chunk_is_scored_in_a_second_order_to_tell_how_much_is_chance(studen
 
 @pytest.mark.parametrize(
     ("correlation", "repeats", "advice"),
-    [(0.85, 1, ""), (0.2, 1, "--num_repeats 16"), (0.2, 16, ""), (-1.0, 2, "Raise"), (-0.9, 3, "Raise")],
+    [(0.85, 1, ""), (0.2, 1, "`num_repeats` 16"), (0.2, 16, ""), (-1.0, 2, "Raise"), (-0.9, 3, "Raise")],
 )
 def test_a_ranking_that_is_mostly_chance_comes_with_advice(correlation, repeats, advice):
-    score = {"rank_correlation": correlation, "num_compared": 256, "min": -1.0, "max": 1.0}
-    figures = {"num_repeats": repeats, "num_chunks": 8 * repeats, "score": score}
-    text = chance(figures)
+    none = dict(token_scores=None, num_tokens=np.ones(2), metric_before=0.0, metric_after=1.0, num_empty=0)
+    none |= dict(num_truncated=0, num_compared=256, seconds=1.0, scores=np.array([-1.0, 1.0]))
+    result = Attribution(**none, num_chunks=8 * repeats, num_repeats=repeats, rank_correlation=correlation)
+    text = result.chance()
     assert f"{correlation:.2f}" in text and advice in text and ("Much of" in text) == bool(advice)
 
 

@@ -19,6 +19,7 @@ from tests.tiny import make_model, make_samples, make_tokenizer
 from tests.unroll import log_likelihood, unroll
 from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.scripts.flags import in_flags
 from trl_dpg.verification import (
     Agreement,
     FineTuning,
@@ -153,8 +154,8 @@ def test_without_eps_root_it_says_so_and_finds_what_helps():
         assert result[name].advice.startswith("raise `eps_root` to 1e-")
     assert result.remedies[-1].helps and "eps_root" in result.remedies[-1].changes
     fitting = f"1e{round(np.log10(result.remedies[-1].changes['eps_root']))}"
-    assert "NOT trustworthy" in result.render() and f"Change: eps_root {fitting}" in result.render()
-    shown = result.render(lambda field: f"--student_{field}")
+    assert "NOT trustworthy" in result.render() and f"Change: `eps_root` {fitting}" in result.render()
+    shown = in_flags(result.render())
     assert f"-> raise --student_eps_root to {fitting}" in shown and f"Change: --student_eps_root {fitting}" in shown
 
 

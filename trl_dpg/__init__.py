@@ -16,11 +16,15 @@ _MODULES = {
     "InnerLoopConfig": "metagradients",
     "MetagradientOutput": "metagradients",
     "metagradient": "metagradients",
+    "Attribution": "attribution",
+    "attribute": "attribution",
 }
 
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:
+    from .attribution import Attribution as Attribution
+    from .attribution import attribute as attribute
     from .config import DPGConfig as DPGConfig
     from .metagradients import InnerLoopConfig as InnerLoopConfig
     from .metagradients import MetagradientOutput as MetagradientOutput

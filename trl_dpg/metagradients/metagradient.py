@@ -1,5 +1,6 @@
 """`metagradient`: how much each sample of a dataset moves a metric of the student fine-tuned on it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,23 +113,21 @@ def metagradient(
         `FloatingPointError`:
             If a loss, the metric or a score is not finite; the message names the step and the likely cause.
     """
-    config = config or InnerLoopConfig()
-    _check_attention(student, config)
-    fine_tuning = FineTuning(student, examples, config)
-    samples = fine_tuning.samples
-    if any(sample.truncated for sample in samples):
-        logger.warning_once(
-            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
-            "were cut off. This is said once; they are counted in `num_truncated`."
-        )
-    if not any(sample.num_supervised for sample in samples):
-        raise ValueError(
-            f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short for a "
-            "loss. Check the generator's completions and the student's tokenizer."
-        )
+    return differentiate(FineTuning(student, examples, config or InnerLoopConfig()), metric, weights, metric_before)
+
+
+def differentiate(
+    fine_tuning: FineTuning,
+    metric: Callable[[FinetunedStudent], Tensor],
+    weights: Tensor | Sequence[float] | None = None,
+    metric_before: float | None = None,
+) -> MetagradientOutput:
+    """[`metagradient`] of a fine-tuning whose samples are tokenised and planned already."""
+    student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
+    _check_student(student, config)
+    _check_samples(samples, config)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution == "metagradient"
-
     with fine_tuning.modes():
         student.verify_quantization()
         if metric_before is None:
@@ -141,41 +140,41 @@ def metagradient(
         with torch.set_grad_enabled(attribute):
             value, metric_gradient = finetuned.evaluate(metric)
         metric_after = value.item()
-        if not value.isfinite():
-            raise FloatingPointError(
-                f"The metric of the fine-tuned student is {metric_after}. Likely cause: the student's learning rate "
-                f"({config.learning_rate}) is too high."
-            )
+        _check_metric_after(metric_after, attribute and metric_gradient is None, config)
         proxies, readout = {}, {}
         if isinstance(metric, Metric):
             with torch.no_grad():
                 proxies = metric.proxies(finetuned, metric_after)
                 readout = metric.readout(finetuned)
 
-        if attribute:
-            if metric_gradient is None:
-                raise ValueError(_NO_GRADIENT.format(metric_after))
+        scores, token_scores = torch.full((len(samples),), metric_after), None
+        if metric_gradient is not None:
             length = max(len(sample.input_ids) for sample in samples)
             token_scores = torch.zeros(len(samples), length, device=student.device, dtype=student.accumulator_dtype)
             with fine_tuning.sweeping():
                 reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
-            _check_scores(scores, fine_tuning)
-        else:
-            scores = torch.full((len(samples),), metric_after)
+            token_scores = token_scores.float().cpu() if config.per_token else None
+    _check_scores(scores, fine_tuning)
     return MetagradientOutput(
-        scores=scores,
-        token_scores=token_scores.float().cpu() if config.per_token and attribute else None,
-        metric_before=metric_before,
-        metric_after=metric_after,
-        losses=losses,
-        samples=samples,
-        proxies=proxies,
-        readout=readout,
+        scores, token_scores, metric_before, metric_after, losses, samples, proxies=proxies, readout=readout
     )
 
 
-def _check_attention(student: Student, config: InnerLoopConfig) -> None:
+def _check_samples(samples: Sequence[TokenizedExample], config: InnerLoopConfig) -> None:
+    if any(sample.truncated for sample in samples):
+        logger.warning_once(
+            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
+            "were cut off. This is said once; they are counted in `num_truncated`."
+        )
+    if not any(sample.num_supervised for sample in samples):
+        raise ValueError(
+            f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short for a "
+            "loss. Check the generator's completions and the student's tokenizer."
+        )
+
+
+def _check_student(student: Student, config: InnerLoopConfig) -> None:
     implementation = student.model.config._attn_implementation or "eager"
     if config.differentiates_twice and implementation not in ("eager", "sdpa"):
         raise ValueError(
@@ -245,3 +244,13 @@ def _check_scores(scores: Tensor, fine_tuning: FineTuning) -> None:
             f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
             f"rate ({config.learning_rate}) is too high."
         )
+
+
+def _check_metric_after(value: float, lacks_gradient: bool, config: InnerLoopConfig) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"The metric of the fine-tuned student is {value}. Likely cause: the student's learning rate "
+            f"({config.learning_rate}) is too high."
+        )
+    if lacks_gradient:
+        raise ValueError(_NO_GRADIENT.format(value))

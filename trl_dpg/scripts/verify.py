@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .flags import in_flags
 from .utils import (
     GeneratorArguments,
     MetricArguments,
@@ -121,20 +122,15 @@ def main(script_args: VerifyArguments, student_args) -> None:
         try_remedies=script_args.try_remedies,
         seed=student_args.seed,
     )
-    print(result.render(flag))
+    print(in_flags(result.render()))
     if script_args.output_dir is not None:
         path = Path(script_args.output_dir) / "verify.json"
         figures = {"trustworthy": result.trustworthy, "num_samples": len(examples), **asdict(result)}
-        figures["checks"] = [asdict(check) | {"advice": check.advice_by(flag)} for check in result.checks]
+        figures["checks"] = [asdict(check) | {"advice": in_flags(check.advice)} for check in result.checks]
         path.write_text(json.dumps(_finite(figures), indent=2))
         print(f"All figures: {path}")
     if not result.trustworthy:
         raise SystemExit(1)
-
-
-def flag(field: str) -> str:
-    """The flag that sets a field of the inner loop or of the student."""
-    return f"--student_{field}"
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Can the scores of a set-up be trusted? The measurements as checks that pass or fail, with advice."""
 
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -57,10 +56,6 @@ class Check:
     meaning: str
     advice: str = ""
 
-    def advice_by(self, name: Callable[[str], str]) -> str:
-        """The advice, with the fields called as they are where it is read, e.g. by flags."""
-        return re.sub("`(.+?)`", lambda match: name(match[1]), self.advice)
-
 
 @dataclass
 class Remedy:
@@ -74,9 +69,9 @@ class Remedy:
     def helps(self) -> bool:
         return self.pearson >= PASS and self.metasmoothness >= SMOOTH
 
-    def describe(self, name: Callable[[str], str]) -> str:
-        """The changes, e.g. "eps_root 1e-5"."""
-        return " ".join(f"{name(key)} {_short(value)}" for key, value in self.changes.items())
+    def describe(self) -> str:
+        """The changes, with the fields in backticks."""
+        return " ".join(f"`{name}` {_short(value)}" for name, value in self.changes.items())
 
 
 @dataclass
@@ -114,27 +109,22 @@ class Verification:
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 
-    def render(self, name: Callable[[str], str] = str) -> str:
-        """
-        The verdict and its reasons, for the terminal.
-
-        Args:
-            name (`Callable[[str], str]`, *optional*): What a field is called where it is read, e.g. a flag.
-        """
+    def render(self) -> str:
+        """The verdict and its reasons, for the terminal; the fields to change are in backticks."""
         lines: list[str] = []
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.3f}"
             lines.append(f"{check.status:4}  {check.name:14} {value:>6}  {check.meaning}")
-            advice = f"      -> {check.advice_by(name)}"
+            advice = f"      -> {check.advice}"
             if check.advice and advice not in lines:  # checks may share theirs
                 lines.append(advice)
         if self.remedies:
             lines.append("Tried:")
         for remedy in self.remedies:
             figures = f"Pearson {remedy.pearson:.3f}, metasmoothness {remedy.metasmoothness:.3f}"
-            lines.append(f"      {remedy.describe(name)}: {figures}")
+            lines.append(f"      {remedy.describe()}: {figures}")
         if self.remedies and self.remedies[-1].helps:
-            lines.append(f"Change: {self.remedies[-1].describe(name)}")
+            lines.append(f"Change: {self.remedies[-1].describe()}")
         verdict = "trustworthy" if self.trustworthy else "NOT trustworthy"
         return "\n".join([*lines, f"This set-up is {verdict} ({self.seconds:.0f} s)."])
 

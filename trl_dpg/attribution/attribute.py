@@ -1,0 +1,148 @@
+"""Scores of a dataset of any size: one fine-tuning of the student for each chunk of it."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import Tensor
+from tqdm import tqdm
+
+from ..metagradients import InnerLoopConfig
+from ..metagradients.fine_tuning import FineTuning
+from ..metagradients.metagradient import differentiate
+from ..student import Examples, FinetunedStudent, Student
+from .chunks import Chunk, chunk_size, plan_chunks
+from .journal import Journal
+from .result import Attribution, collect
+
+
+def attribute(
+    student: Student,
+    dataset: Examples,
+    metric: Callable[[FinetunedStudent], Tensor],
+    config: InnerLoopConfig | None = None,
+    size: int | None = None,
+    num_repeats: int = 1,
+    journal: Journal | str | Path | None = None,
+    progress: bool = False,
+) -> Attribution:
+    """
+    Score the samples of a dataset by what they do for a metric of a student that is fine-tuned on them.
+
+    The dataset is shuffled by `config.seed` and cut into chunks. The student is fine-tuned on each chunk, always from
+    its start, and a sample's score is its metagradient there (Thrush et al., arXiv 2604.08423, sec. 3). Scores of
+    different chunks compare because all chunks have the same number of steps and of samples in a step. One chunk is
+    scored a second time in another random order, which tells how much of the ranking is chance.
+
+    In a distributed run every process calls this, and the processes share the chunks out.
+
+    Args:
+        student (`Student`):
+            The student at its start.
+        dataset (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
+            N samples, see [`Student.tokenize`].
+        metric (`Callable`):
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
+        config (`InnerLoopConfig`, *optional*):
+            The inner loop. With `per_token`, tokens are scored as well.
+        size (`int`, *optional*):
+            Samples in a chunk, a multiple of `config.batch_size`; the smallest from 256 on when `None`.
+        num_repeats (`int`, *optional*, defaults to `1`):
+            Score all samples in as many random orders and take the mean.
+        journal (`Journal`, `str` or `Path`, *optional*):
+            A file that a run which was stopped goes on with. A path stands for a journal of `config` and `size`; an
+            entered [`Journal`] has settings of your own.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+
+    Raises:
+        `ValueError`: If `size` is not a multiple of the batch size, the journal has other settings or another student,
+        or for what [`metagradient`] raises it. A dataset of empty samples only is no error: all scores are 0.
+    """
+    config = config or InnerLoopConfig()
+    size = chunk_size(size, config.batch_size)
+    if num_repeats < 1:
+        raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
+    chunks = plan_chunks(len(dataset), size, config.seed, max(num_repeats, 2))
+    chunks_per_repeat = len(chunks) // max(num_repeats, 2)
+    if num_repeats == 1:  # one chunk more is scored in another order, to compare
+        chunks = chunks[: chunks_per_repeat + (len(dataset) > config.batch_size)]
+    with ExitStack() as stack:
+        if isinstance(journal, Journal):
+            opened = journal
+        else:
+            settings = {"chunk_size": size, "num_samples": len(dataset), **asdict(config)}
+            opened = stack.enter_context(Journal(journal or _shared_folder(stack) / "attribution.jsonl", settings))
+        _score(student, dataset, metric, config, chunks, opened, progress)
+        return collect(opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+
+
+def _shared_folder(stack: ExitStack) -> Path:
+    """A temporary folder, the same on every process of a machine."""
+    (folder,) = broadcast_object_list([stack.enter_context(TemporaryDirectory())])
+    return Path(folder)
+
+
+def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool) -> None:
+    """Score the chunks that are not in the journal yet; each goes there as soon as it is scored."""
+    state = PartialState()
+    todo = [k for k in range(len(chunks)) if k not in journal.done]
+    sizes = [int(chunk.scored.sum()) for chunk in chunks]
+    initial = sum(sizes) - sum(sizes[k] for k in todo)
+    show = progress and state.is_main_process
+    metric_before = None
+    with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show) as bar:
+        for start in range(0, len(todo), state.num_processes):
+            records = []
+            for k in todo[start + state.process_index :][:1]:  # this process's, if there is one left
+                record = _score_chunk(student, dataset, chunks[k], metric, config, metric_before)
+                metric_before = record["metric_before"] if metric_before is None else metric_before
+                journal.check_start(metric_before)
+                records.append({"chunk": k, **record})
+            for record in gather_object(records):
+                if state.is_main_process:
+                    journal.append(record)
+                bar.update(sizes[record["chunk"]])
+    state.wait_for_everyone()  # the journal is whole before anyone reads it
+
+
+def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: float | None) -> dict[str, Any]:
+    """One inner loop on some rows, as the journal records it. Nothing is trained if all of them are empty."""
+    started = time.perf_counter()
+    fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config)
+    mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
+    record: dict[str, Any] = {
+        "rows": chunk.rows[chunk.scored].tolist(),
+        "scores": [0.0] * len(mine),
+        "num_tokens": [len(sample.input_ids) for sample in mine],
+        "num_empty": sum(not sample.num_supervised for sample in mine),
+        "num_truncated": sum(sample.truncated for sample in mine),
+        "metric_before": None,
+        "metric_after": None,
+    }
+    token_scores = [[0.0] * length for length in record["num_tokens"]]
+    if any(sample.num_supervised for sample in fine_tuning.samples):
+        out = differentiate(fine_tuning, metric, metric_before=metric_before)
+        record |= {"metric_before": out.metric_before, "metric_after": out.metric_after}
+        record["scores"] = out.scores[chunk.scored].tolist()
+        if out.token_scores is not None:
+            padded = zip(out.token_scores[chunk.scored].tolist(), record["num_tokens"], strict=True)
+            token_scores = [values[:length] for values, length in padded]
+    if config.per_token:
+        record["token_scores"] = token_scores
+    return record | {"seconds": time.perf_counter() - started}
+
+
+def _rows(dataset: Examples, rows: list[int]) -> list:
+    """Rows of a dataset; of one on the disk they are read together."""
+    if not isinstance(dataset, Dataset):
+        return [dataset[row] for row in rows]
+    columns = dataset[rows]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

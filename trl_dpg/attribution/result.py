@@ -1,0 +1,234 @@
+"""What an attribution says: scores, how far to trust their order, and files of the best samples."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+
+from .journal import Journal
+from .reliability import RELIABLE, rank_correlation, reliability, repeats_needed
+
+
+ROWS_PER_WRITE = 1000
+QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95, "max": 1.0}
+
+
+@dataclass
+class Attribution:
+    """
+    What [`attribute`] returns, on every process.
+
+    Attributes:
+        scores (`np.ndarray` of shape `[N]`, float32):
+            The mean of a sample's metagradients over all repeats, in the dataset's order. 0 for empty samples.
+        token_scores (`np.ndarray` of shape `[sum(num_tokens)]`, float32, or `None`):
+            With `per_token`, the scores of all samples' tokens, one sample after the other; see `token_offsets`.
+        num_tokens (`np.ndarray` of shape `[N]`): How many tokens of each sample the student read.
+        metric_before (`float` or `None`): Φ of the student at its start; `None` if all samples are empty.
+        metric_after (`float` or `None`): Φ after fine-tuning, the mean over all students.
+        num_chunks (`int`), num_repeats (`int`): Students that were fine-tuned, and orders they belong to.
+        num_empty (`int`), num_truncated (`int`): Samples without a supervised token; samples that were cut off.
+        rank_correlation (`float` or `None`):
+            Spearman's correlation of scores in two random orders. `None` if there is nothing to compare.
+        num_compared (`int`): Of how many samples.
+        seconds (`float`): Time of scoring, of all processes together.
+    """
+
+    scores: np.ndarray
+    token_scores: np.ndarray | None
+    num_tokens: np.ndarray
+    metric_before: float | None
+    metric_after: float | None
+    num_chunks: int
+    num_repeats: int
+    num_empty: int
+    num_truncated: int
+    rank_correlation: float | None
+    num_compared: int
+    seconds: float
+
+    @property
+    def token_offsets(self) -> np.ndarray:
+        """Where each sample's tokens begin in `token_scores`, `[N + 1]`."""
+        return np.concatenate([[0], self.num_tokens.cumsum()])
+
+    @property
+    def ranking(self) -> np.ndarray:
+        """Rows of the dataset, `[N]`, the best first."""
+        return np.argsort(-self.scores, kind="stable")
+
+    def top(self, share: float) -> np.ndarray:
+        """
+        The best rows, in the dataset's order.
+
+        Args:
+            share (`float`): Which share of the rows, above 0 and at most 1; at least one row is kept.
+
+        Raises:
+            `ValueError`: If the share is none, or all scores are equal.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"The share of samples to keep must be above 0 and at most 1, got {share}. E.g. 0.3.")
+        if len(self.scores) > 1 and self.scores.min() == self.scores.max():
+            raise ValueError(
+                f"all {len(self.scores)} scores are equal, so that none is best. Does the student learn "
+                "(`learning_rate`)?"
+            )
+        return np.sort(self.ranking[: max(1, round(share * len(self.scores)))])
+
+    def chance(self) -> str:
+        """How much of the ranking is chance, and what to change: fields and arguments are in backticks."""
+        if self.scores.min() == self.scores.max():
+            return "All scores are equal and rank nothing. Does the student learn (`learning_rate`)?"
+        if self.rank_correlation is None:
+            return "All samples are in one batch, or too few to say how much of their ranking is chance."
+        text = f"Rank correlation of {self.num_compared} scores in two random orders: {self.rank_correlation:.2f}."
+        if self.num_chunks == self.num_repeats:
+            text += " (They are one chunk: both orders have the same samples.)"
+        if reliability(self.rank_correlation, self.num_repeats) >= RELIABLE:
+            return text
+        text += "\nMuch of the ranking is chance. Raise `eps_root` or `batch_size` (docs/attribution.md)"
+        enough = repeats_needed(self.rank_correlation)
+        if enough is not None:
+            text += f", or take the mean of more orders: `num_repeats` {enough} for {RELIABLE}"
+        return text + "."
+
+    def figures(self) -> dict[str, Any]:
+        """Counts, metric and quantiles of the scores, as JSON can hold them."""
+        quantiles = np.quantile(self.scores, list(QUANTILES.values())).tolist()
+        return {
+            "num_samples": len(self.scores),
+            "num_chunks": self.num_chunks,
+            "num_repeats": self.num_repeats,
+            "num_tokens": int(self.num_tokens.sum()),
+            "num_empty": self.num_empty,
+            "num_truncated": self.num_truncated,
+            "seconds": self.seconds,
+            "samples_per_second": len(self.scores) * self.num_repeats / self.seconds,
+            "metric_before": self.metric_before,
+            "metric_after": self.metric_after,
+            "score": {
+                "mean": float(self.scores.mean()),
+                "std": float(self.scores.std()),
+                **dict(zip(QUANTILES, quantiles, strict=True)),
+                "rank_correlation": self.rank_correlation,
+                "num_compared": self.num_compared,
+            },
+        }
+
+    def write(
+        self, dataset: Dataset, output_dir: Path, output_format: str = "parquet", rows: np.ndarray | None = None
+    ) -> list[Path]:
+        """
+        Write the dataset with a column `dpg_score` (and `dpg_token_scores`), a thousand rows at a time.
+
+        Args:
+            dataset ([`~datasets.Dataset`]): The N rows that were scored.
+            output_dir (`Path`): Where `scored` is written, and with `rows` also `top`.
+            output_format (`str`, *optional*, defaults to `"parquet"`): `"parquet"` or `"jsonl"`.
+            rows (`np.ndarray`, *optional*): The rows of `top`, see [`Attribution.top`].
+
+        Returns:
+            `list[Path]`: The files. Each appears under its name only when it is complete.
+        """
+        added = {"dpg_score": Value("float32")}
+        if self.token_scores is not None:
+            added["dpg_token_scores"] = List(Value("float32"))
+        schema = Features(dict(dataset.features) | added).arrow_schema
+        masks = {"scored": np.ones(len(dataset), dtype=bool)}
+        if rows is not None:
+            masks["top"] = np.isin(np.arange(len(dataset)), rows)
+        files = [output_dir / f"{name}.{output_format}" for name in masks]
+        parts = [file.with_name(f"{file.name}.tmp") for file in files]
+        writer_type = pq.ParquetWriter if output_format == "parquet" else JSONLinesWriter
+        writers = [writer_type(part, schema) for part in parts]
+        arrow = dataset.with_format("arrow")
+        for start in range(0, len(dataset), ROWS_PER_WRITE):
+            piece = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
+            table = pa.table([*arrow[piece].columns, *self._columns(piece)], names=schema.names).cast(schema)
+            for writer, mask in zip(writers, masks.values(), strict=True):
+                writer.write_table(table.filter(pa.array(mask[piece])))
+        for writer, part, file in zip(writers, parts, files, strict=True):
+            writer.close()
+            os.replace(part, file)
+        return files
+
+    def _columns(self, rows: slice) -> list[pa.Array]:
+        columns = [pa.array(self.scores[rows])]
+        if self.token_scores is not None:
+            ends = self.token_offsets[rows.start : rows.stop + 1]
+            values = pa.array(self.token_scores[ends[0] : ends[-1]])
+            columns.append(pa.ListArray.from_arrays(pa.array(ends - ends[0], pa.int32()), values))
+        return columns
+
+
+class JSONLinesWriter:
+    """Writes tables as JSON Lines, in the manner of `pyarrow.parquet.ParquetWriter`."""
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        self.file = path.open("w", encoding="utf-8")
+
+    def write_table(self, table: pa.Table) -> None:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in table.to_pylist())
+        self.file.writelines(line + "\n" for line in lines)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def collect(
+    journal: Journal, num_samples: int, chunks_per_repeat: int, num_repeats: int, per_token: bool
+) -> Attribution:
+    """What a finished journal says. One chunk more than asked for, if there is one, is only compared."""
+    num_chunks = chunks_per_repeat * num_repeats
+    repeats = np.full((max(num_repeats, 2), num_samples), np.nan, dtype=np.float32)
+    num_tokens = np.zeros(num_samples, dtype=np.int64)
+    num_empty, num_truncated, seconds = 0, 0, 0.0
+    before, after = [], []
+    for record in journal.chunks(max(num_chunks, chunks_per_repeat + 1)):
+        repeats[record["chunk"] // chunks_per_repeat, record["rows"]] = record["scores"]
+        if record["chunk"] >= num_chunks:
+            continue
+        num_tokens[record["rows"]] = record["num_tokens"]
+        num_empty += record["num_empty"]
+        num_truncated += record["num_truncated"]
+        seconds += record["seconds"]
+        if record["metric_after"] is not None:
+            before.append(record["metric_before"])
+            after.append(record["metric_after"])
+    compared = repeats[:, ~np.isnan(repeats).any(axis=0) & repeats.any(axis=0)]  # empty samples score 0 in any order
+    result = Attribution(
+        scores=repeats[:num_repeats].mean(axis=0),
+        token_scores=None,
+        num_tokens=num_tokens,
+        metric_before=before[0] if before else None,
+        metric_after=sum(after) / len(after) if after else None,
+        num_chunks=num_chunks,
+        num_repeats=num_repeats,
+        num_empty=num_empty // num_repeats,
+        num_truncated=num_truncated // num_repeats,
+        rank_correlation=rank_correlation(compared),
+        num_compared=compared.shape[1],
+        seconds=seconds,
+    )
+    if per_token:
+        result.token_scores = _token_scores(journal, result)
+    return result
+
+
+def _token_scores(journal: Journal, result: Attribution) -> np.ndarray:
+    """All tokens' scores in the dataset's order, in a file that is mapped to memory and goes with the process."""
+    offsets = result.token_offsets
+    file = journal.path.with_name("token_scores.tmp")
+    flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
+    file.unlink()
+    for record in journal.chunks(result.num_chunks):
+        for row, values in zip(record["rows"], record["token_scores"], strict=True):
+            flat[offsets[row] : offsets[row + 1]] += np.asarray(values, dtype=np.float32) / result.num_repeats
+    return flat[: offsets[-1]]
