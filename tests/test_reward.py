@@ -319,27 +319,23 @@ RANKS = """
     results["batch"] = [batch.prompts, batch.completions, batch.tokens]
     results["sums"] = [scores.sum().item() for scores in batch.token_scores]
     assert batch.scores.tolist() == pytest.approx(results["sums"], rel=1e-4, abs=1e-9)
-
-    def metric(student):
-        if state.process_index == 0:
-            raise RuntimeError("no benchmark")
-        return METRIC(student)
-
-    try:
-        DPGReward(make_student(), metric, CONFIG)(PROMPTS[mine], TEXTS[mine])
-    except RuntimeError as error:
-        results["error"] = str(error)
     pathlib.Path({out!r}, f"{{state.process_index}}.json").write_text(json.dumps(results))
 """
 
 
-def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
-    script = tmp_path / "ranks.py"
+def on_two_ranks(script, folder):
+    """What each rank's script writes."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    script.write_text(textwrap.dedent(RANKS).format(root=root, out=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    path = folder / "ranks.py"
+    path.write_text(textwrap.dedent(script).format(root=root, out=str(folder)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(path)]
     output = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr[-2000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
+    both = on_two_ranks(RANKS, tmp_path)
     alone, verified = {}, {}
     for name, kwargs in dict(together=dict(), apart=dict(cross_group_batching=False, num_generations=2)).items():
         reward, logged = DPGReward(make_student(), METRIC, CONFIG, verify_steps=1, **kwargs), {}
@@ -347,9 +343,7 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
         verified[name] = logged["dpg/verify/pearson"]
     reward = DPGReward(make_student(), METRIC, PER_TOKEN, processing_class=TOKENIZER)
     reward(PROMPTS, TEXTS, completion_ids=IDS)
-    for rank, error in enumerate(["no benchmark", "The DPG reward failed on rank 0: RuntimeError('no benchmark')"]):
-        results = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert results["error"] == error
+    for rank, results in enumerate(both):
         tokens = [torch.tensor(scores) for scores in results["tokens"]]
         assert_all_close(tokens, reward.last_token_scores[4 * rank : 4 * rank + 4])
         batch = reward.last_batch
@@ -358,6 +352,54 @@ def test_two_ranks_score_their_completions_as_one_dataset(tmp_path):
         for name, rewards in alone.items():
             assert results[name] == pytest.approx(rewards[4 * rank : 4 * rank + 4], rel=1e-5)
             assert results[name + "_verified"] == pytest.approx(verified[name], abs=1e-4)
+
+
+FAILING_RANKS = """
+    import datetime, json, pathlib, sys
+    sys.path.insert(0, {root!r})
+    import tests.conftest
+    from accelerate import PartialState
+    from tests.test_reward import *
+
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=30))
+    rank, mine = state.process_index, slice(4 * state.process_index, 4 * state.process_index + 4)
+
+    def metric(student):
+        if rank == 0:
+            raise RuntimeError("no benchmark")
+        return METRIC(student)
+
+    def score(metric=METRIC, config=CONFIG, cross_group_batching=True, **kwargs):
+        reward = DPGReward(make_student(), metric, config, cross_group_batching, 2, processing_class=TOKENIZER)
+        batch = dict(prompts=PROMPTS[mine], completions=TEXTS[mine], completion_ids=IDS[mine])
+        reward(**batch | (kwargs if rank == 1 else {{}}))
+
+    calls = dict(
+        metric=lambda: score(metric=metric),
+        completion=lambda: score(completions=[None] * 4),
+        length=lambda: score(prompts=PROMPTS),
+        split=lambda: score(prompts=["w1"], completions=["w1"], cross_group_batching=False),
+        ids=lambda: score(config=PER_TOKEN, completion_ids=None),
+        alignment=lambda: score(config=PER_TOKEN, completion_ids=[[None]] * 4),
+    )
+    results = {{}}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            results[name] = repr(error)
+    pathlib.Path({out!r}, f"{{rank}}.json").write_text(json.dumps(results))
+"""
+
+
+def test_an_error_on_one_rank_is_raised_on_all_and_none_waits(tmp_path):
+    first, second = on_two_ranks(FAILING_RANKS, tmp_path)
+    failed = dict(metric=0, completion=1, length=1, ids=1, alignment=0)  # the first rank aligns the only dataset
+    for name, rank in failed.items():
+        error, elsewhere = (first, second)[:: 1 - 2 * rank]
+        assert elsewhere[name] == repr(RuntimeError(f"The DPG reward failed on rank {rank}: {error[name]}"))
+    assert first["split"] == second["split"] and "5 completions cannot be split" in first["split"]
+    assert "no benchmark" in first["metric"] and "`completion_ids`" in second["ids"]
 
 
 def test_the_norm_is_a_metric_of_its_own():

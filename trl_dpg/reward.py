@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .verification import FineTuning, predicted_and_actual, random_signs
 
 Message = dict[str, Any]
 Text = str | list[Message]
+T = TypeVar("T")
 NUM_VERIFIED = 6
 """Reweightings that `verify_steps` predicts; each costs two fine-tunings of the student."""
 
@@ -46,6 +48,27 @@ class ScoredBatch:
     readout: dict[str, Any]
     tokens: list[list[str]] | None = None
     token_scores: list[Tensor] | None = None
+
+
+class Sample(NamedTuple):
+    """
+    A completion on its way to the rank that scores it: the texts of its messages, what the student reads, and with
+    `per_token=True` the ids that the generator sampled.
+    """
+
+    prompt: Text
+    contents: list[str]
+    example: Any
+    ids: list[int]
+
+
+class ScoredDataset(NamedTuple):
+    """A dataset on its way back; with `per_token=True` with the generator's tokens and their scores."""
+
+    output: MetagradientOutput
+    tokens: list[list[str]]
+    token_scores: list[Tensor]
+    verified: dict[str, float]
 
 
 class DPGReward:
@@ -151,7 +174,6 @@ class DPGReward:
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
         self._num_verifiable = 0  # calls with verify_steps > 0
-        self._verified: dict[str, float] = {}  # what the last call verified
         # Versions of the student's weights, the metric, and its value there
         self._start: tuple[list[int], Callable, float] | None = None
 
@@ -179,53 +201,26 @@ class DPGReward:
                 A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all
                 scores are equal.
         """
-        per_token = self.inner_loop_config.per_token
-        if per_token and (self.processing_class is None or completion_ids is None):
-            raise ValueError(
-                "The scores of the generator's tokens (per_token=True) need its tokenizer and the ids it sampled: "
-                "give DPGReward the trainer's `processing_class`, and its calls `completion_ids`, as TRL does."
-            )
         started = time.perf_counter()
-        local = [self._example(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        examples = gather_object(local)
-        all_prompts = gather_object(list(prompts))
-        datasets = self._split(all_prompts)
-        outputs = self._score([[examples[row] for row in rows] for rows in datasets])
+        parts = _from_all_ranks(lambda: self._samples(prompts, completions, completion_ids))
+        samples = [sample for part in parts for sample in part]
+        places = self._split([sample.prompt for sample in samples])  # where it raises, it raises on all ranks
+        datasets = [[samples[place] for place in own] for own in places]
+        shares = _from_all_ranks(lambda: self._score(datasets))
+        everyones = {index: dataset for share in shares for index, dataset in share.items()}
+        scored = [everyones[index] for index in range(len(datasets))]
+        self.last_batch = self._batch(samples, places, scored)
 
-        raw = torch.zeros(len(examples), dtype=torch.float64)
-        for rows, output in zip(datasets, outputs, strict=True):
-            raw[rows] = output.scores.double()
-            if self.inner_loop_config.attribution == "dataset":
-                raw[rows] -= output.metric_before
+        raw = self.last_batch.scores
         scale = raw.std(correction=0)
         equal = scale <= 1e-6 * raw.abs().max()  # what is left is rounding
         rewards = torch.zeros_like(raw) if equal else raw / scale
-
-        counts = gather_object([len(local)])
-        first = sum(counts[: PartialState().process_index])
-        mine = slice(first, first + len(local))
-        if per_token:
-            student_tokens: dict[int, Any] = {
-                row: (scores, ends)
-                for rows, output in zip(datasets, outputs, strict=True)
-                for row, scores, ends in zip(rows, output.token_scores, output.token_ends, strict=True)  # type: ignore
-            }
-            tokens, self.last_token_scores = self._align(
-                [student_tokens[row] for row in range(mine.start, mine.stop)],
-                completions,
-                completion_ids,  # type: ignore[arg-type]
-            )
-        self.last_batch = ScoredBatch(
-            prompts=[_text(prompt) for prompt in all_prompts],
-            completions=gather_object([completion_text(completion) for completion in completions]),
-            scores=raw,
-            readout=outputs[0].readout,
-        )
-        if per_token:
-            self.last_batch.tokens = gather_object(tokens)
-            self.last_batch.token_scores = gather_object(self.last_token_scores)
+        first = sum(len(part) for part in parts[: PartialState().process_index])
+        mine = slice(first, first + len(completions))
+        if self.last_batch.token_scores is not None:
+            self.last_token_scores = self.last_batch.token_scores[mine]
         if log_metric is not None:
-            for name, value in self._figures(raw, outputs).items():
+            for name, value in self._figures(raw, scored).items():
                 log_metric(f"dpg/{name}", value)
             log_metric("dpg/seconds", time.perf_counter() - started)
         if log_extra is not None:
@@ -233,6 +228,23 @@ class DPGReward:
             if self.last_token_scores is not None:
                 log_extra("dpg_token_scores", [scores.tolist() for scores in self.last_token_scores])
         return rewards[mine].tolist()
+
+    def _samples(
+        self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
+    ) -> list[Sample]:
+        """This rank's part of the batch."""
+        ids: list[list[int]] = [[]] * len(completions)
+        if self.inner_loop_config.per_token:
+            if self.processing_class is None or completion_ids is None:
+                raise ValueError(
+                    "The scores of the generator's tokens (per_token=True) need its tokenizer and the ids it sampled: "
+                    "give DPGReward the trainer's `processing_class`, and its calls `completion_ids`, as TRL does."
+                )
+            ids = completion_ids
+        return [
+            Sample(prompt, _contents(completion), self._example(prompt, completion), own)
+            for prompt, completion, own in zip(prompts, completions, ids, strict=True)
+        ]
 
     def _example(self, prompt: Text, completion: Text) -> Any:
         if self.train_on == "prompt_completion":
@@ -253,48 +265,44 @@ class DPGReward:
             )
         return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 
-    def _score(self, datasets: list[list]) -> list[MetagradientOutput]:
-        """Every dataset's scores, the datasets shared out over the ranks. An error on one rank is raised on all."""
+    def _score(self, datasets: list[list[Sample]]) -> dict[int, ScoredDataset]:
+        """This rank's share of the datasets, by their index."""
         state = PartialState()
-        outputs: dict[int, MetagradientOutput] = {}
-        verified: dict[str, float] = {}
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
-        error = None
-        try:
-            here, there = self.student.device, state.device
-            if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
-                self.student.to(there)
-            for index in range(state.process_index, len(datasets), state.num_processes):
-                versions = [parameter._version for parameter in self.student.model.parameters()]
-                known = self._start is not None and self._start[:2] == (versions, self.metric)
-                outputs[index] = metagradient(
-                    self.student,
-                    datasets[index],
-                    self.metric,
-                    self.inner_loop_config,
-                    metric_before=self._start[2] if known else None,  # type: ignore[index]
-                )
-                self._start = (versions, self.metric, outputs[index].metric_before)
-                if due and index == 0:
-                    fine_tuning = FineTuning(self.student, datasets[0], self.inner_loop_config)
-                    directions = random_signs(NUM_VERIFIED, len(datasets[0]), self.inner_loop_config.seed)
-                    agreement = predicted_and_actual(fine_tuning, self.metric, outputs[0].scores, directions)
-                    verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
-        except Exception as raised:
-            error = raised
-        errors = gather_object([repr(error) if error is not None else None])
-        if error is not None:
-            raise error
-        for rank, message in enumerate(errors):
-            if message is not None:
-                raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
-        everyones = {index: output for part in gather_object([outputs]) for index, output in part.items()}
-        self._verified = gather_object([verified])[0]  # the first rank has the first dataset
-        return [everyones[index] for index in range(len(datasets))]
+        here, there = self.student.device, state.device
+        if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
+            self.student.to(there)
+        mine = range(state.process_index, len(datasets), state.num_processes)
+        return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
+
+    def _score_dataset(self, samples: list[Sample], verify: bool) -> ScoredDataset:
+        examples = [sample.example for sample in samples]
+        versions = [parameter._version for parameter in self.student.model.parameters()]
+        known = self._start is not None and self._start[:2] == (versions, self.metric)
+        output = metagradient(
+            self.student,
+            examples,
+            self.metric,
+            self.inner_loop_config,
+            metric_before=self._start[2] if known else None,  # type: ignore[index]
+        )
+        self._start = (versions, self.metric, output.metric_before)
+        tokens: list[list[str]] = []
+        token_scores: list[Tensor] = []
+        verified = {}
+        if self.inner_loop_config.per_token:
+            tokens, token_scores = self._align(samples, output.token_scores, output.token_ends)  # type: ignore[arg-type]
+            output = replace(output, token_scores=None, token_ends=None)  # large, and not needed any more
+        if verify:
+            fine_tuning = FineTuning(self.student, examples, self.inner_loop_config)
+            directions = random_signs(NUM_VERIFIED, len(examples), self.inner_loop_config.seed)
+            agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
+            verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
+        return ScoredDataset(output, tokens, token_scores, verified)
 
     def _align(
-        self, student_tokens: list[tuple[Tensor, np.ndarray]], completions: list[Text], completion_ids: list[list[int]]
+        self, samples: list[Sample], student_scores: Tensor, student_ends: list[np.ndarray]
     ) -> tuple[list[list[str]], list[Tensor]]:
         """
         The student's tokens' scores (padded) and ends, as the generator's tokens and their scores `[C]`.
@@ -306,18 +314,37 @@ class DPGReward:
             self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
         special = self._token_bytes.special
         tokens, target_ends = [], []
-        for completion, ids in zip(completions, completion_ids, strict=True):
-            text, ends = decode_with_ends(ids, self._token_bytes)
+        for sample in samples:
+            text, ends = decode_with_ends(sample.ids, self._token_bytes)
             last = ends.astype(int).tolist()
-            spans = zip(ids, [0, *last], last, strict=False)
+            spans = zip(sample.ids, [0, *last], last, strict=False)
             tokens.append([special[token] if token in special else text[first:end] for token, first, end in spans])
-            contents = [completion] if isinstance(completion, str) else [message_text(part) for part in completion]
-            target_ends.append(translate(ends, text, contents))
-        scores = [padded[: len(ends)] for padded, ends in student_tokens]
-        return tokens, redistribute(scores, [ends for _, ends in student_tokens], target_ends)
+            target_ends.append(translate(ends, text, sample.contents))
+        scores = [padded[: len(ends)] for padded, ends in zip(student_scores, student_ends, strict=True)]
+        received = redistribute(scores, student_ends, target_ends)
+        return tokens, [row.clone() for row in received]  # a part of a tensor would be sent with all of it
 
-    def _figures(self, raw: Tensor, outputs: list[MetagradientOutput]) -> dict[str, float]:
+    def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
+        """All datasets together, in the order of the completions."""
+        scores = torch.zeros(len(samples), dtype=torch.float64)
+        for own, dataset in zip(places, scored, strict=True):
+            scores[own] = dataset.output.scores.double()
+            if self.inner_loop_config.attribution == "dataset":
+                scores[own] -= dataset.output.metric_before
+        batch = ScoredBatch(
+            prompts=[_text(sample.prompt) for sample in samples],
+            completions=["".join(sample.contents) for sample in samples],
+            scores=scores,
+            readout=scored[0].output.readout,
+        )
+        if self.inner_loop_config.per_token:
+            batch.tokens = _in_order(places, [dataset.tokens for dataset in scored])
+            batch.token_scores = _in_order(places, [dataset.token_scores for dataset in scored])
+        return batch
+
+    def _figures(self, raw: Tensor, scored: list[ScoredDataset]) -> dict[str, float]:
         """What is logged; figures of several datasets are averaged."""
+        outputs = [dataset.output for dataset in scored]
 
         def mean(values):
             return sum(values) / len(outputs)
@@ -339,8 +366,35 @@ class DPGReward:
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:
             figures[name] = mean(output.proxies[name] for output in outputs)
-        return figures | self._verified
+        return figures | scored[0].verified
 
 
 def _text(prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message_text(message) for message in prompt)
+
+
+def _contents(completion: Text) -> list[str]:
+    return [completion] if isinstance(completion, str) else [message_text(message) for message in completion]
+
+
+def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
+    """What belongs to the samples of each dataset, in the batch's order."""
+    by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
+    return [by_place[place] for place in range(len(by_place))]
+
+
+def _from_all_ranks(function: Callable[[], T]) -> list[T]:
+    """What a function returns on each rank. An error on one rank is raised on all: none waits for another."""
+    result: Any = None
+    error = None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    answers = gather_object([(result, None if error is None else repr(error))])
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(answers):
+        if message is not None:
+            raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
+    return [result for result, _ in answers]
