@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 import yaml
 from accelerate import PartialState
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
-import trl
 import trl_dpg
 from tests.tiny import QUIET, make_model, make_tokenizer, on_two_processes
 from trl_dpg import cli
