@@ -229,14 +229,13 @@ def test_the_batch_reward_of_the_docs_sees_all_ranks(tmp_path):
     alone = scope["novelty"](TEXTS)
     assert results[0]["rewards"] + results[1]["rewards"] == pytest.approx(alone)
     assert [result["first"] for result in results] == [8, 8]
-    assert [result["error"] for result in results] == [
-        "The reward failed on rank 0: ZeroDivisionError('no judge')"
-    ] * 2
+    assert {result["error"] for result in results} == {"The reward failed on rank 0: ZeroDivisionError('no judge')"}
 
 
 def on_a_rank(folder):
     """What each rank of the test above does: slices of different sizes, and an error on rank 0."""
-    rank = PartialState(cpu=True).process_index
+    state = PartialState(cpu=True)
+    rank = state.process_index
     novelty, _, on_first_rank = blocks("batch_rewards.md", "python")
     scope = {}
     exec(novelty, scope)
@@ -251,6 +250,8 @@ def on_a_rank(folder):
         scope["on_first_rank"](judge)
     results["error"] = str(raised.value)
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    state.wait_for_everyone()  # a rank that leaves early cuts the other off
+    state.destroy_process_group()
 
 
 # -- recipes and commands ---------------------------------------------------------------------------------------------
@@ -274,7 +275,7 @@ def read(argv, monkeypatch):
 
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
-    """A page's blocks are one recipe, one after the other; the whole of it, and nothing else, is known to the parser."""
+    """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
     assert pages_with("yaml") == ["training.md"]
     settings = yaml.safe_load("\n".join(blocks("training.md", "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))
