@@ -81,7 +81,8 @@ class DPGTrainer(GRPOTrainer):
         "citation": textwrap.dedent("""\
             @article{thrush2026synthetic,
                 title   = {{Synthetic Data for any Differentiable Target}},
-                author  = {Tristan Thrush and others},
+                author  = {Tristan Thrush and Sung Min Park and Herman Brunborg and Luke Bailey and Marcel Roed and
+                           Neil Band and Christopher Potts and Tatsunori Hashimoto},
                 year    = 2026,
                 eprint  = {arXiv:2604.08423},
             }"""),
