@@ -13,3 +13,6 @@ for line in [*project["dependencies"], *(line for extra in extras for line in ex
     for specifier in requirement.specifier:
         if specifier.operator == ">=":
             print(f"{requirement.name}=={specifier.version}")
+
+# datasets' own lower bound. Newer versions need NumPy 2 when they are imported, but do not declare it.
+print("pyarrow==21.0.0")
