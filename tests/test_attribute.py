@@ -203,7 +203,8 @@ def test_one_chunk_is_scored_in_a_second_order_to_tell_how_much_is_chance(studen
 
 
 @pytest.mark.parametrize(
-    ("correlation", "repeats", "advice"), [(0.85, 1, ""), (0.2, 1, "--num_repeats 16"), (0.2, 16, "")]
+    ("correlation", "repeats", "advice"),
+    [(0.85, 1, ""), (0.2, 1, "--num_repeats 16"), (0.2, 16, ""), (-1.0, 2, "Raise"), (-0.9, 3, "Raise")],
 )
 def test_a_ranking_that_is_mostly_chance_comes_with_advice(correlation, repeats, advice):
     score = {"rank_correlation": correlation, "num_compared": 256, "min": -1.0, "max": 1.0}

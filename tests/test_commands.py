@@ -97,6 +97,32 @@ def test_a_recipe_gives_prompts_and_sampling(world, tmp_path):
     assert '"temperature": 0.5' in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_generation_kwargs_override_the_other_arguments(world, tmp_path):
+    override = ["--temperature", "9", "--generation_kwargs", '{"top_k": 1, "temperature": 0.5, "max_new_tokens": 2}']
+    texts = [generate(world, tmp_path / seed, *override, "--seed", seed)["text"] for seed in ("1", "2")]
+    assert texts[0] == texts[1] and all(len(text.split()) <= 2 for text in texts[0])
+
+
+def test_vllm_samples_with_the_same_arguments(world, tmp_path, monkeypatch):
+    class LLM:
+        def __init__(self, model, **kwargs):
+            assert model == str(world / "generator")
+
+        def generate(self, prompts, parameters):
+            asked.update(parameters)
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=f"{prompt} bu")]) for prompt in prompts]
+
+    asked = {}
+    parameters = SimpleNamespace(StructuredOutputsParams=lambda **kwargs: tuple(kwargs.items()))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=dict))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", parameters)
+    further = '{"top_p": 0.25, "max_tokens": 3, "stop": ["ba"], "structured_outputs": {"regex": "b.*"}}'
+    dataset = generate(world, tmp_path, "--use_vllm", "--top_p", "0.5", "--generation_kwargs", further)
+    assert dataset["text"] == ["ba be bu", "bi bu", "bo ba bu"]
+    expected = {"temperature": 1.0, "top_p": 0.25, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert asked == expected | {"max_tokens": 3, "stop": ["ba"], "structured_outputs": (("regex", "b.*"),)}
+
+
 def test_trl_sft_trains_on_what_was_generated(world, tmp_path):
     generate(world, tmp_path / "data", "--num_samples", "8")
     command = [sys.executable, "-m", "trl.scripts.sft", "--dataset_name", str(tmp_path / "data")]
@@ -144,6 +170,22 @@ def test_empty_samples_are_left_out_and_seeds_that_change_nothing_are_told(world
     assert first["metric"] == second["metric"] and (first["empty"], second["empty"]) == (0, 1)
     printed = capsys.readouterr().out
     assert "holes.jsonl: 1 empty samples were left out" in printed and "the seeds change nothing" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", [], "--datasets: all 2 samples of {!r} are empty."),
+        ("", ["--num_samples", "3"], "--datasets: all 2 samples of {!r} are empty."),
+        ("ba", ["--num_samples", "3"], "--num_samples is 3, but {!r} has 2 samples that are not empty."),
+    ],
+)
+def test_a_dataset_with_too_few_samples_is_named_with_the_flag(text, arguments, message, world, tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": text}) + "\n")
+    with pytest.raises(SystemExit) as raised:
+        evaluate(world, "--datasets", str(data), *arguments)
+    assert raised.value.code == 2 and message.format(str(data)) in capsys.readouterr().err
 
 
 def test_each_seed_draws_its_own_samples(world, tmp_path):

@@ -140,6 +140,12 @@ def tiny_gpt2(tokenizer):
     return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=128))
 
 
+def test_generation_kwargs_override_how_the_final_test_samples(tmp_path):
+    override = ["--temperature", "0.9", "--generation_kwargs", '{"temperature": 0.5, "max_new_tokens": 3}']
+    summary = run(RECIPES / "pattern_67" / "mini.yaml", tmp_path, *override)
+    assert all(len(text) <= 3 for name in ("untrained", "trained") for text in summary[name]["samples"])
+
+
 # -- wrong input -----------------------------------------------------------------------------------------------------
 
 
@@ -290,3 +296,11 @@ def test_generated_texts_are_the_models_own_and_repeat_with_the_seed():
     assert texts[0] == texts[1] != texts[2]
     assert all(set(text.split()) <= set(toy.LANGUAGE_A) for text in texts[0])
     assert model.training
+
+
+def test_gradient_checkpointing_does_not_change_what_is_generated():
+    model, tokenizer = make_model().train(), make_tokenizer()
+    texts = generate_texts(model, tokenizer, ["w1 w2", "w3"], 8)
+    model.gradient_checkpointing_enable()
+    assert generate_texts(model, tokenizer, ["w1 w2", "w3"], 8) == texts
+    assert model.is_gradient_checkpointing and model.training

@@ -8,10 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tests.tiny import FAMILIES, VOCAB, make_model, make_samples, make_tokenizer
+from tests.tiny import FAMILIES, VOCAB, LiveStorages, make_model, make_samples, make_tokenizer
 from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cross_entropy, metagradient
-from trl_dpg.metagradients import inner_loop, reverse
+from trl_dpg.metagradients import memory, reverse, trajectory
+from trl_dpg.metagradients.batches import plan_steps
+from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.metagradients.trajectory import forward_sweep
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
@@ -202,24 +205,24 @@ def test_checkpoints_do_not_change_the_numbers(optimizer, memory_budget):
 
 @pytest.mark.parametrize(("free", "kept"), [(10**12, [9]), (10**5, [3, 3, 3])], ids=["plenty", "scarce"])
 def test_scarce_memory_holds_the_square_root_of_the_states(free, kept, monkeypatch):
-    monkeypatch.setattr(inner_loop, "_free_memory", lambda device: free)
+    monkeypatch.setattr(trajectory, "free_memory", lambda device: free)
     student = Student(make_model(scale=1.0))
     config = InnerLoopConfig(batch_size=2)
-    steps = inner_loop.plan_steps(student, student.tokenize(make_samples(18), 64), config)
-    trajectory = inner_loop.Trajectory(student, steps, torch.ones(18), config)
-    assert [len(stretch.steps) for stretch in trajectory.stretches_backwards()] == kept
+    steps = plan_steps(student, student.tokenize(make_samples(18), 64), config)
+    forwards = forward_sweep(student, steps, torch.ones(18), config)
+    assert [len(stretch.steps) for stretch in forwards.stretches_backwards()] == kept
 
 
 @pytest.mark.parametrize("memory_budget", [1, "auto"])
 def test_no_graph_outlives_its_call(memory_budget, monkeypatch):
     saved = []
-    count = inner_loop._GraphSize._count
+    count = memory.GraphSize._count
 
     def record(self, tensor):
         saved.append(StorageWeakRef(tensor.untyped_storage()))
         return count(self, tensor)
 
-    monkeypatch.setattr(inner_loop._GraphSize, "_count", record)
+    monkeypatch.setattr(memory.GraphSize, "_count", record)
     model = make_model("gpt2", scale=1.0)  # its activation saves what tanh returns
     metagradient(Student(model), SAMPLES, METRIC, InnerLoopConfig(memory_budget=memory_budget))
     weights = {StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()}
@@ -243,19 +246,58 @@ def test_a_bfloat16_base_with_float32_adapters_agrees_with_float32():
 
 
 def test_a_budget_and_micro_batches_bound_what_is_kept():
-    from trl_dpg.metagradients.inner_loop import Trajectory, plan_steps
-
     def kept(budget, samples):
         student = Student(make_model(scale=1.0), make_tokenizer())
         config = InnerLoopConfig(batch_size=8, micro_batch_size=1, memory_budget=budget)
         steps = plan_steps(student, student.tokenize(samples, 64), config)
-        trajectory = Trajectory(student, steps, torch.ones(len(samples)), config)
-        return [len(step.retained) for step in next(trajectory.stretches_backwards()).steps]
+        forwards = forward_sweep(student, steps, torch.ones(len(samples)), config)
+        retained = [step.retained for step in next(forwards.stretches_backwards()).steps]
+        return [sum(part is not None for part in parts) for parts in retained]
 
     assert kept(1, SAMPLES) == [0, 0]  # not one graph fits
     assert kept(10**9, SAMPLES) == [8, 8]
     empty_first = ["", ""] * 4 + ["w1 w2 w3"] * 8
     assert kept(1, empty_first) == [0, 0] and kept(10**9, empty_first) == [0, 8]
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["plain", "gradient_checkpointing"])
+@pytest.mark.parametrize("lengths", [[60, *[6] * 23], [*[6] * 23, 60], [6, 60] * 12], ids=["long", "short", "mixed"])
+def test_a_budget_bounds_the_graphs_of_ragged_batches(lengths, blocks):
+    generator = torch.Generator().manual_seed(0)
+    samples = [{"input_ids": torch.randint(0, VOCAB, (length,), generator=generator).tolist()} for length in lengths]
+    student = Student(make_model(scale=1.0))
+
+    def live(budget):
+        config = InnerLoopConfig(batch_size=1, memory_budget=budget, gradient_checkpointing=blocks)
+        steps = plan_steps(student, student.tokenize(samples, 64), config)
+        with LiveStorages() as storages:
+            forwards = forward_sweep(student, steps, torch.ones(len(samples)), config)
+        assert len(forwards.losses) == len(lengths)
+        return storages.live()
+
+    states = live(0)
+    everything = live(10**9) - states
+    for share in (0.1, 0.4, 0.8):
+        kept = live(int(share * everything)) - states
+        assert 0.5 * share * everything < kept < share * everything, share
+
+
+def test_a_fine_tuning_that_is_not_reversed_keeps_no_states():
+    student = Student(make_model(scale=1.0))
+    size = student.initial_theta().nbytes
+    config = InnerLoopConfig(batch_size=1)
+
+    def peak(num_samples):
+        fine_tuning = FineTuning(student, SAMPLES[:1] * num_samples, config)
+        with LiveStorages() as storages:
+            fine_tuning.theta(torch.ones(num_samples))
+        return storages.peak
+
+    assert peak(16) - peak(4) < 2 * size
+    naive = InnerLoopConfig(batch_size=1, attribution="dataset")
+    with LiveStorages() as storages:
+        metagradient(student, SAMPLES[:1] * 16, METRIC, naive)
+    assert storages.peak - peak(4) < 8 * size
 
 
 def test_finite_differences_of_half_precision_parameters_raise():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 
 from tests.tiny import make_model, make_samples, make_tokenizer
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
@@ -239,3 +240,13 @@ def test_a_finetuned_student_writes_greedily_under_its_own_weights():
     assert text == student.processing_class.decode(expected, skip_special_tokens=True)
     assert other.generate("w1 w2", max_new_tokens=5) != text
     assert isinstance(other.generate(""), str)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules=["q_proj"])], ids=["full", "lora"])
+def test_a_finetuned_student_with_gradient_checkpointing_writes_the_same(peft_config):
+    student = Student(make_model(), make_tokenizer(), peft_config=peft_config)
+    finetuned = FinetunedStudent(student, student.initial_theta(), student.initial_theta())
+    text = finetuned.generate("w1 w2", max_new_tokens=8)
+    student.model.gradient_checkpointing_enable()
+    assert finetuned.generate("w1 w2", max_new_tokens=8) == text
+    assert student.model.is_gradient_checkpointing

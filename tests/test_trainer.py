@@ -163,6 +163,15 @@ def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
     assert "`LlamaForCausalLM`" in card and '"learning_rate": 0.001' in card
 
 
+def test_a_checkpoints_card_shows_the_first_and_the_last_step_that_logged_a_figure(tmp_path):
+    saving = dict(max_steps=4, verify_steps=2, save_strategy="steps", save_steps=2)
+    logs = train_logs(make_trainer(config(tmp_path, **saving)))
+    assert ["dpg/verify/pearson" in log for log in logs] == [True, False, True, False]
+    card = (tmp_path / "README.md").read_text()
+    for name, last in (("perplexity", 3), ("verify/pearson", 2)):
+        assert f"| {name} | {logs[0][f'dpg/{name}']:.5g} | {logs[last][f'dpg/{name}']:.5g} |" in card
+
+
 def test_yaml_and_flags_reach_the_inner_loop(tmp_path):
     (tmp_path / "run.yaml").write_text(
         f"output_dir: {tmp_path}\nstudent_learning_rate: 5.0e-6\nstudent_eps_root: 1.0e-9\nstudent_optimizer: sgd\n"

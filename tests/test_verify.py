@@ -87,11 +87,12 @@ class Thetas:
         return torch.tensor(self.function(weights[0].item()))
 
 
-def test_metasmoothness_is_the_share_of_movement_that_goes_on():
+def test_metasmoothness_weighs_agreeing_signs_by_the_whole_movement():
     # From 1 on, in steps of 0.1: one parameter moves by 3 and by 1, one by 2 and by -5, one by -1 and by -1
     path = {1.0: [0.0, 0.0, 0.0], 1.1: [3.0, 2.0, -1.0], 1.2: [4.0, -3.0, -2.0]}
+    # From beginning to end they move by 4, 3 and 2; the second turned back
     v = torch.tensor([[1.0]])
-    assert metasmoothness(Thetas(lambda w: path[round(w, 3)]), v, 0.1) == pytest.approx((3 - 2 + 1) / 6)
+    assert metasmoothness(Thetas(lambda w: path[round(w, 3)]), v, 0.1) == pytest.approx((4 - 3 + 2) / 9)
     assert metasmoothness(Thetas(lambda w: [w**2]), v, 0.1) == 1
     assert np.isnan(metasmoothness(Thetas(lambda w: [0.0]), v, 0.1))
 

@@ -5,6 +5,9 @@ import sys
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -91,3 +94,32 @@ def on_two_processes(module, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command = [sys.executable, "-m", *launcher, module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+class LiveStorages(TorchDispatchMode):
+    """
+    Counts the bytes of all tensors that were made inside of it and still exist.
+
+    Attributes:
+        peak (`int`): The most there were, looked at after every 20th operation.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.operations = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.storages[StorageWeakRef(storage)] = storage.nbytes()
+        self.operations += 1
+        if self.operations % 20 == 0:
+            self.peak = max(self.peak, self.live())
+        return result
+
+    def live(self):
+        self.storages = {reference: size for reference, size in self.storages.items() if not reference.expired()}
+        return sum(self.storages.values())

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
+from trl.models.utils import disable_gradient_checkpointing
 
 from .alignment import completion_text
 from .metagradients import InnerLoopConfig
@@ -160,6 +161,7 @@ def generate_texts(
     batch_size: int = 256,
     seed: int = 42,
     chat_template_kwargs: dict[str, Any] | None = None,
+    generation_kwargs: dict[str, Any] | None = None,
     **sampling: Any,
 ) -> list[str]:
     """
@@ -180,12 +182,16 @@ def generate_texts(
             Seed of the sampling.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
             For conversations.
+        generation_kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `generate`; as in TRL, they override all others.
         sampling:
             Arguments of `generate`; without any, the model's distribution itself (temperature 1).
     """
     set_seed(seed)
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
     sampling = {"do_sample": True, **plain} | sampling  # whatever the model's own generation config says
+    sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": processing_class.pad_token_id}
+    sampling |= generation_kwargs or {}
     texts = []
     for first in range(0, len(prompts), batch_size):
         batch = [
@@ -204,9 +210,8 @@ def generate_texts(
             return_token_type_ids=False,
             add_special_tokens=isinstance(prompts[first], str),
         ).to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, pad_token_id=processing_class.pad_token_id, **sampling
-        )
+        with disable_gradient_checkpointing(model):  # in train mode, its layers are given no past
+            output = model.generate(**inputs, **sampling)
         texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
     return texts
 

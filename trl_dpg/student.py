@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_bitsandbytes_available
+from trl.models.utils import disable_gradient_checkpointing
 
 from .alignment import ends_from_offsets, message_text, translate
 from .cross_entropy import linear_cross_entropy
@@ -667,7 +668,8 @@ class FinetunedStudent:
             tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ]
         inputs = torch.tensor([ids], device=self.device)
-        with self.student.train_mode():
+        # In train mode, layers with gradient checkpointing are given no past
+        with self.student.train_mode(), disable_gradient_checkpointing(self.student.model):
             output = self.student.run(
                 self.parameters,
                 lambda model: model.generate(  # type: ignore[operator]

@@ -184,13 +184,14 @@ class DPGTrainer(GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _results(self) -> list[tuple[str, float, float]]:
-        """The metric and its proxies in the first and the last logged step."""
-        logged = [logs for logs in self.state.log_history if "dpg/metric_after" in logs]
+        """The metric and its proxies in the first and the last step that logged them; not every step verifies."""
         apart = ("dpg/score/", "dpg/student_loss/", "dpg/seconds", "dpg/num_", "dpg/predicted")
-        names = [
-            name for name in (logged[0] if logged else {}) if name.startswith("dpg/") and not name.startswith(apart)
-        ]
-        return [(name.removeprefix("dpg/"), logged[0][name], logged[-1][name]) for name in names]
+        logged: dict[str, list[float]] = {}
+        for logs in self.state.log_history:
+            for name, value in logs.items():
+                if name.startswith("dpg/") and not name.startswith(apart):
+                    logged.setdefault(name.removeprefix("dpg/"), []).append(value)
+        return [(name, values[0], values[-1]) for name, values in logged.items()]
 
     def create_model_card(self, *args, **kwargs):
         """TRL's model card, and what the generator was trained for: metric, student and inner loop."""

@@ -9,8 +9,7 @@ moved a little, the student is fine-tuned with the new weights, and the metric �
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .metagradients import InnerLoopConfig, metagradient
-from .metagradients.inner_loop import Trajectory, micro_batch_gradient, plan_steps
-from .metagradients.layers import lean_layers
+from .metagradients.batches import plan_steps
+from .metagradients.fine_tuning import FineTuning
+from .metagradients.gradient import micro_batch_gradient
 from .student import Examples, FinetunedStudent, Student, _bnb_modules
 
 
@@ -31,46 +31,6 @@ float32's rounding is far smaller than the change of Φ.
 """
 NUM_GROUPS = 16
 """Groups of samples whose gradients are compared for the gradient noise."""
-
-
-class FineTuning:
-    """
-    The student's fine-tuning as a function of the data weights: w ↦ θ_T(w), and w ↦ Φ(θ_T(w)).
-
-    The forward sweep of [`metagradient`] and no more: its order, kernels and arithmetic, so that at w = 1 Φ is
-    `metric_after` to the last digit.
-
-    Args:
-        student (`Student`): The student at its start.
-        examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): N samples.
-        config (`InnerLoopConfig`): The inner loop.
-    """
-
-    def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
-        self.student = student
-        self.config = replace(config, memory_budget=0)  # no graphs are kept
-        self.tokenized = student.tokenize(examples, config.max_length)
-        self._steps = plan_steps(student, self.tokenized, config)
-
-    @contextmanager
-    def sweeping(self) -> Iterator[None]:
-        """The modes and layers of the forward sweep."""
-        layers = lean_layers(self.student.model) if self.config.differentiates_twice else nullcontext()
-        autocast = torch.autocast(self.student.device.type, enabled=False)
-        with self.student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast, layers:
-            yield
-
-    def theta(self, weights: Tensor) -> Tensor:
-        """θ_T(w) of shape `[P]`, from w of shape `[N]`."""
-        weights = weights.to(self.student.device, self.student.accumulator_dtype)
-        with self.sweeping():
-            return Trajectory(self.student, self._steps, weights, self.config).theta
-
-    def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
-        """Φ(θ_T(w)), from w of shape `[N]`."""
-        finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
-        with self.student.train_mode(), torch.no_grad(), torch.autocast(self.student.device.type, enabled=False):
-            return finetuned.evaluate(metric)[0].item()
 
 
 def random_signs(num_directions: int, num_samples: int, seed: int) -> Tensor:
@@ -132,11 +92,11 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
     Empirical metasmoothness of the fine-tuning (Engstrom et al., arXiv 2503.13751, Def. 2), averaged over directions.
 
     Along a direction v, starting from w = 1, take two steps of length h one after the other. Each moves the fine-tuned
-    parameters, by Δ = θ_T(w + h v) - θ_T(w) and by Δ' = θ_T(w + 2h v) - θ_T(w + h v). A smooth fine-tuning goes on in
-    the direction it took, so that the signs agree, parameter by parameter; a rough one tosses coins. Parameters count
-    by how much they moved:
+    parameters, by Δ = θ_T(w + h v) - θ_T(w) and by Δ' = θ_T(w + 2h v) - θ_T(w + h v). If the fine-tuning is smooth, a
+    parameter moves in the same direction both times; if it is rough, the two directions have nothing to do with each
+    other. Parameters are weighted by how far both steps together moved them, |θ_T(w + 2h v) - θ_T(w)|:
 
-        S = Σ_p |Δ_p| sign(Δ_p) sign(Δ'_p) / Σ_p |Δ_p|        in [-1, 1]; 1 is smooth
+        S = Σ_p |Δ_p + Δ'_p| sign(Δ_p) sign(Δ'_p) / Σ_p |Δ_p + Δ'_p|        in [-1, 1]; 1 is smooth
 
     One step of AdamW or SGD (T = 1) has S = 1, up to rounding: it is monotone in the gradient, which is linear in
     w. `nan` if nothing moves or a parameter is not finite. Takes 1 + 2K forward sweeps.
@@ -151,7 +111,8 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
     for v in directions:
         middle, end = (fine_tuning.theta(1 + steps * step * v) for steps in (1, 2))
         first, second = middle - start, end - middle
-        total += (first * second.sign()).sum().div(first.abs().sum()).item()
+        moved = (end - start).abs()
+        total += (moved * first.sign() * second.sign()).sum().div(moved.sum()).item()
     return total / len(directions)
 
 
@@ -182,7 +143,7 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
         fine_tuning (`FineTuning`): The student's fine-tuning; needs at least 2 samples with a supervised token.
     """
     student, config = fine_tuning.student, fine_tuning.config
-    examples = [example for example in fine_tuning.tokenized if example.num_supervised]
+    examples = [example for example in fine_tuning.samples if example.num_supervised]
     if len(examples) < 2:
         raise ValueError(f"Gradient noise needs two samples with a token to learn from, got {len(examples)}.")
     size = max(1, len(examples) // NUM_GROUPS)
@@ -392,7 +353,7 @@ def verify(
         raise ValueError(f"step must lie between 0 and 0.5 (weights stay positive), got {step}.")
     started = time.perf_counter()
     fine_tuning = FineTuning(student, examples, config)
-    num_samples = len(fine_tuning.tokenized)
+    num_samples = len(fine_tuning.samples)
     noise = gradient_noise(fine_tuning)
     result = Verification(noise_scale=noise.noise_scale, mean_square_gradient=noise.mean_square)
     advice = _advice(config, noise, num_samples)

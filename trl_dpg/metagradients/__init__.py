@@ -1,4 +1,4 @@
-from .inner_loop import InnerLoopConfig
+from .config import InnerLoopConfig
 from .metagradient import MetagradientOutput, metagradient
 
 

@@ -1,7 +1,6 @@
 """`metagradient`: how much each sample of a dataset moves a metric of the student fine-tuned on it."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..metrics.base import Metric
-from ..student import Examples, FinetunedStudent, Student
-from .inner_loop import InnerLoopConfig, Trajectory, plan_steps
-from .layers import lean_layers
+from ..student import Examples, FinetunedStudent, Student, TokenizedExample
+from .config import InnerLoopConfig
+from .fine_tuning import FineTuning
 from .reverse import reverse_sweep
 
 
@@ -37,16 +36,13 @@ class MetagradientOutput:
             ∂Φ/∂w_i in the order of the samples, float32 on the CPU. 0 for samples without a supervised token.
         token_scores (`torch.Tensor` of shape `[N, L]` or `None`):
             ∂Φ/∂w_{i,k}, at the position of the token that is predicted; rows sum to `scores`. With `per_token=True`.
-        token_ends (`list[np.ndarray]` or `None`):
-            With `token_scores`, where each of a sample's tokens ends in its text (or its completion's), in characters;
-            see `trl_dpg.alignment`. `None` for samples that are token ids, and with a slow tokenizer.
         metric_before (`float`): Φ of the student at its start.
         metric_after (`float`): Φ of the fine-tuned student.
         losses (`torch.Tensor` of shape `[T]`): Training loss of each student step, in nats, float32 on the CPU.
+        samples (`list[TokenizedExample]`): The N samples as the student read them: token ids, labels, and whether they
+            were cut off; with `token_scores`, also where each token ends in the text.
         proxies (`dict[str, float]`): Readable figures of the metric on the fine-tuned student, e.g. `pixel_accuracy`.
         readout (`dict[str, Any]`): What the metric reads in the fine-tuned student, e.g. `picture`.
-        num_truncated (`int`): Samples that were cut off at `max_length`.
-        num_empty (`int`): Samples without a supervised token; they train nothing.
     """
 
     scores: Tensor
@@ -54,11 +50,27 @@ class MetagradientOutput:
     metric_before: float
     metric_after: float
     losses: Tensor
+    samples: list[TokenizedExample]
     proxies: dict[str, float] = field(default_factory=dict)
-    num_truncated: int = 0
-    num_empty: int = 0
-    token_ends: list[np.ndarray | None] | None = None
     readout: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_truncated(self) -> int:
+        """Samples that were cut off at `max_length`."""
+        return sum(sample.truncated for sample in self.samples)
+
+    @property
+    def num_empty(self) -> int:
+        """Samples without a supervised token; they train nothing."""
+        return sum(sample.num_supervised == 0 for sample in self.samples)
+
+    @property
+    def token_ends(self) -> list[np.ndarray | None] | None:
+        """
+        With `token_scores`, where each of a sample's tokens ends in its text (or its completion's), in characters; see
+        `trl_dpg.alignment`. `None` for samples that are token ids, and with a slow tokenizer.
+        """
+        return None if self.token_scores is None else [sample.ends for sample in self.samples]
 
 
 def metagradient(
@@ -102,45 +114,30 @@ def metagradient(
     """
     config = config or InnerLoopConfig()
     _check_attention(student, config)
-    tokenized = student.tokenize(examples, config.max_length, return_ends=config.per_token)
-    num_truncated = sum(example.truncated for example in tokenized)
-    num_empty = sum(example.num_supervised == 0 for example in tokenized)
-    if num_truncated:
+    fine_tuning = FineTuning(student, examples, config)
+    samples = fine_tuning.samples
+    if any(sample.truncated for sample in samples):
         logger.warning_once(
             f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
             "were cut off. This is said once; they are counted in `num_truncated`."
         )
-    if num_empty == len(tokenized):
+    if not any(sample.num_supervised for sample in samples):
         raise ValueError(
-            f"None of the {len(tokenized)} samples has a token to learn from: all are empty, or too short for a "
+            f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short for a "
             "loss. Check the generator's completions and the student's tokenizer."
         )
-    data_weights = _check_weights(weights, len(tokenized)).to(student.device, student.accumulator_dtype)
+    data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
+    attribute = config.attribution == "metagradient"
 
-    # Whatever the caller's modes: gradients on, and no automatic casts.
-    autocast = torch.autocast(student.device.type, enabled=False)
-
-    def layers():
-        return lean_layers(student.model) if config.differentiates_twice else nullcontext()
-
-    with student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
+    with fine_tuning.modes():
         student.verify_quantization()
         if metric_before is None:
             metric_before = _metric_at_start(metric, student)
-        steps = plan_steps(student, tokenized, config)
-        with layers():
-            trajectory = Trajectory(student, steps, data_weights, config)
+        trajectory = fine_tuning.sweep(data_weights, keep_states=attribute)
         losses = trajectory.losses.float().cpu()
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0])
-            raise FloatingPointError(
-                f"The student's training loss is {losses[step]} at step {step + 1} of {len(steps)}. Likely cause: the "
-                f"student's learning rate ({config.learning_rate}) is too high."
-            )
+        _check_losses(losses, config)
 
-        theta = trajectory.theta.requires_grad_()
-        finetuned = FinetunedStudent(student, theta, trajectory.initial_theta)
-        attribute = config.attribution == "metagradient"
+        finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.initial_theta)
         with torch.set_grad_enabled(attribute):
             value, metric_gradient = finetuned.evaluate(metric)
         metric_after = value.item()
@@ -155,36 +152,26 @@ def metagradient(
                 proxies = metric.proxies(finetuned, metric_after)
                 readout = metric.readout(finetuned)
 
-        length = max(len(example.input_ids) for example in tokenized)
-        token_scores = torch.zeros(len(tokenized), length, device=student.device, dtype=student.accumulator_dtype)
         if attribute:
             if metric_gradient is None:
                 raise ValueError(_NO_GRADIENT.format(metric_after))
-            with layers():
+            length = max(len(sample.input_ids) for sample in samples)
+            token_scores = torch.zeros(len(samples), length, device=student.device, dtype=student.accumulator_dtype)
+            with fine_tuning.sweeping():
                 reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
             scores = token_scores.sum(dim=1).float().cpu()
+            _check_scores(scores, fine_tuning)
         else:
-            scores = torch.full((len(tokenized),), metric_after)
-
-    if not scores.isfinite().all():
-        bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
-        raise FloatingPointError(
-            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. "
-            f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
-            f"rate ({config.learning_rate}) is too high."
-        )
+            scores = torch.full((len(samples),), metric_after)
     return MetagradientOutput(
         scores=scores,
         token_scores=token_scores.float().cpu() if config.per_token and attribute else None,
         metric_before=metric_before,
         metric_after=metric_after,
         losses=losses,
+        samples=samples,
         proxies=proxies,
         readout=readout,
-        num_truncated=num_truncated,
-        num_empty=num_empty,
-        token_ends=[example.ends for example in tokenized] if config.per_token and attribute else None,
     )
 
 
@@ -237,3 +224,24 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
             "usual cause: add a small constant inside it."
         )
     return value.item()
+
+
+def _check_losses(losses: Tensor, config: InnerLoopConfig) -> None:
+    if not losses.isfinite().all():
+        step = int((~losses.isfinite()).nonzero()[0])
+        raise FloatingPointError(
+            f"The student's training loss is {losses[step]} at step {step + 1} of {len(losses)}. Likely cause: the "
+            f"student's learning rate ({config.learning_rate}) is too high."
+        )
+
+
+def _check_scores(scores: Tensor, fine_tuning: FineTuning) -> None:
+    if not scores.isfinite().all():
+        steps, config = fine_tuning.steps, fine_tuning.config
+        bad = (~scores.isfinite()).nonzero().flatten().tolist()
+        first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
+        raise FloatingPointError(
+            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. "
+            f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
+            f"rate ({config.learning_rate}) is too high."
+        )

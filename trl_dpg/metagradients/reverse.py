@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ..student import Student
-from .inner_loop import Gradient, InnerLoopConfig, MicroBatch, Trajectory, micro_batch_gradient
+from .batches import MicroBatch
+from .config import InnerLoopConfig
+from .gradient import Gradient, micro_batch_gradient
 from .optimizers import clip, clip_vjp
+from .trajectory import Trajectory
 
 
 def reverse_sweep(
@@ -46,32 +49,30 @@ def reverse_sweep(
         while stretch.steps:
             t = stretch.first + len(stretch.steps) - 1
             step = stretch.steps.pop()
-            theta, state, gradient = map(trajectory.get, (step.theta, step.state, step.gradient))
+            theta, state, gradient = map(trajectory.loop.get, (step.theta, step.state, step.gradient))
             u = gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm)
             state_bar = optimizer.vjp(u, state, next_state, step.lr, theta_bar, state_bar, out=u)
             if config.max_grad_norm is not None:
                 clip_vjp(gradient, config.max_grad_norm, u)
             u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
+                retained = step.retained.pop(0)
                 token_bar: Tensor | None
                 if config.hvp == "finite_difference":
                     token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
                 else:
-                    if step.retained:
-                        part = step.retained.pop(0)
-                    else:
-                        part = micro_batch_gradient(
-                            student,
-                            theta,
-                            micro_batch,
-                            weights,
-                            config,
-                            differentiable=True,
-                            through_theta=t > 0,
-                            skip_values=True,
-                        )
+                    part = retained or micro_batch_gradient(
+                        student,
+                        theta,
+                        micro_batch,
+                        weights,
+                        config,
+                        differentiable=True,
+                        through_theta=t > 0,
+                        skip_values=True,
+                    )
                     token_bar, products = _pull_back(student, part, u_parts, through_theta=t > 0)
-                    del part  # frees its graph
+                    del part, retained  # frees its graph
                 if token_bar is not None:
                     token_scores[micro_batch.rows, micro_batch.columns] += token_bar
                 for bar, product in zip(theta_bar_parts, products, strict=False):

@@ -457,7 +457,8 @@ def chance(figures: dict[str, Any]) -> str:
     text = f"Rank correlation of {figures['score']['num_compared']} scores in two random orders: {correlation:.2f}."
     if figures["num_chunks"] == repeats:
         text += " (They are one chunk, the same company in both.)"
-    reliability = repeats * correlation / (1 + (repeats - 1) * correlation)  # of a mean, Spearman-Brown
+    agreement = max(correlation, 0.0)  # scores that disagree are no more reliable than those of chance
+    reliability = repeats * agreement / (1 + (repeats - 1) * agreement)  # of a mean, Spearman-Brown
     if reliability >= RELIABLE:
         return text
     text += "\nMuch of the ranking is chance. Raise --student_eps_root or --student_batch_size (docs/attribution.md)"

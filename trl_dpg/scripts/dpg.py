@@ -208,8 +208,8 @@ def sample(trainer, prompts) -> list[str]:
         args.max_completion_length,
         seed=args.seed,
         chat_template_kwargs=args.chat_template_kwargs,
+        generation_kwargs=args.generation_kwargs,
         **{name: vars(args)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
-        **args.generation_kwargs or {},
     )
 
 

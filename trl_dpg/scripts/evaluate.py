@@ -105,10 +105,12 @@ def compare(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
             )
         datasets[name] = without_empty(dataset)
         empty[name] = len(dataset) - len(datasets[name])
-        size = script_args.num_samples or 1
-        if len(datasets[name]) < size:
+        size = len(datasets[name])
+        if size == 0:
+            raise UsageError(f"--datasets: all {len(dataset)} samples of {name!r} are empty.")
+        if script_args.num_samples is not None and size < script_args.num_samples:
             raise UsageError(
-                f"--num_samples is {size}, but {name!r} has {len(datasets[name])} samples that are not empty."
+                f"--num_samples is {script_args.num_samples}, but {name!r} has {size} samples that are not empty."
             )
 
     runs: dict[str, list[dict]] = {name: [] for name in datasets}

@@ -116,26 +116,7 @@ def main(script_args: GenerateArguments) -> None:
 def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
     """A text for each prompt."""
     if script_args.use_vllm:
-        one_process("generate", "vLLM finds the GPUs itself.")
-        try:
-            from vllm import LLM, SamplingParams
-        except ModuleNotFoundError as missing:
-            raise UsageError("--use_vllm needs vLLM: pip install vllm.") from missing
-        sampling = script_args.sampling()
-        sampling |= {"top_k": sampling["top_k"] or -1, "min_p": sampling["min_p"] or 0.0}  # vLLM's words for all
-        llm = LLM(
-            script_args.model_name_or_path,
-            dtype=script_args.dtype or "auto",
-            seed=script_args.seed,
-            **script_args.hub_kwargs(),
-        )
-        parameters = SamplingParams(max_tokens=script_args.max_completion_length, **sampling)
-        if isinstance(prompts[0], str):
-            outputs = llm.generate(prompts, parameters)
-        else:
-            outputs = llm.chat(prompts, parameters, chat_template_kwargs=script_args.chat_template_kwargs)
-        return [output.outputs[0].text for output in outputs]
-
+        return sample_by_vllm(script_args, prompts)
     import torch
     from accelerate.utils import gather_object
 
@@ -143,6 +124,33 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
     with torch.inference_mode(), state.split_between_processes(prompts) as mine:
         texts = script_args.complete(mine, script_args.seed + state.process_index, script_args.batch_size)
     return gather_object(texts)
+
+
+def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
+    one_process("generate", "vLLM finds the GPUs itself.")
+    try:
+        from vllm import LLM, SamplingParams
+    except ModuleNotFoundError as missing:
+        raise UsageError("--use_vllm needs vLLM: pip install vllm.") from missing
+    sampling = {"max_tokens": script_args.max_completion_length} | script_args.sampling()
+    sampling |= {"top_k": sampling["top_k"] or -1, "min_p": sampling["min_p"] or 0.0}  # vLLM's words for all
+    sampling |= script_args.generation_kwargs or {}  # type: ignore[arg-type]  # a dict once parsed
+    if isinstance(structure := sampling.get("structured_outputs"), dict):
+        from vllm.sampling_params import StructuredOutputsParams
+
+        sampling["structured_outputs"] = StructuredOutputsParams(**structure)
+    parameters = SamplingParams(**sampling)
+    llm = LLM(
+        script_args.model_name_or_path,
+        dtype=script_args.dtype or "auto",
+        seed=script_args.seed,
+        **script_args.hub_kwargs(),
+    )
+    if isinstance(prompts[0], str):
+        outputs = llm.generate(prompts, parameters)
+    else:
+        outputs = llm.chat(prompts, parameters, chat_template_kwargs=script_args.chat_template_kwargs)
+    return [output.outputs[0].text for output in outputs]
 
 
 def dataset_card(script_args: GenerateArguments, number: int):

@@ -163,7 +163,8 @@ class GeneratorArguments(PromptArguments):
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
             Above 1, tokens that were there before become less probable.
         generation_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Further arguments of `generate`; JSON on the command line. Not with vLLM.
+            Further arguments of `generate`, or of vLLM's `SamplingParams`; JSON on the command line. They override the
+            other arguments.
         chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
             Of the chat template, for conversations; JSON on the command line.
         train_on (`str`, *optional*, defaults to `"completion"`):
@@ -188,7 +189,7 @@ class GeneratorArguments(PromptArguments):
     min_p: float | None = field(default=None, metadata={"help": "Smallest probability, relative to the largest."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, repetition becomes less probable."})
     generation_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of `generate`, as JSON."}
+        default=None, metadata={"help": "Further arguments of `generate`, which override the others, as JSON."}
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template, as JSON."}
@@ -233,8 +234,8 @@ class GeneratorArguments(PromptArguments):
             batch_size=batch_size,
             seed=seed,
             chat_template_kwargs=self.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            generation_kwargs=self.generation_kwargs,  # type: ignore[arg-type]
             **self.sampling(),
-            **self.generation_kwargs or {},  # type: ignore[arg-type]
         )
 
     def prompts(self, number: int, dataset=None) -> list:

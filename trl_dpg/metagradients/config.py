@@ -1,0 +1,186 @@
+"""`InnerLoopConfig`: how the student is fine-tuned, and how its metric's change is attributed to the samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import SchedulerType, get_scheduler
+
+from .optimizers import Optimizer, adamw, sgd
+
+
+_SCHEDULES = (
+    SchedulerType.CONSTANT,
+    SchedulerType.CONSTANT_WITH_WARMUP,
+    SchedulerType.LINEAR,
+    SchedulerType.COSINE,
+    SchedulerType.COSINE_WITH_RESTARTS,
+    SchedulerType.POLYNOMIAL,
+    SchedulerType.INVERSE_SQRT,
+)
+
+
+@dataclass
+class InnerLoopConfig:
+    """
+    How the student is fine-tuned on a dataset, and how its metric's change is attributed to the samples.
+
+    Args:
+        > Parameters that control the optimizer
+
+        optimizer (`str`, *optional*, defaults to `"adamw"`):
+            `"adamw"` or `"sgd"`, as in `torch.optim`.
+        learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Peak learning rate.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`):
+            AdamW's decay rates of the first and second moment.
+        eps (`float`, *optional*, defaults to `1e-8`):
+            AdamW's epsilon, outside the square root.
+        eps_root (`float`, *optional*, defaults to `1e-9`):
+            Added to AdamW's second moment inside the square root; makes training smooth in the data weights. Too small
+            for the gradients at hand, and the scores become large and useless.
+        weight_decay (`float`, *optional*, defaults to `0.0`):
+            Decoupled for AdamW, added to the gradient for SGD.
+        momentum (`float`, *optional*, defaults to `0.0`):
+            SGD's momentum.
+        max_grad_norm (`float`, *optional*):
+            Clips the norm of each step's gradient.
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            A name of [`~transformers.SchedulerType`] that needs no further arguments.
+        warmup_steps (`int`, *optional*, defaults to `0`):
+            Steps of linear warm-up, for schedules that have one.
+
+        > Parameters that control the data
+
+        batch_size (`int`, *optional*, defaults to `8`):
+            Samples per optimizer step. The last step of an epoch may be smaller.
+        num_epochs (`int`, *optional*, defaults to `1`):
+            Passes over the dataset. A sample's scores in all epochs are summed.
+        shuffle (`bool`, *optional*, defaults to `False`):
+            Draws a new order for every epoch.
+        seed (`int`, *optional*, defaults to `42`):
+            Seed of the order.
+        micro_batch_size (`int`, *optional*):
+            Samples per forward pass. Bounds memory; never changes the numbers beyond rounding.
+        gradient_checkpointing (`bool`, *optional*, defaults to `False`):
+            The student's blocks keep their inputs only and run again in each backward pass. Spares memory in the
+            forward sweep; in the reverse sweep the gradient's own graph holds the blocks' activations all the same.
+            Takes time; never changes the numbers.
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longer samples are cut off, in tokens.
+        loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
+            `"example_tokens"`: mean over a sample's supervised tokens, then over the batch. `"max_length"`: sum over a
+            sample's tokens divided by `max_length`, then mean over the batch (the paper's). `"batch_tokens"`: mean
+            over the supervised tokens of the batch (what [`~trl.SFTTrainer`] does).
+
+        > Parameters that control the attribution
+
+        attribution (`str`, *optional*, defaults to `"metagradient"`):
+            `"metagradient"`: ∂Φ/∂w_i. `"dataset"`: the metric itself for every sample (the paper's naive baseline).
+        per_token (`bool`, *optional*, defaults to `False`):
+            Also return ∂Φ/∂w_{i,k}, the score of each token.
+        memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
+            Bytes for the graphs of the forward sweep that are kept, so that the reverse sweep does not compute them
+            again. Every graph is measured, and dropped if it does not fit. `"auto"`: half of a GPU's free memory, a
+            quarter of the host's, so that there is room for the generator's update. `0`: keep none. Never changes the
+            numbers.
+        checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
+            Steps between the states (parameters and moments) that are kept for the reverse sweep. The steps in
+            between are computed again, one stretch at a time. `"auto"`: 1, every state, if they take less than half
+            of the free memory, otherwise √T, for which 2√T states are held. Never changes the numbers beyond
+            rounding.
+        offload_trajectory (`bool`, *optional*, defaults to `False`):
+            Keep the states in pinned host memory instead of on the student's GPU.
+        hvp (`str`, *optional*, defaults to `"double_backward"`):
+            `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose
+            kernels are not twice differentiable (flash attention, custom kernels); inexact.
+    """
+
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    eps_root: float = 1e-9
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    batch_size: int = 8
+    num_epochs: int = 1
+    shuffle: bool = False
+    seed: int = 42
+    micro_batch_size: int | None = None
+    gradient_checkpointing: bool = False
+    max_length: int = 1024
+    loss_normalization: str = "example_tokens"
+    attribution: str = "metagradient"
+    max_grad_norm: float | None = None
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    per_token: bool = False
+    memory_budget: int | str = "auto"
+    checkpoint_interval: int | str = "auto"
+    offload_trajectory: bool = False
+    hvp: str = "double_backward"
+
+    def __post_init__(self):
+        _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
+        _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
+        _check_choice("attribution", self.attribution, ("metagradient", "dataset"))
+        _check_choice("hvp", self.hvp, ("double_backward", "finite_difference"))
+        if isinstance(self.memory_budget, str):
+            _check_choice("memory_budget", self.memory_budget, ("auto",))
+        elif self.memory_budget < 0:
+            raise ValueError(f"memory_budget must be 'auto' or a number of bytes, got {self.memory_budget}.")
+        else:
+            self.memory_budget = int(self.memory_budget)
+        if isinstance(self.checkpoint_interval, str):
+            _check_choice("checkpoint_interval", self.checkpoint_interval, ("auto",))
+        elif self.checkpoint_interval < 1:
+            raise ValueError(f"checkpoint_interval must be 'auto' or at least 1, got {self.checkpoint_interval}.")
+        else:
+            self.checkpoint_interval = int(self.checkpoint_interval)
+        _check_choice("lr_scheduler_type", self.lr_scheduler_type, [schedule.value for schedule in _SCHEDULES])
+        if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} has no effect on the 'constant' schedule. Use "
+                "lr_scheduler_type='constant_with_warmup'."
+            )
+        for name in ("batch_size", "num_epochs", "max_length"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size must be at least 1 or None, got {self.micro_batch_size}.")
+        for name in ("learning_rate", "eps", "eps_root", "weight_decay", "momentum", "warmup_steps"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name} must not be negative, got {vars(self)[name]}.")
+        if self.optimizer == "adamw" and self.eps == 0 and self.eps_root == 0:
+            raise ValueError("AdamW divides by zero with eps = 0 and eps_root = 0. Set eps_root, e.g. to 1e-9.")
+        if any(not 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be positive or None, got {self.max_grad_norm}.")
+
+    def make_optimizer(self) -> Optimizer:
+        if self.optimizer == "sgd":
+            return sgd(self.momentum, self.weight_decay)
+        return adamw(self.betas, self.eps, self.eps_root, self.weight_decay)
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the reverse sweep differentiates the gradient's graph."""
+        return self.attribution == "metagradient" and self.hvp == "double_backward"
+
+    def learning_rates(self, num_steps: int) -> list[float]:
+        """The learning rate of each of `num_steps` steps, by transformers' own schedule."""
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        scheduler = get_scheduler(self.lr_scheduler_type, dummy, self.warmup_steps, num_steps)
+        rates = []
+        for _ in range(num_steps):
+            rates.append(scheduler.get_last_lr()[0])
+            dummy.step()
+            scheduler.step()
+        return rates
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"Unknown {name} {value!r}. Choose one of: {', '.join(repr(str(c)) for c in choices)}.")

@@ -1,0 +1,70 @@
+"""The student's fine-tuning as a function of the data weights."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..student import Examples, FinetunedStudent, Student
+from .batches import plan_steps
+from .config import InnerLoopConfig
+from .layers import lean_layers
+from .trajectory import Trajectory, forward_sweep
+
+
+class FineTuning:
+    """
+    w ↦ θ_T(w), and w ↦ Φ(θ_T(w)): the student's fine-tuning on a dataset, from its start, with data weights w.
+
+    `metagradient` differentiates it at one w. Whoever wants θ_T or Φ at another w gets them in the same order, by the
+    same kernels and in the same arithmetic.
+
+    Args:
+        student (`Student`): The student at its start.
+        examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): N samples, see [`Student.tokenize`].
+        config (`InnerLoopConfig`): The inner loop.
+
+    Attributes:
+        samples (`list[TokenizedExample]`): The N samples as the student reads them.
+        steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
+    """
+
+    def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
+        self.student, self.config = student, config
+        self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
+        with self.modes():
+            self.steps = plan_steps(student, self.samples, config)
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Whatever the caller's modes: layers in train mode, gradients on, and no automatic casts."""
+        autocast = torch.autocast(self.student.device.type, enabled=False)
+        with self.student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
+            yield
+
+    @contextmanager
+    def sweeping(self) -> Iterator[None]:
+        """The modes, and the layers that both sweeps run."""
+        with self.modes():
+            if self.config.differentiates_twice:
+                with lean_layers(self.student.model):
+                    yield
+            else:
+                yield
+
+    def sweep(self, weights: Tensor, keep_states: bool) -> Trajectory:
+        """The forward sweep at w of shape `[N]`."""
+        weights = weights.to(self.student.device, self.student.accumulator_dtype)
+        with self.sweeping():
+            return forward_sweep(self.student, self.steps, weights, self.config, keep_states)
+
+    def theta(self, weights: Tensor) -> Tensor:
+        """θ_T(w) of shape `[P]`, from w of shape `[N]`."""
+        return self.sweep(weights, keep_states=False).theta
+
+    def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+        """Φ(θ_T(w)), from w of shape `[N]`."""
+        finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
+        with self.modes(), torch.no_grad():
+            return finetuned.evaluate(metric)[0].item()

@@ -1,0 +1,85 @@
+"""The gradient of one micro-batch's weighted loss, with its graph if the reverse sweep will differentiate it."""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..student import Student
+from .batches import MicroBatch
+from .config import InnerLoopConfig
+from .kernels import TwiceDifferentiable
+
+
+class Gradient(NamedTuple):
+    """
+    A micro-batch's contribution to a step's gradient g_t.
+
+    Attributes:
+        loss (`torch.Tensor`): Σ w_{i,k} c_{i,k} ℓ_{i,k}(θ_t), detached.
+        token_losses (`torch.Tensor` of shape `[n]`): ℓ_{i,k}(θ_t), detached.
+        values (`list[torch.Tensor]`): Its gradient in each of the `leaves`, detached; partly left out with
+            `skip_values`.
+        edges (`list[GradientEdge | None]`): Where the values stand in the graph; `None` for constant ones.
+        leaves (`list[torch.Tensor]`): θ_t by parameter.
+        parameters (`dict[str, torch.Tensor]`): The model's weights: the leaves, in the model's dtypes.
+        token_weights (`torch.Tensor` of shape `[n]`): w_{i,k}.
+    """
+
+    loss: Tensor
+    token_losses: Tensor
+    values: list[Tensor]
+    edges: list[GradientEdge | None]
+    leaves: list[Tensor]
+    parameters: dict[str, Tensor]
+    token_weights: Tensor
+
+
+def micro_batch_gradient(
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    weights: Tensor,
+    config: InnerLoopConfig,
+    differentiable: bool = False,
+    through_theta: bool = True,
+    skip_values: bool = False,
+) -> Gradient:
+    """
+    The gradient of a micro-batch's weighted loss at `theta`.
+
+    Args:
+        student (`Student`): Runs the model.
+        theta (`torch.Tensor` of shape `[P]`): Trainable parameters.
+        micro_batch (`MicroBatch`): The samples.
+        weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
+        config (`InnerLoopConfig`): The inner loop.
+        differentiable (`bool`): Keep the graph, so that the result can be differentiated in the token weights.
+        through_theta (`bool`): And in θ.
+        skip_values (`bool`): Leave out values that only take time: the graph is all that is wanted.
+    """
+    leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
+    parameters = student.cast(leaves)
+    token_weights = weights[micro_batch.rows].requires_grad_(differentiable)
+    flags = {"through_theta": through_theta, "skip_values": skip_values}
+
+    def gradient(model):
+        loss, losses = student.loss(model, micro_batch.batch, token_weights * micro_batch.coefficients, **flags)
+        return loss, losses, torch.autograd.grad(loss, leaves, create_graph=differentiable, materialize_grads=True)
+
+    def kernels():
+        return TwiceDifferentiable(**flags) if config.differentiates_twice else nullcontext()
+
+    with student.block_checkpointing(config.gradient_checkpointing, kernels), kernels():
+        loss, losses, values = student.run(parameters, gradient)
+    return Gradient(
+        loss.detach(),
+        losses.detach(),
+        values=[value.detach() for value in values],
+        edges=[get_gradient_edge(value) if value.requires_grad else None for value in values],
+        leaves=leaves,
+        parameters=parameters,
+        token_weights=token_weights,
+    )

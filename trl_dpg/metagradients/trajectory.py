@@ -1,0 +1,236 @@
+"""The forward sweep: fine-tuning the student on the data, one optimizer step after the other."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..student import Student
+from .batches import MicroBatch
+from .config import InnerLoopConfig
+from .gradient import Gradient, micro_batch_gradient
+from .memory import GraphBudget, GraphSize, free_memory, map_state, pinned
+from .optimizers import Optimizer, clip
+
+
+class Step(NamedTuple):
+    """
+    What the reverse sweep needs of one optimizer step.
+
+    Attributes:
+        micro_batches (`list[MicroBatch]`): Its data.
+        theta (`torch.Tensor` of shape `[P]`): θ_t.
+        state (`NamedTuple`): The optimizer's s_t.
+        gradient (`torch.Tensor` of shape `[P]`): g_t, before clipping.
+        lr (`float`): Its learning rate.
+        retained (`list[Gradient | None]`): Each micro-batch's gradient with its graph; `None` if it was not kept.
+    """
+
+    micro_batches: list[MicroBatch]
+    theta: Tensor
+    state: Any
+    gradient: Tensor
+    lr: float
+    retained: list[Gradient | None]
+
+
+class Stretch(NamedTuple):
+    """Consecutive steps of the inner loop from t = `first` on, and where they led: θ, s, and their training losses."""
+
+    first: int
+    steps: list[Step]
+    theta: Tensor
+    state: Any
+    losses: list[Tensor]
+
+
+class Checkpoint(NamedTuple):
+    """The state before a stretch of steps t = `first` ... `end` - 1."""
+
+    first: int
+    end: int
+    theta: Tensor
+    state: Any
+
+
+@dataclass
+class InnerLoop:
+    """
+    The optimizer steps of a fine-tuning, any stretch of which can be run.
+
+    Attributes:
+        student (`Student`): The model at its start; its stored weights are only read.
+        steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
+        weights (`torch.Tensor` of shape `[N]`): Data weights w.
+        config (`InnerLoopConfig`): Optimizer and schedule.
+        optimizer (`Optimizer`): U.
+        rates (`list[float]`): Learning rates of the T steps.
+    """
+
+    student: Student
+    steps: Sequence[list[MicroBatch]]
+    weights: Tensor
+    config: InnerLoopConfig
+    optimizer: Optimizer
+    rates: list[float]
+
+    def run(self, first: int, end: int, theta: Tensor, state: Any, budget: GraphBudget | None) -> Stretch:
+        """
+        Take the steps t = `first` ... `end` - 1.
+
+        Args:
+            first (`int`), end (`int`): Which steps.
+            theta (`torch.Tensor` of shape `[P]`), state: θ and s before them.
+            budget (`GraphBudget`, *optional*): Keep what the reverse sweep needs of the steps, and graphs as far as
+                this goes. `None`: keep nothing.
+        """
+        kept, losses = [], []
+        for t in range(first, end):
+            gradient, loss, retained = self._gradient(t, theta, budget)
+            if budget is not None:
+                step = Step(self.steps[t], theta, state, gradient, self.rates[t], retained)
+                kept.append(step._replace(theta=self.put(theta), state=self.put(state), gradient=self.put(gradient)))
+            losses.append(loss)
+            clip_norm = self.config.max_grad_norm
+            clipped = gradient if clip_norm is None else clip(gradient, clip_norm)
+            theta, state = self.optimizer.update(clipped, state, theta, self.rates[t])
+        return Stretch(first, kept, theta, state, losses)
+
+    def _gradient(
+        self, t: int, theta: Tensor, budget: GraphBudget | None
+    ) -> tuple[Tensor, Tensor, list[Gradient | None]]:
+        """g_t, the training loss, and the micro-batches' graphs as far as they are kept."""
+        gradient, loss, retained = None, theta.new_zeros(()), []
+        for micro_batch in self.steps[t]:
+            arguments = (self.student, theta, micro_batch, self.weights, self.config)
+            keep = False
+            if budget is not None and budget.has_room_for(micro_batch):
+                with GraphSize() as size:
+                    part = micro_batch_gradient(*arguments, differentiable=True, through_theta=t > 0)
+                keep = budget.take(micro_batch, size.bytes(theta, *self.student.model.parameters()))
+            else:
+                part = micro_batch_gradient(*arguments)
+            if gradient is None:
+                gradient = torch.cat([value.flatten() for value in part.values])
+            else:
+                parts = list(self.student.unflatten(gradient, cast=False).values())
+                torch._foreach_add_(parts, part.values)
+            loss += part.loss
+            retained.append(part._replace(values=[]) if keep else None)
+            del part
+        if gradient is None:  # a batch of empty samples
+            gradient = torch.zeros_like(theta)
+        return gradient, loss, retained
+
+    def put(self, state: Any) -> Any:
+        """A state where states are kept."""
+        if self.config.offload_trajectory and self.student.device.type == "cuda":
+            return map_state(pinned, state)
+        return state
+
+    def get(self, state: Any) -> Any:
+        """A kept state on the student's device."""
+        return map_state(lambda x: x.to(self.student.device, non_blocking=True), state)
+
+
+@dataclass
+class Trajectory:
+    """
+    A fine-tuning that has been run: where it led, and what it takes to walk it backwards, once.
+
+    Attributes:
+        theta (`torch.Tensor` of shape `[P]`): θ_T.
+        initial_theta (`torch.Tensor` of shape `[P]`): θ_0.
+        losses (`torch.Tensor` of shape `[T]`): Training losses.
+        loop (`InnerLoop`): The steps.
+        checkpoints (`list[Checkpoint]`): The states before each stretch but the last.
+        last (`Stretch`): The last stretch, with all its states.
+        budget (`int`): Bytes for the graphs of a stretch.
+    """
+
+    theta: Tensor
+    initial_theta: Tensor
+    losses: Tensor
+    loop: InnerLoop
+    checkpoints: list[Checkpoint]
+    last: Stretch | None
+    budget: int
+
+    def stretches_backwards(self) -> Iterator[Stretch]:
+        """
+        The stretches with all their steps, the last one first. Frees what it has handed out.
+
+        Raises:
+            `ValueError`: If the states were not kept, or were handed out before.
+        """
+        if self.last is None:
+            raise ValueError("The states of this fine-tuning were not kept. Run the forward sweep with `keep_states`.")
+        last, self.last = self.last, None
+        yield last
+        del last
+        while self.checkpoints:
+            first, end, theta, state = self.checkpoints.pop()
+            yield self.loop.run(first, end, self.loop.get(theta), self.loop.get(state), GraphBudget(self.budget))
+
+
+def forward_sweep(
+    student: Student,
+    steps: Sequence[list[MicroBatch]],
+    weights: Tensor,
+    config: InnerLoopConfig,
+    keep_states: bool = True,
+) -> Trajectory:
+    """
+    Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t), t = 0 ... T-1.
+
+    For the reverse sweep, the states before every `interval`-th step are kept. Of the last stretch of steps every
+    state is kept; those of an earlier one are computed again when the reverse sweep gets there (checkpointing,
+    Griewank & Walther 2000). In a stretch, graphs are kept as far as `config.memory_budget` goes.
+
+    Args:
+        student (`Student`): The model at its start; its stored weights are only read.
+        steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
+        weights (`torch.Tensor` of shape `[N]`): Data weights w.
+        config (`InnerLoopConfig`): Optimizer and schedule.
+        keep_states (`bool`, *optional*, defaults to `True`):
+            Keep what the reverse sweep needs. Without it the memory does not grow with T.
+    """
+    loop = InnerLoop(student, steps, weights, config, config.make_optimizer(), config.learning_rates(len(steps)))
+    initial_theta = theta = student.initial_theta()
+    state = loop.optimizer.init(theta)
+    length, budget = _plan_memory(loop, theta) if keep_states else (len(steps), 0)
+    checkpoints, losses, last = [], [], None
+    for first in range(0, len(steps), length):
+        end = min(first + length, len(steps))
+        if end < len(steps):
+            checkpoints.append(Checkpoint(first, end, loop.put(theta), loop.put(state)))
+        keep = keep_states and end == len(steps)
+        last = loop.run(first, end, theta, state, GraphBudget(budget) if keep else None)
+        theta, state = last.theta, last.state
+        losses += last.losses
+    return Trajectory(
+        theta, initial_theta, torch.stack(losses), loop, checkpoints, last if keep_states else None, budget
+    )
+
+
+def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
+    """Steps in a stretch, and bytes for the graphs of each, see [`InnerLoopConfig`]."""
+    config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
+    step_bytes = 4 * theta.nbytes  # θ, g and two moments
+    if isinstance(config.checkpoint_interval, int):
+        interval = config.checkpoint_interval
+    else:
+        free = free_memory(torch.device("cpu") if config.offload_trajectory else device)
+        interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
+    # Stretches of one step would each be computed again: every state is kept in a single stretch
+    length = num_steps if interval == 1 else interval
+    if not config.differentiates_twice:
+        return length, 0
+    if isinstance(config.memory_budget, int):
+        return length, config.memory_budget
+    held = 0 if config.offload_trajectory else step_bytes * (length + num_steps // length)
+    share = 2 if device.type == "cuda" else 4  # the host's memory is the generator's, too
+    return length, max(0, free_memory(device) - held) // share
