@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trl_dpg import cross_entropy
+from trl_dpg.kernels import cross_entropy
 
 
 TRAINED = {"hidden": [0], "adapter": [0, 1, 3], "all": [0, 1, 2, 3, 4], "head": [2], "bias": [4], "none": []}

@@ -7,8 +7,9 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.tiny import make_model
-from trl_dpg.metagradients import kernels
-from trl_dpg.metagradients.layers import lean_layers
+from trl_dpg import kernels
+from trl_dpg.kernels import activations, blocks
+from trl_dpg.kernels.layers import lean_layers
 
 
 D = torch.float64
@@ -62,7 +63,7 @@ def derivatives(case, mode, through_theta=True):
 @pytest.mark.parametrize("block", [1 << 20, 16])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_have_exact_second_derivatives(case, block, monkeypatch):
-    monkeypatch.setattr(kernels, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     ours = derivatives(case, kernels.TwiceDifferentiable(through_theta=True, skip_values=False))
     torch.testing.assert_close(ours, derivatives(case, sdpa_kernel(SDPBackend.MATH)), rtol=1e-12, atol=1e-12)
 
@@ -106,9 +107,9 @@ def test_rms_norm_layers_of_a_model_are_seen_and_left_as_they_were():
     ids = torch.arange(12).view(2, 6)
     plain = model(ids).logits
     calls = []
-    original = kernels._RMSNorm.apply
+    original = activations.RMSNorm.apply
     with pytest.MonkeyPatch.context() as patch, lean_layers(model):
-        patch.setattr(kernels._RMSNorm, "apply", lambda *args: calls.append(1) or original(*args))
+        patch.setattr(activations.RMSNorm, "apply", lambda *args: calls.append(1) or original(*args))
         with kernels.TwiceDifferentiable(through_theta=True, skip_values=False):
             ours = model(ids).logits
     assert len(calls) == 9  # two layers of four, and the last one

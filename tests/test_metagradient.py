@@ -10,7 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.tiny import FAMILIES, VOCAB, LiveStorages, make_model, make_samples, make_tokenizer
 from tests.unroll import cosine_lrs, log_likelihood, relative_error, unroll
-from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cross_entropy, metagradient
+from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, metagradient
+from trl_dpg.kernels import cross_entropy
 from trl_dpg.metagradients import memory, reverse, trajectory
 from trl_dpg.metagradients.batches import plan_steps
 from trl_dpg.metagradients.fine_tuning import FineTuning

@@ -12,9 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .alignment import TokenBytes, completion_text, decode_with_ends, message_text, redistribute, translate
 from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
 from .student import FinetunedStudent, Student
+from .text import completion_text, message_text
+from .token_alignment import TokenBytes, decode_with_ends, redistribute, translate
 from .verification import FineTuning, predicted_and_actual, random_signs
 
 

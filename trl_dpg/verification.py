@@ -20,7 +20,8 @@ from .metagradients import InnerLoopConfig, metagradient
 from .metagradients.batches import plan_steps
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.gradient import micro_batch_gradient
-from .student import Examples, FinetunedStudent, Student, _bnb_modules
+from .student import Examples, FinetunedStudent, Student
+from .student.checks import bnb_modules
 
 
 STEP = 0.05
@@ -175,7 +176,7 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
 def in_precision(student: Student, dtype: torch.dtype) -> Student:
     """A copy of the student that computes in `dtype`: its weights cast, or the compute type of its 4-bit layers."""
     model = copy.deepcopy(student.model)
-    quantized = _bnb_modules(model, "Linear4bit")
+    quantized = bnb_modules(model, "Linear4bit")
     for layer in quantized.values():
         layer.compute_dtype = dtype
     if not quantized:
@@ -185,7 +186,7 @@ def in_precision(student: Student, dtype: torch.dtype) -> Student:
 
 def compute_dtype(student: Student) -> torch.dtype:
     """What the student computes in: its weights' type, or the compute type of its 4-bit layers."""
-    quantized = _bnb_modules(student.model, "Linear4bit")
+    quantized = bnb_modules(student.model, "Linear4bit")
     if quantized:
         return next(iter(quantized.values())).compute_dtype or torch.float32
     return next(parameter.dtype for parameter in student.model.parameters())
@@ -415,7 +416,7 @@ def _precision_check(student, examples, metric, config, scores: Tensor) -> Check
     larger = ", or raise --student_eps_root" if config.optimizer == "adamw" else ""
     if half:
         flag = '--student_model_init_kwargs \'{"dtype": "float32"}\''
-        if _bnb_modules(student.model, "Linear4bit"):
+        if bnb_modules(student.model, "Linear4bit"):
             flag = "--student_bnb_4bit_compute_dtype float32"
         return _check("bf16_agreement", value, threshold, WARN, meaning, f"set {flag}{larger}")
     if value >= threshold:

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..kernels.layers import lean_layers
 from ..student import Examples, FinetunedStudent, Student
 from .batches import plan_steps
 from .config import InnerLoopConfig
-from .layers import lean_layers
 from .trajectory import Trajectory, forward_sweep
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from ..kernels import TwiceDifferentiable
 from ..student import Student
+from ..student.block_checkpointing import block_checkpointing
 from .batches import MicroBatch
 from .config import InnerLoopConfig
-from .kernels import TwiceDifferentiable
 
 
 class Gradient(NamedTuple):
@@ -72,7 +73,7 @@ def micro_batch_gradient(
     def kernels():
         return TwiceDifferentiable(**flags) if config.differentiates_twice else nullcontext()
 
-    with student.block_checkpointing(config.gradient_checkpointing, kernels), kernels():
+    with block_checkpointing(student.model, config.gradient_checkpointing, kernels), kernels():
         loss, losses, values = student.run(parameters, gradient)
     return Gradient(
         loss.detach(),

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..alignment import completion_text
+from ..text import completion_text
 from .base import reference_texts
 
 

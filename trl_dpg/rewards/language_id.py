@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
-from ..alignment import completion_text
+from ..text import completion_text
 
 
 class LanguageIDReward:

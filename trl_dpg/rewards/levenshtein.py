@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..alignment import completion_text
+from ..text import completion_text
 from .base import reference_texts
 
 

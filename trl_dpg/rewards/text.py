@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..alignment import completion_text
+from ..text import completion_text
 
 
 class ContainsReward:

@@ -7,9 +7,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import make_model, make_tokenizer
-from trl_dpg import InnerLoopConfig, Student, alignment, metagradient
-from trl_dpg.alignment import TokenBytes, decode_with_ends, ends_from_offsets, translate
+from trl_dpg import InnerLoopConfig, Student, metagradient, token_alignment
 from trl_dpg.metrics import WeightNormMetric
+from trl_dpg.student.tokenization import SampleReader
+from trl_dpg.token_alignment import TokenBytes, decode_with_ends, ends_from_offsets, translate
 
 
 CORPUS = ["the naïve café on the hill, déjà vu and the résumé of a façade  with  two spaces\n\nand lines"] * 4
@@ -193,7 +194,7 @@ def redistribute(scores, ends, target_ends):
     """Between two other texts, which must not notice."""
     other = torch.tensor([1.0, 2.0], dtype=scores.dtype), np.array([1.0, 3]), np.array([2.0, 3])
     columns = zip(other, (scores, ends, target_ends), other, strict=True)
-    before, received, after = alignment.redistribute(*columns)
+    before, received, after = token_alignment.redistribute(*columns)
     assert before.tolist() == pytest.approx([2, 1]) and after.tolist() == pytest.approx([2, 1])
     return received
 
@@ -273,7 +274,7 @@ def test_the_same_tokenizer_gives_the_same_scores(make, texts):
     for text in texts:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         completion = tokenizer.decode(ids, skip_special_tokens=True)
-        example = student(tokenizer)._tokenize_row({"text": completion}, add_eos=True, return_ends=True)
+        example = SampleReader(tokenizer, len(tokenizer), None).read([completion], 10**4, True, True, "right")[0]
         assert example.input_ids == ids
         scores = torch.randn(len(ids), generator=torch.Generator().manual_seed(1))
         read, ends = decode_with_ends(ids, TokenBytes(tokenizer))

@@ -1,0 +1,60 @@
+"""The student's head: which heads are linear, and their factors, so that logits need not be held all at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+
+@contextmanager
+def standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
+    """The head hands its input on as it is; the inputs are collected in a list."""
+    seen: list[Tensor] = []
+
+    def forward(hidden_states):
+        seen.append(hidden_states)
+        return hidden_states
+
+    own = {key: value for key, value in vars(head).items() if key == "forward"}
+    head.forward = forward
+    try:
+        yield seen
+    finally:
+        del head.forward
+        vars(head).update(own)
+
+
+def _trained_copy(head: Any) -> Any:
+    """The module behind a head that PEFT trains a copy of (`modules_to_save`), as its `forward` chooses it."""
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    adapter = head.active_adapters[0]
+    if head.disable_adapters or adapter not in head.modules_to_save:
+        return head.original_module
+    return head.modules_to_save[adapter]
+
+
+def is_linear_head(head: Any) -> bool:
+    """Whether it computes Σ_j X_j W_jᵀ + b with the factors of `linear_factors`."""
+    head = _trained_copy(head)
+    if not isinstance(head, LoraLayer):
+        return type(head) is nn.Linear
+    plain = not (head.merged or head.lora_variant or any(head.lora_bias.values()))
+    return plain and type(head.base_layer) is nn.Linear
+
+
+def linear_factors(head: Any, hidden: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """X_j, W_j and b of a linear head."""
+    head = _trained_copy(head)
+    if not isinstance(head, LoraLayer):
+        return [hidden], [head.weight], head.bias
+    inputs, weights = [hidden], [head.base_layer.weight]
+    for adapter in [] if head.disable_adapters else head.active_adapters:
+        if adapter in head.lora_A:
+            down = head.lora_A[adapter]
+            inputs.append(down(hidden.to(down.weight.dtype)) * head.scaling[adapter])
+            weights.append(head.lora_B[adapter].weight)
+    return inputs, weights, head.base_layer.bias

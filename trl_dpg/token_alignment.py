@@ -1,0 +1,211 @@
+"""
+Where tokens lie in a text, and scores carried from one tokenizer's tokens to another's by those places.
+
+A tokenisation is described by the *ends* of its tokens: an array of shape `[n]`, in characters from the beginning of
+the text, never decreasing. A token covers what lies between the end before it and its own, so that every character
+belongs to a token: the spaces that a tokenizer leaves out belong to the token after them. A token without characters
+(eos) has no width. Tokens that hold some bytes of one character share it equally, and their ends are fractions.
+"""
+
+import codecs
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
+from itertools import groupby
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+_BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level BPE's token names
+
+
+def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """
+    Ends of the tokens that a fast tokenizer gives the character spans `offsets` (`return_offsets_mapping=True`).
+
+    Tokens of one character all have its span there; it is divided among them.
+
+    Args:
+        offsets (`list[tuple[int, int]]`): First character of each token, and the one after its last.
+
+    Returns:
+        `np.ndarray` of shape `[n]`.
+    """
+    starts, ends = np.array(offsets, dtype=np.float64).reshape(-1, 2).T
+    split = (starts[1:] < ends[:-1]) & (ends[:-1] <= ends[1:])  # the next token begins before this one ends
+    tokens = np.flatnonzero(split)
+    return np.maximum.accumulate(_share(ends, tokens, starts[tokens + 1], ends[tokens]))
+
+
+def _share(ends: np.ndarray, tokens: np.ndarray, begins: np.ndarray, finishes: np.ndarray) -> np.ndarray:
+    """`ends` with the characters from `begins` to `finishes`, inside of which `tokens` end, divided equally."""
+    if len(tokens) == 0:
+        return ends
+    ends = ends.copy()
+    split = zip(tokens.tolist(), begins.tolist(), finishes.tolist(), strict=True)
+    for (begin, finish), group in groupby(split, key=lambda token: token[1:]):
+        inside = [token for token, *_ in group]
+        # One more token than end inside of it has a share: the one that completes it
+        ends[inside] = np.linspace(begin, finish, len(inside) + 2)[1:-1]
+    return ends
+
+
+class TokenBytes(dict[int, bytes]):
+    """
+    The UTF-8 bytes that each token id of a tokenizer adds to a text; none for special tokens. Filled as it is read.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Any tokenizer, fast or slow.
+
+    Attributes:
+        special (`dict[int, str]`): Names of the special tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+    def __missing__(self, token_id: int) -> bytes:
+        # What it adds to itself: decoders drop the space before a text's first token.
+        once, twice = (
+            self.tokenizer.decode([token_id] * n, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for n in (1, 2)
+        )
+        self[token_id] = twice[len(once) :].encode()
+        if "\ufffd" in twice:  # part of a character, which its name tells: "<0xE2>" or, byte by byte, "âĺ"
+            name = self.tokenizer.convert_ids_to_tokens(token_id)
+            if re.fullmatch("<0x[0-9A-F]{2}>", name):
+                self[token_id] = bytes.fromhex(name[3:5])
+            elif all(character in _BYTE_OF for character in name):
+                self[token_id] = bytes(_BYTE_OF[character] for character in name)
+        return self[token_id]
+
+
+def decode_with_ends(token_ids: Sequence[int], token_bytes: TokenBytes) -> tuple[str, np.ndarray]:
+    """
+    The text of token ids as they were sampled, special tokens left out, and the tokens' ends in it.
+
+    Reading the text with the tokenizer again need not give the same tokens; and decoding every prefix takes quadratic
+    time. The bytes are decoded in one pass.
+
+    Args:
+        token_ids (`list[int]`): Ids of n tokens.
+        token_bytes (`TokenBytes`): Of their tokenizer.
+
+    Returns:
+        `tuple[str, np.ndarray]`: The text, and the ends, of shape `[n]`. Bytes that make no character are U+FFFD.
+    """
+    data = [token_bytes[token_id] for token_id in token_ids]
+    whole = b"".join(data)
+    if whole.isascii():
+        return whole.decode(), np.cumsum([len(piece) for piece in data], dtype=np.float64)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces, unfinished, pending = [], [], False
+    for piece in data:
+        if pending or not piece.isascii():
+            pieces.append(decoder.decode(piece))
+            pending = decoder.getstate()[0] != b""
+        else:
+            pieces.append(piece.decode())
+        unfinished.append(pending)
+    ends = np.cumsum([len(characters) for characters in pieces], dtype=np.float64)
+    text = "".join(pieces) + decoder.decode(b"", final=True)
+    tokens = np.flatnonzero(unfinished[:-1])
+    ends[-1:] = len(text)
+    return text, _share(ends, tokens, ends[tokens], ends[tokens] + 1)
+
+
+def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int = 0) -> np.ndarray:
+    """
+    Ends in a text that was rendered from other texts, as ends in those.
+
+    Args:
+        ends (`np.ndarray` of shape `[n]`):
+            Positions in `text`.
+        text (`str`):
+            The rendered text, e.g. a conversation in a chat template.
+        contents (`list[str]`):
+            The texts it was rendered from, in order. What was stripped or rewritten is matched as far as it goes.
+        start (`int`, *optional*, defaults to `0`):
+            Where in `text` the contents begin.
+
+    Returns:
+        `np.ndarray` of shape `[n]`:
+            Positions in the concatenated contents. What stands before, between or after them has no width.
+    """
+    if start == 0 and len(contents) == 1 and text == contents[0]:
+        return np.minimum(ends, len(text))
+    here, there, length = [start], [0], 0
+    for content in contents:
+        stripped = content.strip()
+        if (found := text.find(content, start)) >= 0:
+            blocks = [(found, 0, len(content))]
+        elif (found := text.find(stripped, start)) >= 0:
+            blocks = [(found, content.find(stripped), len(stripped))]
+        else:
+            matcher = SequenceMatcher(None, text[start:], content, autojunk=False)
+            blocks = [(start + a, b, size) for a, b, size in matcher.get_matching_blocks() if size]
+        for a, b, size in blocks:
+            here += [a, a + size]
+            there += [length + b, length + b + size]
+        start = here[-1]
+        length += len(content)
+    return np.interp(ends, [*here, here[-1]], [*there, length])
+
+
+def redistribute(
+    scores: Sequence[Tensor], ends: Sequence[np.ndarray], target_ends: Sequence[np.ndarray]
+) -> list[Tensor]:
+    """
+    Scores of one tokenisation's tokens, handed to those of another by the characters they have in common; of N texts.
+
+    A token's score is divided in proportion to the characters. That of a token without characters goes to the token
+    that covers its place, and at the end of the text (eos) to the last token. The sum is preserved.
+
+    Args:
+        scores (`list[torch.Tensor]`, N of shape `[n]`): On the CPU.
+        ends (`list[np.ndarray]`, N of shape `[n]`): Ends of the tokens that have the scores.
+        target_ends (`list[np.ndarray]`, N of shape `[m]`): Ends of the tokens that receive them.
+
+    Returns:
+        `list[torch.Tensor]`, N of shape `[m]`, in the type of `scores`.
+    """
+    texts = [k for k, tokens in enumerate(target_ends) if len(tokens)]  # the others receive nothing
+    if not texts:
+        return [theirs.new_zeros(0) for theirs in scores]
+    # All texts on one line, a character apart: where each begins, and its tokens' ends
+    lengths = [max([target_ends[k][-1], *ends[k][-1:]]) for k in texts]
+    begins = np.cumsum([0.0, *(length + 1 for length in lengths)])
+    targets = np.concatenate([target_ends[k] + begin for k, begin in zip(texts, begins, strict=False)])
+    edge_parts: list[np.ndarray] = []
+    value_parts: list[np.ndarray] = []
+    for k, begin in zip(texts, begins, strict=False):
+        edge_parts += [np.array([begin]), ends[k] + begin]
+        value_parts += [np.zeros(1), scores[k].double().numpy()]
+    edges, values = np.concatenate(edge_parts), np.concatenate(value_parts)
+    counts = [len(target_ends[k]) for k in texts]
+    lasts = np.cumsum(counts) - 1
+    firsts = np.concatenate([[0], lasts[:-1] + 1])
+
+    # Along a text, the sum of scores rises linearly within each token: the receivers get its differences.
+    bare = np.concatenate([[False], edges[1:] == edges[:-1]])
+    risen = np.where(bare, 0.0, values).cumsum()
+    stops = targets.copy()
+    stops[lasts] = begins[1:] - 1  # what is left over goes to the last token
+    shares = np.interp(stops, edges, risen)
+    before = np.concatenate([[0.0], shares[:-1]])
+    before[firsts] = np.interp(begins[:-1], edges, risen)
+    shares -= before
+    places, text = edges[bare], np.searchsorted(begins, edges[bare], side="right") - 1
+    receivers = np.where(places < targets[lasts[text]], np.searchsorted(targets, places), lasts[text])
+    np.add.at(shares, receivers, values[bare])
+    received = [theirs.new_zeros(0) for theirs in scores]
+    for k, share in zip(texts, torch.from_numpy(shares).to(scores[0].dtype).split(counts), strict=True):
+        received[k] = share
+    return received
