@@ -13,11 +13,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .metagradients import InnerLoopConfig, MetagradientOutput, metagradient
+from .metagradients import InnerLoopConfig, MetagradientOutput
+from .metagradients.fine_tuning import FineTuning
+from .metagradients.metagradient import differentiate
 from .student import FinetunedStudent, Student
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, decode_with_ends, redistribute, translate
-from .verification import FineTuning, predicted_and_actual, random_signs
+from .verification import predicted_and_actual, random_signs
 
 
 Message = dict[str, Any]
@@ -63,9 +65,14 @@ class Sample(NamedTuple):
 
 
 class ScoredDataset(NamedTuple):
-    """A dataset on its way back; with `per_token=True` with the generator's tokens and their scores."""
+    """
+    A dataset on its way back: its scores and figures without its samples, which all ranks have, but with their counts.
+    With `per_token=True` also the generator's tokens and their scores.
+    """
 
     output: MetagradientOutput
+    num_empty: int
+    num_truncated: int
     tokens: list[list[str]]
     token_scores: list[Tensor]
     verified: dict[str, float]
@@ -277,29 +284,23 @@ class DPGReward:
         return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
 
     def _score_dataset(self, samples: list[Sample], verify: bool) -> ScoredDataset:
-        examples = [sample.example for sample in samples]
+        fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config)
         versions = [parameter._version for parameter in self.student.model.parameters()]
         known = self._start is not None and self._start[:2] == (versions, self.metric)
-        output = metagradient(
-            self.student,
-            examples,
-            self.metric,
-            self.inner_loop_config,
-            metric_before=self._start[2] if known else None,  # type: ignore[index]
-        )
+        metric_before = self._start[2] if known else None  # type: ignore[index]
+        output = differentiate(fine_tuning, self.metric, metric_before=metric_before)
         self._start = (versions, self.metric, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
         verified = {}
         if self.inner_loop_config.per_token:
             tokens, token_scores = self._align(samples, output.token_scores, output.token_ends)  # type: ignore[arg-type]
-            output = replace(output, token_scores=None, token_ends=None)  # large, and not needed any more
         if verify:
-            fine_tuning = FineTuning(self.student, examples, self.inner_loop_config)
-            directions = random_signs(NUM_VERIFIED, len(examples), self.inner_loop_config.seed)
+            directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
             agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
             verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
-        return ScoredDataset(output, tokens, token_scores, verified)
+        light = replace(output, token_scores=None, samples=[])
+        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
 
     def _align(
         self, samples: list[Sample], student_scores: Tensor, student_ends: list[np.ndarray]
@@ -359,8 +360,8 @@ class DPGReward:
             "metric_change": mean(output.metric_after - output.metric_before for output in outputs),
             "student_loss/first": mean(output.losses[0].item() for output in outputs),
             "student_loss/last": mean(output.losses[-1].item() for output in outputs),
-            "num_empty": float(sum(output.num_empty for output in outputs)),
-            "num_truncated": float(sum(output.num_truncated for output in outputs)),
+            "num_empty": float(sum(dataset.num_empty for dataset in scored)),
+            "num_truncated": float(sum(dataset.num_truncated for dataset in scored)),
         }
         if self.inner_loop_config.attribution == "metagradient":
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
