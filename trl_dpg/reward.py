@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -18,7 +17,7 @@ from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .student import FinetunedStudent, Student
 from .text import completion_text, message_text
-from .token_alignment import TokenBytes, decode_with_ends, redistribute, translate
+from .token_alignment import TokenBytes, hand_over
 from .verification import predicted_and_actual, random_signs
 
 
@@ -294,36 +293,16 @@ class DPGReward:
         token_scores: list[Tensor] = []
         verified = {}
         if self.inner_loop_config.per_token:
-            tokens, token_scores = self._align(samples, output.token_scores, output.token_ends)  # type: ignore[arg-type]
+            if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
+                self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
+            completions = [(sample.ids, sample.contents) for sample in samples]
+            tokens, token_scores = hand_over(output.token_scores, output.token_ends, completions, self._token_bytes)  # type: ignore[arg-type]
         if verify:
             directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
             agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
             verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
-
-    def _align(
-        self, samples: list[Sample], student_scores: Tensor, student_ends: list[np.ndarray]
-    ) -> tuple[list[list[str]], list[Tensor]]:
-        """
-        The student's tokens' scores (padded) and ends, as the generator's tokens and their scores `[C]`.
-
-        A token's text is what it adds to the completion, or the name of a special token. A character that is split
-        over several tokens is in the text of the last.
-        """
-        if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
-            self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
-        special = self._token_bytes.special
-        tokens, target_ends = [], []
-        for sample in samples:
-            text, ends = decode_with_ends(sample.ids, self._token_bytes)
-            last = ends.astype(int).tolist()
-            spans = zip(sample.ids, [0, *last], last, strict=False)
-            tokens.append([special[token] if token in special else text[first:end] for token, first, end in spans])
-            target_ends.append(translate(ends, text, sample.contents))
-        scores = [padded[: len(ends)] for padded, ends in zip(student_scores, student_ends, strict=True)]
-        received = redistribute(scores, student_ends, target_ends)
-        return tokens, [row.clone() for row in received]  # a part of a tensor would be sent with all of it
 
     def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
         """All datasets together, in the order of the completions."""

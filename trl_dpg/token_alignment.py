@@ -209,3 +209,37 @@ def redistribute(
     for k, share in zip(texts, torch.from_numpy(shares).to(scores[0].dtype).split(counts), strict=True):
         received[k] = share
     return received
+
+
+def hand_over(
+    scores: Tensor,
+    ends: Sequence[np.ndarray],
+    completions: Sequence[tuple[Sequence[int], Sequence[str]]],
+    token_bytes: TokenBytes,
+) -> tuple[list[list[str]], list[Tensor]]:
+    """
+    Scores of a student's tokens, handed to the tokens that a generator sampled; of N completions.
+
+    Args:
+        scores (`torch.Tensor` of shape `[N, L]`): Scores of the student's tokens, padded, on the CPU.
+        ends (`list[np.ndarray]`, N of shape `[n]`): Where the student's tokens end.
+        completions (`list[tuple[list[int], list[str]]]`): Ids of the C tokens that the generator sampled, and the
+            texts that the student read: the completion, or its messages.
+        token_bytes (`TokenBytes`): Of the generator's tokenizer.
+
+    Returns:
+        `tuple[list[list[str]], list[torch.Tensor]]`: Texts of the generator's tokens and their scores `[C]`. A token's
+        text is what it adds to the completion, or the name of a special token. A character that is split over several
+        tokens is in the text of the last.
+    """
+    special = token_bytes.special
+    tokens, target_ends = [], []
+    for ids, contents in completions:
+        text, ends_in_text = decode_with_ends(ids, token_bytes)
+        last = ends_in_text.astype(int).tolist()
+        spans = zip(ids, [0, *last], last, strict=False)
+        tokens.append([special[token] if token in special else text[first:end] for token, first, end in spans])
+        target_ends.append(translate(ends_in_text, text, contents))
+    own = [padded[: len(places)] for padded, places in zip(scores, ends, strict=True)]
+    received = redistribute(own, ends, target_ends)
+    return tokens, [row.clone() for row in received]  # a part of a tensor would be sent with all of it

@@ -106,50 +106,16 @@ class DPGTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
-        if not isinstance(args, DPGConfig):
-            raise ValueError(
-                "`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got "
-                f"{type(args).__name__}."
-            )
         if target_metric is None:
             raise ValueError(
                 "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
             )
-        if student is None:
-            student = args.student_model_name_or_path
-        if student is None:
-            raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
-
-        if isinstance(train_dataset, Dataset):
-            num_prompts = args.generation_batch_size // args.num_generations
-            if len(train_dataset) < num_prompts:
-                raise ValueError(
-                    f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
-                    f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
-                    "so that there would be no step. Give more prompts, or raise num_generations."
-                )
-        # Before adapters are added, which keep the base's parameters
-        if not isinstance(model, str) and not isinstance(student, str):
-            student_model = student.model if isinstance(student, Student) else student
-            if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
-                raise ValueError(
-                    "The student and the generator share parameters, so training the generator would move the "
-                    "student's start. Load the model twice."
-                )
-        if isinstance(student, Student):
-            given = {
-                "student_peft_config": student_peft_config,
-                "student_quantization_config": student_quantization_config,
-                "student_processing_class": student_processing_class,
-                "args.student_use_peft": args.student_use_peft or None,
-            }
-            ignored = [name for name, value in given.items() if value is not None]
-            if ignored:
-                raise ValueError(f"The student is a `Student` already; give it what {', '.join(ignored)} asks for.")
-        else:
-            student = args.load_student(
-                student, student_processing_class, student_peft_config, student_quantization_config
-            )
+        student = _given_student(args, student)
+        _check_prompts(args, train_dataset)
+        _check_apart(model, student)  # before adapters are added, which keep the base's parameters
+        student = _load_student(
+            args, student, student_processing_class, student_peft_config, student_quantization_config
+        )
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
@@ -237,3 +203,51 @@ class DPGTrainer(GRPOTrainer):
             table += [["---"] * (1 + len(states)), *rows]
             card.text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
         card.save(path)
+
+
+def _given_student(args, student):
+    """The student that is asked for, by argument or by configuration."""
+    if not isinstance(args, DPGConfig):
+        raise ValueError(
+            f"`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got {type(args).__name__}."
+        )
+    student = args.student_model_name_or_path if student is None else student
+    if student is None:
+        raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
+    return student
+
+
+def _check_prompts(args: DPGConfig, train_dataset) -> None:
+    num_prompts = args.generation_batch_size // args.num_generations
+    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
+            "so that there would be no step. Give more prompts, or raise num_generations."
+        )
+
+
+def _check_apart(model, student) -> None:
+    if isinstance(model, str) or isinstance(student, str):
+        return
+    student_model = student.model if isinstance(student, Student) else student
+    if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
+        raise ValueError(
+            "The student and the generator share parameters, so training the generator would move the "
+            "student's start. Load the model twice."
+        )
+
+
+def _load_student(args: DPGConfig, student, processing_class, peft_config, quantization_config) -> Student:
+    if not isinstance(student, Student):
+        return args.load_student(student, processing_class, peft_config, quantization_config)
+    given = {
+        "student_peft_config": peft_config,
+        "student_quantization_config": quantization_config,
+        "student_processing_class": processing_class,
+        "args.student_use_peft": args.student_use_peft or None,
+    }
+    ignored = [name for name, value in given.items() if value is not None]
+    if ignored:
+        raise ValueError(f"The student is a `Student` already; give it what {', '.join(ignored)} asks for.")
+    return student

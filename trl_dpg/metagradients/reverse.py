@@ -54,25 +54,10 @@ def reverse_sweep(
             state_bar = optimizer.vjp(u, state, next_state, step.lr, theta_bar, state_bar, out=u)
             if config.max_grad_norm is not None:
                 clip_vjp(gradient, config.max_grad_norm, u)
-            u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
-                retained = step.retained.pop(0)
-                token_bar: Tensor | None
-                if config.hvp == "finite_difference":
-                    token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
-                else:
-                    part = retained or micro_batch_gradient(
-                        student,
-                        theta,
-                        micro_batch,
-                        weights,
-                        config,
-                        differentiable=True,
-                        through_theta=t > 0,
-                        skip_values=True,
-                    )
-                    token_bar, products = _pull_back(student, part, u_parts, through_theta=t > 0)
-                    del part, retained  # frees its graph
+                part = step.retained.pop(0)
+                token_bar, products = _products(student, theta, micro_batch, part, weights, u, config, t > 0)
+                del part  # frees its graph
                 if token_bar is not None:
                     token_scores[micro_batch.rows, micro_batch.columns] += token_bar
                 for bar, product in zip(theta_bar_parts, products, strict=False):
@@ -81,10 +66,36 @@ def reverse_sweep(
             next_state = state
 
 
+def _products(
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    retained: Gradient | None,
+    weights: Tensor,
+    u: Tensor,
+    config: InnerLoopConfig,
+    through_theta: bool,
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """∇_w ⟨u, g⟩ of shape `[n]` and, if asked for, ∇_θ ⟨u, g⟩ by parameter, of one micro-batch's gradient g."""
+    if config.hvp == "finite_difference":
+        return _shifted(student, theta, micro_batch, weights, u, config)
+    part = retained or micro_batch_gradient(
+        student,
+        theta,
+        micro_batch,
+        weights,
+        config,
+        differentiable=True,
+        through_theta=through_theta,
+        skip_values=True,
+    )
+    return _pull_back(student, part, list(student.unflatten(u, cast=False).values()), through_theta)
+
+
 def _pull_back(
     student: Student, part: Gradient, u: list[Tensor], through_theta: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """∇_w ⟨u, g⟩ of shape `[n]` and, if asked for, ∇_θ ⟨u, g⟩ by parameter, of one micro-batch's gradient g."""
+    """The same two by one double backward through the gradient's graph."""
     inputs = [part.token_weights, *part.leaves] if through_theta else [part.token_weights]
     edges, cotangents = zip(*((edge, bar) for edge, bar in zip(part.edges, u, strict=True) if edge), strict=True)
     token_bar, *products = student.run(
