@@ -17,7 +17,7 @@ DATA = {
     "trl-lib/tldr": {"prompt": ["w1 w2", "w3 w4"] * 8, "completion": ["w5"] * 16},
     "trl-lib/DeepMath-103K": {"prompt": [CHAT[:1]] * 32, "solution": ["w5 w6"] * 32},
     "trl-lib/ultrafeedback_binarized": {"chosen": [CHAT] * 16, "rejected": [CHAT[:1]] * 16},
-    "trl-lib/Capybara": {"messages": [CHAT] * 16},
+    "trl-lib/Capybara": {"messages": [[{"role": "user", "content": f"w{k} w{k + 1} w2"}] for k in range(16)]},
     "Salesforce/wikitext": {"text": ["w1 w2 w3 w4 " * 10] * 70},
 }
 
