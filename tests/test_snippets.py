@@ -47,6 +47,7 @@ TEXTS = [f"w{k} w{k + 1} w{k + 2} w5" for k in range(16)]
 PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3"] * 8, "solution": ["w1"] * 16})
 ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
+    "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
     "batch_rewards.md": {"dataset": PROMPTS},
 }
@@ -192,6 +193,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         few = trl_dpg.InnerLoopConfig(batch_size=8)
         assert trl_dpg.metagradient(scope["student"], TEXTS, scope["prefers_tea"], few).scores.isfinite().all()
         assert scope["trainer"].reward_func_names == ["dpg"]
+    elif page == "attribution.md":
+        assert len(scope["best"]) == 5 and scope["result"].scores.shape == (len(TEXTS),)
     elif page == "batch_rewards.md":
         assert scope["trainer"].state.global_step == 1
         common, rare = scope["novelty"](["w1 w2", "w1 w2", "w1 w2", "w3 w4"])[2:]
