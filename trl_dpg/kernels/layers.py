@@ -1,4 +1,4 @@
-"""Layers of transformers and PEFT, in forms with fewer elementwise passes for the sweeps to differentiate."""
+"""RMSNorm layers of transformers, in a form with fewer elementwise passes for the sweeps to differentiate."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
 def lean_layers(model: nn.Module) -> Iterator[None]:
     """
-    While inside, RMSNorm layers call `rms_norm`, where [`TwiceDifferentiable`] sees them, and LoRA layers add their
-    product in place of scaling and adding it. What they compute stays the same up to rounding.
+    While inside, RMSNorm layers call `rms_norm`, where [`TwiceDifferentiable`] sees them. What they compute stays the
+    same up to rounding.
 
     transformers writes one RMSNorm for each family, most of them alike; those that are not (Gemma's) are left as they
     are.
@@ -29,8 +28,6 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
                 alike[kind] = _is_rms_norm(layer)
             if alike[kind]:
                 forwards[layer] = _rms_norm(layer)
-        elif isinstance(layer, LoraLayer) and _is_plain_lora(layer):
-            forwards[layer] = _lora(layer, layer.forward)
     changed = [layer for layer in forwards if "forward" not in vars(layer)]
     for layer in changed:
         layer.forward = forwards[layer]
@@ -50,25 +47,3 @@ def _is_rms_norm(layer: Any) -> bool:
 
 def _rms_norm(layer: Any) -> Callable:
     return lambda x: F.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
-
-
-def _is_plain_lora(layer: LoraLayer) -> bool:
-    return (
-        type(layer).__name__ in ("Linear", "Linear4bit")  # of PEFT's lora.layer and lora.bnb
-        and not (layer.disable_adapters or layer.merged or layer.lora_variant or any(layer.lora_bias.values()))
-    )
-
-
-def _lora(layer: LoraLayer, original: Callable) -> Callable:
-    def forward(x: Tensor, *args, **kwargs) -> Tensor:
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        if args or kwargs or any(layer.lora_A[name].weight.dtype != x.dtype for name in adapters):
-            return original(x, *args, **kwargs)
-        result = layer.base_layer(x)
-        flat = result.flatten(0, -2)
-        for name in adapters:
-            down = layer.lora_A[name](x).flatten(0, -2)
-            flat = torch.addmm(flat, down, layer.lora_B[name].weight.mT, alpha=layer.scaling[name])
-        return flat.view(result.shape)
-
-    return forward
