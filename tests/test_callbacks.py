@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.test_trainer import PROMPTS, TOKENIZER, config, make_trainer
+from tests.small_runs import TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import QUIET, make_model
 from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.callbacks import DPGLoggingCallback, LiveTable, describe_batch, picture_image
@@ -42,7 +42,7 @@ def documented_keys():
 def run(tmp_path_factory):
     """A run with evaluation, logged by all trackers that are installed."""
     folder = tmp_path_factory.mktemp("run")
-    args = config(
+    args = dpg_config(
         folder / "out",
         max_steps=2,
         per_token=True,
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
         patch.setenv("WANDB_DIR", str(folder))
         patch.setenv("WANDB_SILENT", "true")
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
-        trainer = make_trainer(args, target_metric=PATTERN, eval_dataset=PROMPTS.select(range(2)))
+        trainer = make_trainer(args, target_metric=PATTERN, eval_dataset=TRAIN_PROMPTS.select(range(2)))
         trainer.train()
         wandb.teardown()  # finishes the run, and waits until its file is written
     return folder, trainer
@@ -174,7 +174,7 @@ def test_logged_samples_are_the_extremes_and_their_tokens_scores_sum_to_theirs(r
             assert sum(sample["token_scores"]) == pytest.approx(sample["score"], rel=1e-4, abs=1e-9)
             assert len(sample["tokens"]) == len(sample["token_scores"])
             words = [token.strip() for token in sample["tokens"] if token.strip() not in TOKENIZER.all_special_tokens]
-            assert words == sample["completion"].split() and sample["prompt"] in PROMPTS["prompt"]
+            assert words == sample["completion"].split() and sample["prompt"] in TRAIN_PROMPTS["prompt"]
 
 
 def test_settings_and_versions_stand_beside_the_log(run):
@@ -192,12 +192,12 @@ def test_a_resumed_run_goes_on_and_a_new_one_begins_anew(tmp_path):
     for step, kept in ((1, [1]), (0, [])):
         (tmp_path / "dpg_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         state = TrainerState(global_step=step, is_world_process_zero=True)
-        DPGLoggingCallback(reward).on_train_begin(config(tmp_path), state, TrainerControl())
+        DPGLoggingCallback(reward).on_train_begin(dpg_config(tmp_path), state, TrainerControl())
         assert [line["step"] for line in read_log(tmp_path)] == kept
 
 
 def test_no_samples_are_logged_if_none_are_asked_for(tmp_path):
-    make_trainer(config(tmp_path, num_logged_samples=0)).train()
+    make_trainer(dpg_config(tmp_path, num_logged_samples=0)).train()
     line = read_log(tmp_path)[0]
     assert line["samples"] == [] and line["readout"] == {} and sum(line["histogram"]["counts"]) == 16
 
@@ -224,8 +224,8 @@ def test_it_works_in_trls_own_trainer(tmp_path):
         model=make_model(seed=1, scale=1.0),
         reward_funcs=reward,
         args=args,
-        train_dataset=PROMPTS,
-        eval_dataset=PROMPTS.select(range(2)),
+        train_dataset=TRAIN_PROMPTS,
+        eval_dataset=TRAIN_PROMPTS.select(range(2)),
         processing_class=TOKENIZER,
         callbacks=[DPGLoggingCallback(reward, 2)],
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_trainer import config
+from tests.small_runs import dpg_config
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import DPGReward, Student, cli
 from trl_dpg.callbacks import describe_batch, run_config
@@ -50,7 +50,7 @@ def write_run(folder, seed=0, steps=4, per_token=True, completion=EVIL, num_samp
             lines.append({"step": step, "epoch": 0.1, "mode": "eval", "scalars": evaluated, **described})
     lines.append({"step": steps, "epoch": 0.1, "mode": "train", "scalars": {"train_runtime": 12.0}})
     (folder / "dpg_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = config(folder, seed=seed, run_name=EVIL)
+    args = dpg_config(folder, seed=seed, run_name=EVIL)
     reward = DPGReward(Student(make_model(), make_tokenizer()), METRIC)
     (folder / "dpg_config.json").write_text(json.dumps(run_config(args, reward)))
     figures = {"metric": -0.5 - seed, "pixel_accuracy": 0.75, "picture": [[1, 1], [1, 1]], "samples": [EVIL] * 2}

@@ -14,20 +14,10 @@ from tokenizers import Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
+from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, TOKENIZER, make_student
 from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
-
-
-TOKENIZER = make_tokenizer()
-TEXTS = ["w1 w2 w3", "w4 w5", "w6 w7 w8 w9", "w2 w2", "w9 w1 w3", "w5 w6", "w7 w8", "w3 w4 w1"]
-PROMPTS = ["w1", "w1", "w2", "w2", "w3", "w3", "w4", "w4"]
-METRIC = LanguageModelingMetric(["w1 w2 w3 w4"])
-CONFIG = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-6, batch_size=4)
-
-
-def make_student():
-    return Student(make_model(scale=1.0), processing_class=TOKENIZER)
 
 
 def test_rewards_are_the_scores_on_unit_scale():

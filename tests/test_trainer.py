@@ -3,46 +3,12 @@
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, TrlParser
 
-from tests.tiny import QUIET, make_model, make_tokenizer
-from trl_dpg import DPGConfig, DPGTrainer, InnerLoopConfig, Student
-from trl_dpg.metrics import LanguageModelingMetric
-
-
-TOKENIZER = make_tokenizer()
-METRIC = LanguageModelingMetric(["w5 w6 w7"])
-PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3 w4", "w5", "w6"] * 4})
-
-
-def config(tmp_path, **kwargs):
-    defaults = dict(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=16,
-        num_generations=4,
-        max_completion_length=6,
-        max_steps=1,
-        logging_steps=1,
-        **QUIET,
-        student_batch_size=4,
-        student_learning_rate=1e-3,
-    )
-    return DPGConfig(**defaults | kwargs)
-
-
-def make_trainer(args, **kwargs):
-    defaults = dict(
-        model=make_model(seed=1, scale=1.0),
-        student=make_model(seed=2),
-        target_metric=METRIC,
-        args=args,
-        train_dataset=PROMPTS,
-        processing_class=TOKENIZER,
-        student_processing_class=TOKENIZER,
-    )
-    return DPGTrainer(**defaults | kwargs)
+from tests.small_runs import TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.tiny import make_model, make_tokenizer
+from trl_dpg import DPGConfig, InnerLoopConfig, Student
 
 
 def train_logs(trainer):
@@ -51,7 +17,7 @@ def train_logs(trainer):
 
 
 def test_everything_a_step_should_log_is_logged(tmp_path):
-    (log,) = train_logs(make_trainer(config(tmp_path)))
+    (log,) = train_logs(make_trainer(dpg_config(tmp_path)))
     names = (
         "score/mean score/std score/min score/max metric_before metric_after metric_change predicted_change seconds"
     )
@@ -61,7 +27,7 @@ def test_everything_a_step_should_log_is_logged(tmp_path):
 
 
 def test_the_generator_trains_and_the_student_does_not(tmp_path):
-    trainer = make_trainer(config(tmp_path, max_steps=2, learning_rate=1e-3))
+    trainer = make_trainer(dpg_config(tmp_path, max_steps=2, learning_rate=1e-3))
     generator = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     student = {name: p.detach().clone() for name, p in trainer.dpg_reward.student.model.named_parameters()}
     trainer.train()
@@ -73,7 +39,7 @@ def test_further_rewards_and_weights_go_beside_the_dpg_reward(tmp_path):
     def length(completions, **kwargs):
         return [float(len(completion)) for completion in completions]
 
-    trainer = make_trainer(config(tmp_path, reward_weights=[1.0, 0.5]), reward_funcs=length)
+    trainer = make_trainer(dpg_config(tmp_path, reward_weights=[1.0, 0.5]), reward_funcs=length)
     assert trainer.reward_func_names == ["dpg", "length"]
     (log,) = train_logs(trainer)
     expected = log["rewards/dpg/mean"] + 0.5 * log["rewards/length/mean"]
@@ -81,7 +47,7 @@ def test_further_rewards_and_weights_go_beside_the_dpg_reward(tmp_path):
 
 
 def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
-    args = config(
+    args = dpg_config(
         tmp_path,
         per_device_eval_batch_size=8,
         num_generations_eval=2,
@@ -89,7 +55,7 @@ def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
         eval_steps=1,
         cross_group_batching=False,
     )
-    trainer = make_trainer(args, eval_dataset=PROMPTS.select(range(8)))
+    trainer = make_trainer(args, eval_dataset=TRAIN_PROMPTS.select(range(8)))
     sizes = []
     score = trainer.dpg_reward._score
     trainer.dpg_reward._score = lambda datasets: sizes.append([len(rows) for rows in datasets]) or score(datasets)
@@ -103,7 +69,7 @@ def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
 def test_the_student_can_come_from_the_flat_arguments(tmp_path):
     make_model(seed=2, vocab_size=64, hidden_size=64).save_pretrained(tmp_path / "student")
     TOKENIZER.save_pretrained(tmp_path / "student")
-    args = config(
+    args = dpg_config(
         tmp_path,
         student_model_name_or_path=str(tmp_path / "student"),
         student_load_in_4bit=True,
@@ -121,7 +87,7 @@ def test_the_student_can_come_from_the_flat_arguments(tmp_path):
 def test_a_student_can_have_its_own_tokenizer(tmp_path):
     tokenizer = make_tokenizer([f"w{k}" for k in reversed(range(50))])
     trainer = make_trainer(
-        config(tmp_path),
+        dpg_config(tmp_path),
         student_processing_class=tokenizer,
         student_peft_config=LoraConfig(target_modules="all-linear"),
     )
@@ -137,7 +103,7 @@ def test_the_generators_tokens_are_scored_in_their_own_positions(tmp_path):
         return [0.0] * len(completion_ids)
 
     tokenizer = make_tokenizer([f"w{k}" for k in reversed(range(50))])
-    args = config(tmp_path, per_token=True, log_completions=True)
+    args = dpg_config(tmp_path, per_token=True, log_completions=True)
     trainer = make_trainer(args, student_processing_class=tokenizer, reward_funcs=keep)
     trainer.train()
     scores = trainer.dpg_reward.last_token_scores
@@ -150,12 +116,12 @@ def test_the_generators_tokens_are_scored_in_their_own_positions(tmp_path):
 
 def test_a_student_object_is_used_as_it_is(tmp_path):
     student = Student(make_model(seed=2), processing_class=TOKENIZER)
-    trainer = make_trainer(config(tmp_path), student=student, student_processing_class=None)
+    trainer = make_trainer(dpg_config(tmp_path), student=student, student_processing_class=None)
     assert trainer.dpg_reward.student is student
 
 
 def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
-    trainer = make_trainer(config(tmp_path))
+    trainer = make_trainer(dpg_config(tmp_path))
     trainer.create_model_card(model_name="generator")
     card = (tmp_path / "README.md").read_text()
     for part in ("2604.08423", "Synthetic Data for any Differentiable Target", "LanguageModelingMetric", "dpg"):
@@ -165,7 +131,7 @@ def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
 
 def test_a_checkpoints_card_shows_the_first_and_the_last_step_that_logged_a_figure(tmp_path):
     saving = dict(max_steps=4, verify_steps=2, save_strategy="steps", save_steps=2)
-    logs = train_logs(make_trainer(config(tmp_path, **saving)))
+    logs = train_logs(make_trainer(dpg_config(tmp_path, **saving)))
     assert ["dpg/verify/pearson" in log for log in logs] == [True, False, True, False]
     card = (tmp_path / "README.md").read_text()
     for name, last in (("perplexity", 3), ("verify/pearson", 2)):
@@ -198,14 +164,14 @@ def test_yaml_and_flags_reach_the_inner_loop(tmp_path):
 )
 def test_bad_configurations_raise(tmp_path, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(config(tmp_path, **kwargs))
+        make_trainer(dpg_config(tmp_path, **kwargs))
 
 
 def test_missing_student_or_metric_raises(tmp_path):
     with pytest.raises(ValueError, match="A student is required"):
-        make_trainer(config(tmp_path), student=None)
+        make_trainer(dpg_config(tmp_path), student=None)
     with pytest.raises(ValueError, match="`target_metric` is required"):
-        make_trainer(config(tmp_path), target_metric=None)
+        make_trainer(dpg_config(tmp_path), target_metric=None)
 
 
 @pytest.mark.parametrize("wrap", ["neither", "student", "generator"])
@@ -214,13 +180,13 @@ def test_one_model_for_both_generator_and_student_raises(tmp_path, wrap):
     generator = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrap == "generator" else model
     peft_config = LoraConfig(target_modules=["q_proj"]) if wrap == "student" else None
     with pytest.raises(ValueError, match="share parameters"):
-        make_trainer(config(tmp_path), model=generator, student=model, student_peft_config=peft_config)
+        make_trainer(dpg_config(tmp_path), model=generator, student=model, student_peft_config=peft_config)
 
 
 def test_arguments_that_a_student_object_would_ignore_raise(tmp_path):
     student = Student(make_model(seed=2), processing_class=TOKENIZER)
     with pytest.raises(ValueError, match=r"`Student` already.*args\.student_use_peft"):
-        make_trainer(config(tmp_path, student_use_peft=True), student=student, student_processing_class=None)
+        make_trainer(dpg_config(tmp_path, student_use_peft=True), student=student, student_processing_class=None)
 
 
 def test_plain_grpo_arguments_raise(tmp_path):

@@ -10,11 +10,8 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from tests.test_reward import CONFIG as REWARD_CONFIG
-from tests.test_reward import METRIC as REWARD_METRIC
-from tests.test_reward import PROMPTS, TEXTS, make_student
-from tests.test_trainer import config as dpg_config
-from tests.test_trainer import make_trainer
+from tests import small_runs
+from tests.small_runs import PROMPTS, TEXTS, dpg_config, make_student, make_trainer
 from tests.tiny import make_model, make_samples, make_tokenizer
 from tests.unroll import log_likelihood, unroll
 from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient
@@ -313,12 +310,12 @@ def test_training_logs_predictions_every_verify_steps_and_evaluation_does_not(tm
 
 def test_the_reward_logs_the_correlation_of_its_own_predictions():
     logged = {}
-    reward = DPGReward(make_student(), REWARD_METRIC, REWARD_CONFIG, verify_steps=2)
+    reward = DPGReward(make_student(), small_runs.METRIC, small_runs.CONFIG, verify_steps=2)
     reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
     student, directions = make_student(), random_signs(6, 8, seed=42)
-    scores = metagradient(student, TEXTS, REWARD_METRIC, REWARD_CONFIG).scores
-    fine_tuning = FineTuning(student, TEXTS, REWARD_CONFIG)
-    agreement = predicted_and_actual(fine_tuning, REWARD_METRIC, scores, directions)
+    scores = metagradient(student, TEXTS, small_runs.METRIC, small_runs.CONFIG).scores
+    fine_tuning = FineTuning(student, TEXTS, small_runs.CONFIG)
+    agreement = predicted_and_actual(fine_tuning, small_runs.METRIC, scores, directions)
     assert logged["dpg/verify/pearson"] == pytest.approx(np.corrcoef(*agreement)[0, 1], abs=1e-9)
     logged.clear()
     reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
@@ -342,7 +339,7 @@ def test_the_reward_logs_the_correlation_of_its_own_predictions():
 )
 def test_verify_steps_without_scores_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        DPGReward(make_student(), REWARD_METRIC, **kwargs)
+        DPGReward(make_student(), small_runs.METRIC, **kwargs)
 
 
 @pytest.mark.parametrize(
