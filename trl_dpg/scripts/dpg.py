@@ -100,7 +100,7 @@ def main(script_args, training_args, model_args, dataset_args):
     from trl import get_dataset, get_peft_config, get_quantization_config
 
     from trl_dpg import DPGTrainer
-    from trl_dpg.callbacks import LiveTable
+    from trl_dpg.live_table import LiveTable
 
     script_args.set_threads()
     if script_args.toy_world is not None:

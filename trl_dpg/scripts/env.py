@@ -14,7 +14,7 @@ class EnvArguments:
 def main(script_args: EnvArguments) -> None:
     import torch
 
-    from trl_dpg.callbacks import environment
+    from trl_dpg.environment import environment
 
     lines = environment()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -33,9 +33,9 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from .. import toy
-from ..callbacks import LiveTable
 from ..config import DPGConfig
 from ..evaluation import Evaluation, evaluate_dataset, generate_texts
+from ..live_table import LiveTable
 from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
