@@ -196,7 +196,7 @@ def write(path: Path, figures: dict[str, Any]) -> None:
 
 def sample(trainer, prompts) -> list[str]:
     """Texts as the trainer samples them."""
-    from trl_dpg.evaluation import generate_texts
+    from trl_dpg.generation import generate_texts
 
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -247,7 +247,8 @@ def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: st
     """
     from datasets import Dataset
 
-    from trl_dpg.evaluation import evaluate_dataset, prompt_completion_pairs
+    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.generation import prompt_completion_pairs
     from trl_dpg.metrics import Metric
 
     pairs = prompt_completion_pairs(rows["prompt"], texts)

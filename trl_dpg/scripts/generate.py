@@ -77,7 +77,7 @@ def main(script_args: GenerateArguments) -> None:
     from datasets import Dataset
     from huggingface_hub import HfApi
 
-    from trl_dpg.evaluation import prompt_completion_pairs
+    from trl_dpg.generation import prompt_completion_pairs
 
     script_args.set_threads()
     state = process_state()
@@ -114,12 +114,12 @@ def main(script_args: GenerateArguments) -> None:
 
 
 def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
-    """A text for each prompt."""
-    if script_args.use_vllm:
-        return sample_by_vllm(script_args, prompts)
+    """A text for each prompt. Several processes share the prompts."""
     import torch
     from accelerate.utils import gather_object
 
+    if script_args.use_vllm:
+        return sample_by_vllm(script_args, prompts)
     state = process_state()
     with torch.inference_mode(), state.split_between_processes(prompts) as mine:
         texts = script_args.complete(mine, script_args.seed + state.process_index, script_args.batch_size)
@@ -127,30 +127,25 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
 
 
 def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
+    """A text for each prompt, by vLLM."""
+    from trl_dpg.generation import generate_texts_by_vllm
+
     one_process("generate", "vLLM finds the GPUs itself.")
     try:
-        from vllm import LLM, SamplingParams
-    except ModuleNotFoundError as missing:
-        raise UsageError("--use_vllm needs vLLM: pip install vllm.") from missing
-    sampling = {"max_tokens": script_args.max_completion_length} | script_args.sampling()
-    sampling |= {"top_k": sampling["top_k"] or -1, "min_p": sampling["min_p"] or 0.0}  # vLLM's words for all
-    sampling |= script_args.generation_kwargs or {}  # type: ignore[arg-type]  # a dict once parsed
-    if isinstance(structure := sampling.get("structured_outputs"), dict):
-        from vllm.sampling_params import StructuredOutputsParams
-
-        sampling["structured_outputs"] = StructuredOutputsParams(**structure)
-    parameters = SamplingParams(**sampling)
-    llm = LLM(
-        script_args.model_name_or_path,
-        dtype=script_args.dtype or "auto",
-        seed=script_args.seed,
-        **script_args.hub_kwargs(),
-    )
-    if isinstance(prompts[0], str):
-        outputs = llm.generate(prompts, parameters)
-    else:
-        outputs = llm.chat(prompts, parameters, chat_template_kwargs=script_args.chat_template_kwargs)
-    return [output.outputs[0].text for output in outputs]
+        return generate_texts_by_vllm(
+            str(script_args.model_name_or_path),
+            prompts,
+            script_args.max_completion_length,
+            dtype=script_args.dtype or "auto",
+            seed=script_args.seed,
+            chat_template_kwargs=script_args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            generation_kwargs=script_args.generation_kwargs,  # type: ignore[arg-type]
+            revision=script_args.model_revision,
+            trust_remote_code=script_args.trust_remote_code,
+            **script_args.sampling(),
+        )
+    except ImportError as error:
+        raise UsageError(f"--use_vllm: {error}") from error
 
 
 def dataset_card(script_args: GenerateArguments, number: int):

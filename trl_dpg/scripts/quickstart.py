@@ -34,7 +34,8 @@ from trl import TrlParser
 
 from .. import toy
 from ..config import DPGConfig
-from ..evaluation import Evaluation, evaluate_dataset, generate_texts
+from ..evaluation import Evaluation, evaluate_dataset
+from ..generation import generate_texts
 from ..live_table import LiveTable
 from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward

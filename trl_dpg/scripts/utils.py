@@ -222,7 +222,7 @@ class GeneratorArguments(PromptArguments):
 
     def complete(self, prompts: list, seed: int, batch_size: int = 256) -> list[str]:
         """The generator's texts after prompts."""
-        from trl_dpg.evaluation import generate_texts, load_generator
+        from trl_dpg.generation import generate_texts, load_generator
 
         path = str(self.model_name_or_path)
         model, tokenizer = load_generator(path, self.dtype or "auto", self.model_revision, self.trust_remote_code)

@@ -89,7 +89,7 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
                 "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
             )
         return list(data.select(range(min(num_samples, len(data)))))
-    from trl_dpg.evaluation import prompt_completion_pairs
+    from trl_dpg.generation import prompt_completion_pairs
 
     prompts = script_args.prompts(num_samples, data)
     texts = script_args.complete(prompts, seed)
