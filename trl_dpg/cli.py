@@ -8,7 +8,7 @@ from subprocess import CalledProcessError
 from yaml import YAMLError
 
 from . import __version__
-from .scripts.utils import UsageError
+from .scripts.arguments import UsageError
 
 
 COMMANDS = {

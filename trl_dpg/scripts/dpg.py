@@ -14,64 +14,13 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import ScriptArguments
-
-from .utils import (
-    REWARDS,
-    MetricArguments,
-    PromptArguments,
-    ToyWorldArguments,
-    UsageError,
-    check_model,
-    check_student,
-    from_json,
-    load_data,
-    make_folder,
-    make_metric,
-    make_prompts,
-    make_rewards,
-    make_world,
-    world_folder,
-)
-
-
-@dataclass
-class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, ScriptArguments):
-    """
-    Script arguments of `trl-dpg dpg`.
-
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
-            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight; a weight of 0 only
-            logs.
-        reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
-            Arguments for the rewards that need some, by their names in `reward_funcs`.
-        evaluate (`bool`, *optional*, defaults to `True`):
-            End with fresh students, fine-tuned by SFTTrainer. On one process only.
-        greedy_prompt (`str`, *optional*):
-            Also write down what the fresh students write greedily after this prompt; it may be empty.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
-    )
-    reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
-    )
-    evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
-    greedy_prompt: str | None = field(
-        default=None, metadata={"help": "Write down what fresh students write greedily after this prompt."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
+from .arguments import DPGScriptArguments, UsageError
+from .data import check_model, check_student, load_data, make_folder, make_prompts
+from .registry import make_metric, make_rewards
+from .toy_world import make_world, world_folder
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:

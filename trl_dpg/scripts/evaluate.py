@@ -16,18 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import compare_datasets, interval
-from .utils import (
-    FORMATS,
-    MetricArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    check_student,
-    load_data,
-    make_metric,
-    one_process,
-    toy_world,
-)
+from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
+from .data import FORMATS, check_student, load_data, one_process
+from .registry import make_metric
+from .toy_world import toy_world
 
 
 __all__ = ["EvaluateArguments", "interval", "main", "make_parser"]

@@ -16,16 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from .utils import (
-    GeneratorArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    make_folder,
-    one_process,
-    process_state,
-    toy_world,
-)
+from .arguments import GeneratorArguments, ToyWorldArguments, UsageError, at_least
+from .data import complete_prompts, make_folder, one_process, process_state, read_prompts
+from .toy_world import toy_world
 
 
 FILES = ["README.md", "train.parquet"]
@@ -91,7 +84,7 @@ def main(script_args: GenerateArguments) -> None:
             "replace them by --overwrite."
         )
     with toy_world(script_args, script_args.seed):
-        rows = script_args.prompts(script_args.num_samples or 0)
+        rows = read_prompts(script_args, script_args.num_samples or 0)
         texts = sample(script_args, rows)
     if not state.is_main_process:
         return
@@ -122,7 +115,7 @@ def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
         return sample_by_vllm(script_args, prompts)
     state = process_state()
     with torch.inference_mode(), state.split_between_processes(prompts) as mine:
-        texts = script_args.complete(mine, script_args.seed + state.process_index, script_args.batch_size)
+        texts = complete_prompts(script_args, mine, script_args.seed + state.process_index, script_args.batch_size)
     return gather_object(texts)
 
 

@@ -40,7 +40,7 @@ from ..live_table import LiveTable
 from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
-from .utils import at_least
+from .arguments import at_least
 
 
 SEED = 0

@@ -20,7 +20,7 @@ from ..report import Run, read_runs, write_report
 from ..report.figures import draw, plot_mean_and_range
 from ..report.page import STYLE, heat_map, render
 from ..report.runs import read_run, spread
-from .utils import UsageError
+from .arguments import UsageError
 
 
 __all__ = [

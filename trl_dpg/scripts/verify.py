@@ -15,18 +15,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .utils import (
-    GeneratorArguments,
-    MetricArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    check_student,
-    make_folder,
-    make_metric,
-    one_process,
-    toy_world,
-)
+from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
+from .data import check_student, complete_prompts, make_folder, one_process, read_dataset, read_prompts
+from .registry import make_metric
+from .toy_world import toy_world
 
 
 @dataclass
@@ -79,7 +71,7 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
 
 def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
     """What the student is fine-tuned on: the dataset's samples, or the generator's texts after its prompts."""
-    data = script_args.load()
+    data = read_dataset(script_args)
     columns = set(data.column_names)
     of_prompts = script_args.prompt_template is not None or ("prompt" in columns and "completion" not in columns)
     if not of_prompts:
@@ -91,8 +83,8 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
         return list(data.select(range(min(num_samples, len(data)))))
     from trl_dpg.generation import prompt_completion_pairs
 
-    prompts = script_args.prompts(num_samples, data)
-    texts = script_args.complete(prompts, seed)
+    prompts = read_prompts(script_args, num_samples, data)
+    texts = complete_prompts(script_args, prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
