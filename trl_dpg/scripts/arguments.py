@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from trl import ScriptArguments
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
 
 METRICS = {
@@ -277,3 +277,10 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     def __post_init__(self):
         super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
+
+
+def make_recipe_parser(prog: str | None = None) -> TrlParser:
+    """The parser of `trl-dpg dpg`. Its arguments are the keys of a recipe."""
+    from trl_dpg import DPGConfig
+
+    return TrlParser((DPGScriptArguments, DPGConfig, ModelConfig, DatasetMixtureConfig), prog=prog)

@@ -181,6 +181,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("generate", sys.argv[1:])
+    launcher.run("generate", make_parser, main, sys.argv[1:])

@@ -286,6 +286,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("quickstart", sys.argv[1:])
+    launcher.run("quickstart", make_parser, main, sys.argv[1:])

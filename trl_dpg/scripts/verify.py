@@ -141,6 +141,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("verify", sys.argv[1:])
+    launcher.run("verify", make_parser, main, sys.argv[1:])
