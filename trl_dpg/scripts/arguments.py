@@ -1,4 +1,4 @@
-"""The arguments that commands share, and the names that may be given for metrics, rewards and toy worlds."""
+"""Arguments that several commands share, and the names of metrics, rewards and toy worlds on the command line."""
 
 import json
 from dataclasses import dataclass, field
@@ -30,17 +30,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class UsageError(ValueError):
-    """An argument that cannot be right; the message names the flag and the remedy."""
+    """Wrong usage of a command. The message names the flag and says what to do."""
 
 
 def at_least(least: int, **values: int | None) -> None:
+    """Refuse arguments that are below a smallest value."""
     for name, value in values.items():
         if value is not None and value < least:
             raise UsageError(f"--{name} must be at least {least}, got {value}.")
 
 
 def from_json(flag: str, value: dict | str | None) -> dict | None:
-    """An argument that is a mapping in YAML and JSON on the command line."""
+    """The mapping that an argument stands for. On the command line it is JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -55,11 +56,11 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
 @dataclass
 class CommandArguments:
     """
-    What all commands take.
+    Arguments that almost all commands have.
 
     Args:
         num_threads (`int`, *optional*):
-            CPU threads of torch. Small models run best with 1; on a busy machine more can be many times slower.
+            CPU threads of torch. Small models run best with 1. On a busy machine, more threads can be much slower.
     """
 
     num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; 1 for small models."})
@@ -68,6 +69,7 @@ class CommandArguments:
         at_least(1, num_threads=self.num_threads)
 
     def set_threads(self) -> None:
+        """Set torch's number of threads, if it is given."""
         import torch
 
         if self.num_threads is not None:
@@ -77,26 +79,24 @@ class CommandArguments:
 @dataclass
 class MetricArguments(CommandArguments):
     """
-    The target metric, as arguments of a command.
+    Arguments for the target metric.
 
     Args:
-        metric (`str`, *optional*):
-            What the data should do to the student: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`,
-            `"qr_code"`, `"weight_norm"`, or a dotted import path of a callable that maps the fine-tuned student to a
-            scalar tensor (or, with `metric_kwargs`, of what makes one).
+        metric (`str`):
+            The target metric: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`, `"qr_code"`, `"weight_norm"`, or
+            a dotted import path. The path names a callable that maps the fine-tuned student to a scalar tensor. With
+            `metric_kwargs`, or if it names a class, the path names a callable that makes the metric.
         metric_kwargs (`dict[str, Any]` or `str`, *optional*):
-            The metric's arguments; JSON on the command line.
+            Arguments of the metric. JSON on the command line.
     """
 
     _argument_group_name: ClassVar[str] = "metric, data and output"
 
     metric: str | None = field(
         default=None,
-        metadata={
-            "help": f"The target metric: {', '.join(METRICS)}, or a dotted import path.",
-        },
+        metadata={"help": f"The target metric: {', '.join(METRICS)}, or a dotted import path."},
     )
-    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "The metric's arguments, as JSON."})
+    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "Arguments of the metric, as JSON."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -108,22 +108,22 @@ class MetricArguments(CommandArguments):
 @dataclass
 class PromptArguments(CommandArguments):
     """
-    How the generator's prompts are made.
+    Arguments for the generator's prompts.
 
     Args:
         prompt_template (`str`, *optional*):
-            Makes the prompt from a row's columns, e.g. `"Rephrase this article.\n\n{text}"`. Without it, the dataset
-            needs a column `prompt`.
+            Template that makes the prompt from a row's columns, e.g. `"Rephrase this article.\n\n{text}"`. Without it,
+            the dataset must have a column `prompt`.
         conversational (`bool`, *optional*, defaults to `False`):
-            With `prompt_template`: the prompt is a user's message.
+            Whether a prompt made by `prompt_template` is a user's message.
         max_prompt_tokens (`int`, *optional*):
-            With `prompt_template`: longer columns are cut off, in the generator's tokens.
+            Columns in `prompt_template` are cut off at this number of the generator's tokens.
     """
 
     prompt_template: str | None = field(
-        default=None, metadata={"help": "Makes the prompt from a row's columns, e.g. 'Rephrase: {text}'."}
+        default=None, metadata={"help": "Template of the prompt, e.g. 'Rephrase: {text}' with a column `text`."}
     )
-    conversational: bool = field(default=False, metadata={"help": "The prompt template is a user's message."})
+    conversational: bool = field(default=False, metadata={"help": "Whether the prompt is a user's message."})
     max_prompt_tokens: int | None = field(
         default=None, metadata={"help": "Columns in the prompt template are cut off at this many tokens."}
     )
@@ -136,7 +136,7 @@ class PromptArguments(CommandArguments):
 @dataclass
 class GeneratorArguments(PromptArguments):
     """
-    A generator, its dataset and its sampling, by the names that they have in `trl-dpg dpg`.
+    Arguments for a generator, its dataset and its sampling. Their names are those of `trl-dpg dpg`.
 
     Args:
         dataset_name (`str`):
@@ -144,60 +144,61 @@ class GeneratorArguments(PromptArguments):
         dataset_config (`str`, *optional*):
             Configuration of a dataset of the Hub.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            The split that is read, e.g. `"train[:10000]"`.
+            The split to read, e.g. `"train[:10000]"`.
         model_name_or_path (`str`):
-            The generator's path or Hub id, or those of its adapters.
+            Path or Hub id of the generator or of its adapters.
         model_revision (`str`, *optional*, defaults to `"main"`):
-            Of a model on the Hub.
+            Revision of a model on the Hub.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run the code that comes with the model.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of its weights.
+            Type of the generator's weights.
         max_completion_length (`int`, *optional*, defaults to `256`):
-            In tokens.
+            Length of the longest text, in tokens.
         temperature (`float`, *optional*, defaults to `1.0`):
             Sampling temperature.
         top_p (`float`, *optional*, defaults to `1.0`):
-            Nucleus sampling.
+            Only the most probable tokens are used, up to this total probability.
         top_k (`int`, *optional*, defaults to `0`):
-            The most probable tokens only; 0: all.
+            Only this number of the most probable tokens is used. 0: all.
         min_p (`float`, *optional*):
-            Only tokens at least so probable, relative to the most probable one.
+            Smallest probability of a token, relative to that of the most probable one.
         repetition_penalty (`float`, *optional*, defaults to `1.0`):
-            Above 1, tokens that were there before become less probable.
+            Above 1, tokens that are in the text already become less probable.
         generation_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Further arguments of `generate`, or of vLLM's `SamplingParams`; JSON on the command line. They override the
-            other arguments.
+            Further arguments of `generate`, or of vLLM's `SamplingParams`. They override the other arguments. JSON on
+            the command line.
         chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
-            Of the chat template, for conversations; JSON on the command line.
+            Arguments of the chat template, for conversations. JSON on the command line.
         train_on (`str`, *optional*, defaults to `"completion"`):
-            What a student is trained on: `"completion"` or `"prompt_completion"`.
+            What a student is fine-tuned on: `"completion"` or `"prompt_completion"`.
     """
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "A Hub id, or a file (json, jsonl, parquet, csv, txt)."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    dataset_train_split: str = field(
-        default="train", metadata={"help": "The split that is read, e.g. 'train[:10000]'."}
-    )
+    dataset_train_split: str = field(default="train", metadata={"help": "The split to read, e.g. 'train[:10000]'."})
     model_name_or_path: str | None = field(default=None, metadata={"help": "The generator's path or Hub id."})
     model_revision: str = field(default="main", metadata={"help": "Revision of a model on the Hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the model."})
     dtype: str | None = field(default="auto", metadata={"help": f"Type of the generator's weights: {DTYPES}."})
     max_completion_length: int = field(default=256, metadata={"help": "Longest text, in tokens."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus sampling."})
-    top_k: int = field(default=0, metadata={"help": "The most probable tokens only; 0: all."})
+    top_p: float = field(default=1.0, metadata={"help": "Total probability of the tokens that are used."})
+    top_k: int = field(default=0, metadata={"help": "Number of the most probable tokens that are used; 0: all."})
     min_p: float | None = field(default=None, metadata={"help": "Smallest probability, relative to the largest."})
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1, repetition becomes less probable."})
     generation_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Further arguments of `generate`, which override the others, as JSON."}
+        default=None, metadata={"help": "Further arguments of `generate`, as JSON. They override the others."}
     )
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments of the chat template, as JSON."}
     )
-    train_on: str = field(default="completion", metadata={"help": "'completion' or 'prompt_completion'."})
+    train_on: str = field(
+        default="completion",
+        metadata={"help": "What a student is fine-tuned on: 'completion' or 'prompt_completion'."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,29 +216,33 @@ class GeneratorArguments(PromptArguments):
         at_least(0, top_k=self.top_k)
 
     def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
         return {name: vars(self)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
 
     def hub_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for the generator's files."""
         return {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass
 class ToyWorldArguments(CommandArguments):
     """
-    Models and data made on the spot.
+    Arguments for small models and data that the command itself makes.
 
     Args:
         toy_world (`str`, *optional*):
-            `"characters"`, `"languages"` or `"strings"`, see `trl_dpg.toy`. They stand in for generator, student,
-            dataset and the metric's dataset, where those are not given.
+            `"characters"`, `"languages"` or `"strings"`, see `trl_dpg.toy`. Its models and data are used for the
+            generator, the student, the dataset and the metric's dataset, if these are not given.
         toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
-            The world's arguments; JSON on the command line.
+            Arguments of the toy world. JSON on the command line.
     """
 
     toy_world: str | None = field(
-        default=None, metadata={"help": f"Models and data made on the spot: {', '.join(WORLDS)}."}
+        default=None, metadata={"help": f"Small models and data that the command makes: {', '.join(WORLDS)}."}
     )
-    toy_world_kwargs: dict | str | None = field(default=None, metadata={"help": "The world's arguments, as JSON."})
+    toy_world_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the toy world, as JSON."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -252,14 +257,14 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     Args:
         reward_funcs (`list[str]`, *optional*):
             Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
-            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight; a weight of 0 only
-            logs.
+            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight. A reward with weight 0
+            is only logged.
         reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
-            Arguments for the rewards that need some, by their names in `reward_funcs`.
+            Arguments of rewards, by their names in `reward_funcs`. JSON on the command line.
         evaluate (`bool`, *optional*, defaults to `True`):
-            End with fresh students, fine-tuned by SFTTrainer. On one process only.
+            Test fresh students after the training. Only on one process.
         greedy_prompt (`str`, *optional*):
-            Also write down what the fresh students write greedily after this prompt; it may be empty.
+            A prompt that the fresh students complete greedily. It may be empty.
     """
 
     reward_funcs: list[str] | None = field(
@@ -267,11 +272,11 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
         metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
     )
     reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
+        default=None, metadata={"help": "Arguments of rewards by their names, as JSON."}
     )
-    evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
+    evaluate: bool = field(default=True, metadata={"help": "Test fresh students after the training."})
     greedy_prompt: str | None = field(
-        default=None, metadata={"help": "Write down what fresh students write greedily after this prompt."}
+        default=None, metadata={"help": "A prompt that the fresh students complete greedily."}
     )
 
     def __post_init__(self):

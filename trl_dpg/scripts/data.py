@@ -1,4 +1,4 @@
-"""Datasets, prompts and texts as a command's arguments name them, and checks of what the arguments name."""
+"""Loads the datasets and models that arguments name, and checks that they exist."""
 
 import glob
 from pathlib import Path
@@ -18,7 +18,7 @@ def load_data(
     streaming: bool = False,
     flag: str = "dataset_name",
 ):
-    """A split of a dataset by its Hub id, or of local files by their path or pattern (`data/*.jsonl`)."""
+    """A split of a dataset. The name is a Hub id, or the path or pattern of local files (`data/*.jsonl`)."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -42,16 +42,16 @@ def load_data(
 
 
 def make_prompts(dataset, arguments: PromptArguments, tokenizer):
-    """The dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]) with a column `prompt`."""
+    """A dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]) with a column `prompt`, made from another."""
     from accelerate import PartialState
 
     template, limit = arguments.prompt_template, arguments.max_prompt_tokens
     row = next(iter(dataset))
     if arguments.conversational and tokenizer.chat_template is None:
-        raise UsageError("--conversational: the generator's tokenizer has no chat template. Leave it out, or set one.")
+        raise UsageError("--conversational: the generator's tokenizer has no chat template. Use no --conversational.")
     if template is None:
         if not isinstance(row.get("prompt", ""), str | list):
-            raise UsageError(f"The column `prompt` holds no texts or conversations, but e.g. {row['prompt']!r}.")
+            raise UsageError(f"The column `prompt` must hold texts or conversations, got e.g. {row['prompt']!r}.")
         if "prompt" not in row:
             raise UsageError(
                 f"The dataset has the columns {list(row)}, but no `prompt`. Set --prompt_template, e.g. "
@@ -75,7 +75,7 @@ def make_prompts(dataset, arguments: PromptArguments, tokenizer):
     except (KeyError, IndexError, ValueError) as error:
         raise UsageError(
             f"--prompt_template cannot be filled in ({error!r}); the dataset has the columns {list(row)}, "
-            "and braces of the text itself are doubled."
+            "and braces that belong to the text must be doubled."
         ) from error
     with PartialState().main_process_first():
         return dataset.map(prompt, remove_columns=list(row))
@@ -129,7 +129,7 @@ def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, ba
 
 
 def process_state():
-    """[`~accelerate.PartialState`], which by itself knows of several processes on accelerators only."""
+    """[`~accelerate.PartialState`]. On a machine without accelerators it must be told to count processes."""
     import torch
     from accelerate import PartialState
 
@@ -144,7 +144,7 @@ def one_process(command: str, instead: str) -> None:
 
 
 def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
-    """Fail before anything is done if there is no such model."""
+    """Refuse a model that does not exist, before any work is done."""
     from peft import PeftConfig
     from transformers import AutoConfig
 
@@ -160,15 +160,16 @@ def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
 
 
 def check_student(student_args) -> None:
-    """Fail before anything is done if there is no such student."""
+    """Refuse a student that does not exist, before any work is done."""
     kwargs = student_args.student_model_init_kwargs or {}
     hub_kwargs = {name: kwargs[name] for name in ("revision", "trust_remote_code", "token") if name in kwargs}
     check_model("student_model_name_or_path", student_args.student_model_name_or_path, **hub_kwargs)
 
 
 def make_folder(flag: str, path: str | Path) -> Path:
+    """Make the folder of an argument."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--{flag} {str(path)!r} is, or lies in, a file. Name a folder.") from error
+        raise UsageError(f"--{flag} {str(path)!r} is a file or is inside a file. Name a folder.") from error
     return Path(path)

@@ -4,9 +4,9 @@ Sample a synthetic dataset from a trained generator.
     trl-dpg generate --model_name_or_path runs/new_language --dataset_name prompts.jsonl --output_dir runs/data
     trl sft --dataset_name runs/data --model_name_or_path <student> --output_dir runs/student
 
-A recipe of `trl-dpg dpg` will do for prompts and sampling (`--config`). Several processes share the prompts out.
-Writes `train.parquet` and a dataset card that records generator, prompts and sampling settings; `--hub_dataset_id`
-also pushes them.
+A recipe of `trl-dpg dpg` can give the prompts and the sampling settings (`--config`). Several processes share the
+prompts. The command writes `train.parquet` and a dataset card with generator, prompts and sampling settings. With
+`--hub_dataset_id`, it also pushes them.
 """
 
 import json
@@ -27,39 +27,42 @@ FILES = ["README.md", "train.parquet"]
 @dataclass
 class GenerateArguments(GeneratorArguments, ToyWorldArguments):
     """
-    Arguments of `trl-dpg generate`. The dataset is of prompts (texts or conversations). With
-    `train_on="completion"`, what is written has the columns `text`, on which SFTTrainer trains, and `source_prompt`;
-    otherwise `prompt` and `completion`.
+    Arguments of `trl-dpg generate`.
+
+    The prompts are texts or conversations. With `train_on="completion"`, the dataset that is written has the columns
+    `text` (on which SFTTrainer trains) and `source_prompt`. Otherwise it has `prompt` and `completion`.
 
     Args:
         num_samples (`int`, *optional*):
-            How many texts; the prompts are gone through again as often as it takes. One for each prompt by default.
+            Number of texts. If there are fewer prompts, they are repeated. By default, one text for each prompt.
         output_dir (`str`, *optional*, defaults to `"trl-dpg-data"`):
-            Where the dataset is written.
+            Folder for the dataset.
         batch_size (`int`, *optional*, defaults to `256`):
             Prompts at a time.
         seed (`int`, *optional*, defaults to `42`):
-            Of the sampling.
+            Seed of the sampling.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the `train.parquet` and `README.md` that are in `output_dir`.
+            Replace `train.parquet` and `README.md` in `output_dir`.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Sample by vLLM, where it is installed.
+            Sample by vLLM, which must be installed.
         hub_dataset_id (`str`, *optional*):
-            Push the dataset there.
+            Hub id to push the dataset to.
         private (`bool`, *optional*, defaults to `False`):
-            As a private one.
+            Push it as a private dataset.
     """
 
     _argument_group_name: ClassVar[str] = "generator, prompts and sampling"
 
-    num_samples: int | None = field(default=None, metadata={"help": "How many texts; one for each prompt by default."})
-    output_dir: str = field(default="trl-dpg-data", metadata={"help": "Where the dataset is written."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Number of texts; one for each prompt by default."}
+    )
+    output_dir: str = field(default="trl-dpg-data", metadata={"help": "Folder for the dataset."})
     batch_size: int = field(default=256, metadata={"help": "Prompts at a time."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
-    use_vllm: bool = field(default=False, metadata={"help": "Sample by vLLM, where it is installed."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Push the dataset there."})
-    private: bool = field(default=False, metadata={"help": "Push it as a private one."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the dataset in output_dir."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample by vLLM, which must be installed."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Hub id to push the dataset to."})
+    private: bool = field(default=False, metadata={"help": "Push it as a private dataset."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,12 +79,12 @@ def main(script_args: GenerateArguments) -> None:
     state = process_state()
     output_dir = make_folder("output_dir", script_args.output_dir)
     if any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UsageError(f"--output_dir: {script_args.output_dir!r} holds a model, whose card would be overwritten.")
+        raise UsageError(f"--output_dir: {script_args.output_dir!r} has a model, whose card would be overwritten.")
     there = [name for name in FILES if (output_dir / name).exists()]
     if there and not script_args.overwrite:
         raise UsageError(
             f"--output_dir: {script_args.output_dir!r} has {' and '.join(there)} already. Choose another folder, or "
-            "replace them by --overwrite."
+            "set --overwrite."
         )
     with toy_world(script_args, script_args.seed):
         rows = read_prompts(script_args, script_args.num_samples or 0)
@@ -142,7 +145,7 @@ def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
 
 
 def dataset_card(script_args: GenerateArguments, number: int):
-    """What the texts are and how they were made."""
+    """The dataset card: where the texts come from, and the sampling settings."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
     size = next(

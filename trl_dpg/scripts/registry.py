@@ -12,13 +12,13 @@ from .data import load_data
 
 
 def resolve(name: str, known: dict[str, str], flag: str) -> Any:
-    """What a name, or a dotted import path, stands for."""
+    """The object with a known name or a dotted import path."""
     path = known.get(name, name)
     module, _, attribute = path.rpartition(".")
     if not module:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"--{flag}: unknown name {name!r}.{hint} Choose of {', '.join(known)}, or a dotted path.")
+        raise UsageError(f"--{flag}: unknown name {name!r}.{hint} Choose one of {', '.join(known)}, or a dotted path.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
     try:
@@ -28,7 +28,7 @@ def resolve(name: str, known: dict[str, str], flag: str) -> Any:
 
 
 def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
-    """[`LanguageModelingMetric`] of a file, a dataset of the Hub, or `texts`."""
+    """[`LanguageModelingMetric`] on a file, a dataset of the Hub, or `texts`."""
     from trl_dpg.metrics import LanguageModelingMetric
 
     texts = kwargs.pop("texts", None)
@@ -48,7 +48,7 @@ def lm_eval(**kwargs):
 
 
 def make_metric(arguments: MetricArguments):
-    """The target metric: a callable that maps a fine-tuned student to a scalar tensor."""
+    """The target metric that the arguments name."""
     name, kwargs = str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs)
     metric = resolve(name, METRICS, "metric")
     if kwargs or name in METRICS or isinstance(metric, type):
@@ -57,6 +57,7 @@ def make_metric(arguments: MetricArguments):
 
 
 def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
+    """The further rewards by their names. `kwargs` has the arguments of some of them."""
     kwargs = kwargs or {}
     found = {name: resolve(name, REWARDS, "reward_funcs") for name in names or []}
     strangers = set(kwargs) - set(found)
@@ -71,7 +72,7 @@ def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
 
 
 def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> Any:
-    """`function(**kwargs)`; what it does not take, or not like, is a usage error."""
+    """`function(**kwargs)`. Arguments that it does not take or refuses are usage errors of a flag."""
     try:
         inspect.signature(function).bind(**kwargs)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Toy worlds: models and data of `trl_dpg.toy` in the places of arguments that are not given."""
+"""Toy worlds: sets arguments that are not given to models and data of `trl_dpg.toy`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,7 +12,7 @@ from .registry import call_with, resolve
 
 
 def world_folder(output_dir: str) -> Path:
-    """Where a toy world is written: beside what is pushed."""
+    """The folder of a toy world. It is not inside `output_dir`, which may be pushed to the Hub."""
     return Path(f"{output_dir.rstrip('/')}_world")
 
 
@@ -20,7 +20,9 @@ def world_folder(output_dir: str) -> Path:
 def toy_world(
     script_args: ToyWorldArguments, seed: int, *others: Any, output_dir: str | None = None
 ) -> Iterator[None]:
-    """The toy world, if one is asked for: beside `output_dir`, or for as long as the command runs."""
+    """
+    A toy world, if the arguments name one. It is kept if there is an `output_dir`, and removed at the end otherwise.
+    """
     from accelerate.utils import broadcast_object_list
 
     if script_args.toy_world is None:
@@ -35,7 +37,7 @@ def toy_world(
 
 
 def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: Any) -> None:
-    """Write a toy world; it stands in for generator, student, dataset and metric's dataset, where not given."""
+    """Write a toy world, and set the arguments for models and datasets that are not given to its files."""
     from accelerate import PartialState
 
     make = resolve(str(script_args.toy_world), WORLDS, "toy_world")

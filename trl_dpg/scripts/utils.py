@@ -1,4 +1,4 @@
-"""Old import path of what is now in `arguments`, `data`, `registry` and `toy_world`."""
+"""The old import path of `arguments`, `data`, `registry` and `toy_world`."""
 
 from .arguments import (
     DTYPES,
