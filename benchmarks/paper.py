@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_dpg.evaluation import generate_texts
+from trl_dpg.generation import generate_texts
 from trl_dpg.scripts import dpg
-from trl_dpg.scripts.utils import load_data, make_metric, make_rewards
+from trl_dpg.scripts.data import load_data
+from trl_dpg.scripts.registry import make_metric, make_rewards
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"

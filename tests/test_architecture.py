@@ -21,7 +21,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["metagradients"],
     ["verification"],
     ["attribution", "reward"],
-    ["config", "generation", "evaluation", "callbacks", "live_table"],
+    ["config", "generation", "evaluation", "live_table", "callbacks"],
     ["trainer", "report", "toy"],
     ["scripts", "cli"],
 ]

@@ -16,7 +16,7 @@ from trl_dpg import cli, toy
 from trl_dpg.evaluation import evaluate_dataset, generate_texts, sft_config
 from trl_dpg.metagradients import InnerLoopConfig, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.scripts import dpg, utils
+from trl_dpg.scripts import dpg, registry
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -93,7 +93,7 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
 
     built = []
     monkeypatch.setattr(dpg, "load_data", load_data)
-    monkeypatch.setattr(utils, "lm_eval", lambda **kwargs: LanguageModelingMetric(["some text"]))
+    monkeypatch.setattr(registry, "lm_eval", lambda **kwargs: LanguageModelingMetric(["some text"]))
     monkeypatch.setattr("trl_dpg.rewards.LanguageIDReward", FakeLanguageID)
     monkeypatch.setattr("trl_dpg.DPGTrainer.train", train)
     arguments = ["--model_name_or_path", str(tmp_path / settings["model_name_or_path"])]

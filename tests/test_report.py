@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.small_runs import dpg_config
@@ -132,7 +133,7 @@ def test_tokens_are_coloured_by_the_signs_and_sizes_of_their_scores():
 
 
 def test_bands_reach_from_the_lowest_to_the_highest_run_where_all_have_a_value():
-    axis = report.Figure().subplots()
+    axis = Figure().subplots()
     report.plot_mean_and_range(axis, [{1: 0.0, 2: 1.0, 3: 5.0}, {1: 2.0, 2: 5.0}], "x", "k")
     assert axis.lines[0].get_xydata().tolist() == [[1, 1.0], [2, 3.0]]
     band = axis.collections[0].get_paths()[0].vertices
@@ -188,10 +189,10 @@ def test_chromium_shows_all_images_and_asks_for_nothing(page, tmp_path):
     ("arguments", "message"),
     [
         ([], "--run_dir is required"),
-        (["--run_dir", "{0}/nowhere"], "there is no folder '{0}/nowhere'"),
+        (["--run_dir", "{0}/nowhere"], "There is no folder '{0}/nowhere'"),
         (["--run_dir", "{0}"], "has no dpg_log.jsonl. Did you mean {0}/broken, {0}/empty?"),
-        (["--run_dir", "{0}/broken"], "line 1 of '{0}/broken/dpg_log.jsonl' is not JSON"),
-        (["--run_dir", "{0}/empty"], "no step has been logged"),
+        (["--run_dir", "{0}/broken"], "Line 1 of '{0}/broken/dpg_log.jsonl' is not JSON"),
+        (["--run_dir", "{0}/empty"], "No step has been logged"),
     ],
 )
 def test_wrong_usage_names_the_flag_and_the_remedy(arguments, message, tmp_path, capsys):

@@ -1,26 +1,31 @@
-"""Callbacks: what a DPG run logs beside its scalars, and a live table for the terminal."""
+"""What a DPG run logs beside its scalars: histograms, samples, pictures and its settings."""
 
 import json
-import math
-import platform
-import time
 from dataclasses import MISSING, asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from .environment import device_name, environment
+from .live_table import LiveTable, table_columns
 from .reward import DPGReward, ScoredBatch
 
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
+__all__ = [
+    "DPGLoggingCallback",
+    "LiveTable",
+    "describe_batch",
+    "device_name",
+    "environment",
+    "markdown_table",
+    "picture_image",
+    "pictures",
+    "run_config",
+    "table_columns",
+]
 
 LOG_NAME = "dpg_log.jsonl"
 CONFIG_NAME = "dpg_config.json"
@@ -30,13 +35,13 @@ NUM_BINS = 32
 
 class DPGLoggingCallback(TrainerCallback):
     """
-    Logs what scalars cannot say of a DPG reward: the score histogram, the samples with the highest and lowest scores,
-    and the metric's pictures. [`DPGTrainer`] adds it; in another trainer, pass it as a callback.
+    Logs the histogram of a DPG reward's scores, the samples with the highest and lowest scores, and the metric's
+    pictures. [`DPGTrainer`] adds this callback. With another trainer, pass it in `callbacks`.
 
-    Whenever scalars are logged, on the main process, it appends a line to `<output_dir>/dpg_log.jsonl`, from which
-    `trl-dpg report` is made, and sends histogram, table and images to wandb, trackio and TensorBoard, as far as
-    `report_to` names them. All keys are listed in docs/logging.md. When training begins, the settings and the
-    versions of the libraries are written to `<output_dir>/dpg_config.json`.
+    Whenever scalars are logged, the main process appends a line to `<output_dir>/dpg_log.jsonl`. `trl-dpg report`
+    reads this file. Histogram, samples and pictures are also sent to those of wandb, trackio and TensorBoard that
+    `report_to` names. All keys are listed in docs/logging.md. When training begins, the settings and the versions of
+    the libraries are written to `<output_dir>/dpg_config.json`.
 
     Args:
         reward ([`DPGReward`]):
@@ -44,7 +49,7 @@ class DPGLoggingCallback(TrainerCallback):
         num_samples (`int`, *optional*, defaults to `8`):
             Samples to log: half of them with the highest scores, half with the lowest.
         tensorboard ([`~transformers.integrations.TensorBoardCallback`], *optional*):
-            The trainer's, whose writer is used.
+            The trainer's own callback. Its writer is used.
     """
 
     def __init__(self, reward: DPGReward, num_samples: int = 8, tensorboard: TensorBoardCallback | None = None):
@@ -117,7 +122,7 @@ class DPGLoggingCallback(TrainerCallback):
 
 def describe_batch(batch: ScoredBatch, num_samples: int) -> dict[str, Any]:
     """
-    A batch as JSON can hold it.
+    Describe a scored batch by values that JSON can hold.
 
     Args:
         batch ([`ScoredBatch`]): N samples.
@@ -155,14 +160,14 @@ def describe_batch(batch: ScoredBatch, num_samples: int) -> dict[str, Any]:
 
 
 def pictures(readout: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """The entries of a metric's readout that are pictures."""
+    """Those entries of a metric's readout that are pictures."""
     return {name: rows for name, rows in readout.items() if name.startswith("picture")}
 
 
 def picture_image(rows: list[list[int]], size: int = 256) -> np.ndarray:
     """
-    A picture as a grey image: ink (1) is black, paper (-1) white. Pixels become squares, so that the longer side has
-    about `size` pixels.
+    A picture as a grey image: 1 is black and -1 is white. Every pixel is enlarged to a square, so that the longer side
+    of the image has about `size` pixels.
 
     Returns:
         `np.ndarray` of shape `[H·k, W·k]`, uint8.
@@ -173,6 +178,8 @@ def picture_image(rows: list[list[int]], size: int = 256) -> np.ndarray:
 
 
 def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+
     def line(cells):
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -181,7 +188,7 @@ def markdown_table(columns: list[str], rows: list[list[Any]]) -> str:
 
 def run_config(args, reward: DPGReward) -> dict[str, Any]:
     """
-    Settings and environment of a run, as JSON can hold them.
+    The settings and the environment of a run, as values that JSON can hold.
 
     Returns:
         `dict[str, Any]`:
@@ -198,134 +205,3 @@ def run_config(args, reward: DPGReward) -> dict[str, Any]:
         "inner_loop": asdict(reward.inner_loop_config),
         "environment": environment() | {"processes": str(args.world_size), "device": device_name(args.device)},
     }
-
-
-def environment() -> dict[str, str]:
-    """Versions that a run's numbers may depend on."""
-    versions = {"platform": platform.platform(), "python": platform.python_version()}
-    packages = (
-        "trl-dpg",
-        "trl",
-        "torch",
-        "transformers",
-        "peft",
-        "accelerate",
-        "datasets",
-        "bitsandbytes",
-        "tokenizers",
-    )
-    for package in (*packages, "numpy", "wandb", "vllm", "lm-eval", "sentence-transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-class LiveTable(TrainerCallback):
-    """
-    A table of a run's figures that grows in the terminal while the generator trains. Needs rich.
-
-    Where the console is no terminal, it prints a line now and then instead.
-
-    Args:
-        title (`str`):
-            What is trained.
-        columns (`dict[str, str]`, *optional*):
-            Names in the logs, and what the columns are called. By default Φ, the metric's proxies and the further
-            rewards, as they are found in the first logs.
-        share (`str`, *optional*):
-            Which of `columns` is a share between 0 and 1, to be drawn as a bar.
-        every (`int`, *optional*):
-            Logs between two rows; the last one always has a row. By default there are about 20 rows.
-        console ([`~rich.console.Console`], *optional*):
-            Where it is drawn.
-
-    Attributes:
-        history (`dict[str, list[float]]`): The columns so far, by their names in the logs.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        columns: dict[str, str] | None = None,
-        share: str | None = None,
-        every: int | None = None,
-        console: "Console | None" = None,
-    ):
-        from rich.console import Console
-        from rich.live import Live
-
-        self.title, self.columns, self.share, self.every = title, columns, share, every or 0
-        self.console = console or Console()
-        self.history: dict[str, list[float]] = {}
-        self.steps: list[int] = []
-        self.live = Live(console=self.console, refresh_per_second=4)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        self.history, self.steps = {}, []
-        self.every = self.every or max(1, math.ceil(state.max_steps / max(state.logging_steps, 1) / 20))
-        if self.console.is_terminal and state.is_world_process_zero:
-            self.live.start()
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "dpg/metric_after" not in logs or not state.is_world_process_zero:
-            return
-        if self.columns is None:
-            self.columns = table_columns(logs)
-        self.steps.append(state.global_step)
-        for name in self.columns:
-            self.history.setdefault(name, []).append(logs[name])
-        if self.console.is_terminal:
-            self.live.update(self.table(state))
-        elif len(self.steps) % self.every == 1 % self.every or state.global_step == state.max_steps:
-            figures = "  ".join(f"{title} {self.history[name][-1]:8.4f}" for name, title in self.columns.items())
-            self.console.print(f"{self.title}: step {state.global_step:3}/{state.max_steps}  {figures}")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.live.is_started:
-            if self.steps:
-                self.live.update(self.table(state), refresh=True)
-            self.live.stop()
-
-    def table(self, state) -> "Table":
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        table = Table(title=self.title, title_justify="left")
-        columns: dict[str, str] = self.columns  # type: ignore[assignment]
-        for title in ("step", *columns.values()):
-            table.add_column(title, justify="right")
-        if self.share is not None:
-            table.add_column("")
-        rows = len(self.steps)
-        for row in sorted({*range(0, rows, self.every), rows - 1}):
-            cells: list[Any] = [f"{self.steps[row]}", *(f"{self.history[name][row]:.4g}" for name in columns)]
-            if self.share is not None:
-                cells.append(ProgressBar(total=1.0, completed=max(self.history[self.share][row], 0.0), width=30))
-            table.add_row(*cells)
-        seconds, done = time.perf_counter() - self.started, state.global_step
-        table.caption = f"{done}/{state.max_steps} steps, {seconds:.0f} s, {seconds / done:.2f} s a step"
-        return table
-
-
-# Logged under `dpg/` whatever the metric is, and not worth a column
-_NO_COLUMNS = {"metric_before", "metric_after", "metric_change", "predicted_change", "seconds"}
-_NO_COLUMNS |= {"num_empty", "num_truncated"}
-
-
-def table_columns(logs: dict[str, float]) -> dict[str, str]:
-    """Names in the logs, and what a [`LiveTable`] calls them: Φ, the metric's proxies and the further rewards."""
-    columns = {"dpg/metric_before": "Φ before", "dpg/metric_after": "Φ after"}
-    for name in logs:
-        group, _, rest = name.partition("/")
-        if group == "dpg" and "/" not in rest and rest not in _NO_COLUMNS:
-            columns[name] = rest.replace("_", " ")
-        elif group == "rewards" and rest.endswith("/mean") and rest != "dpg/mean":
-            columns[name] = rest.removesuffix("/mean").replace("_", " ")
-    return columns

@@ -1,43 +1,51 @@
-"""The honest test of a generator: a fresh student, fine-tuned on its texts by stock SFTTrainer, and the metric."""
+"""Tests of a dataset with fresh students: stock SFTTrainer fine-tunes them on it, and the metric is read."""
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
+from scipy.stats import t
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    set_seed,
-)
+from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
-from trl.models.utils import disable_gradient_checkpointing
 
-from .alignment import completion_text
+from .generation import generate_texts, load_generator, prompt_completion_pairs
 from .metagradients import InnerLoopConfig
 from .metrics.base import Metric
 from .student import FinetunedStudent, Student
+from .text import completion_text
+
+
+__all__ = [
+    "Evaluation",
+    "compare_datasets",
+    "evaluate_dataset",
+    "generate_texts",
+    "interval",
+    "load_generator",
+    "prompt_completion_pairs",
+    "sft_config",
+    "without_empty",
+]
 
 
 @dataclass
 class Evaluation:
     """
-    A fresh student after its fine-tuning.
+    The result for a fresh student.
 
     Attributes:
-        metric (`float`): Φ.
-        proxies (`dict[str, float]`): The metric's readable figures.
-        finetuned (`FinetunedStudent`): The student itself.
+        metric (`float`): Φ after the fine-tuning.
+        proxies (`dict[str, float]`): Further figures of the metric.
+        finetuned (`FinetunedStudent`): The student after the fine-tuning.
     """
 
     metric: float
@@ -45,6 +53,7 @@ class Evaluation:
     finetuned: FinetunedStudent = field(repr=False)
 
     def figures(self) -> dict[str, float]:
+        """Φ and the proxies by name."""
         return {"metric": self.metric, **self.proxies}
 
 
@@ -56,23 +65,23 @@ def evaluate_dataset(
     seed: int = 42,
 ) -> Evaluation:
     """
-    Fine-tune a fresh student on a dataset with stock [`~trl.SFTTrainer`], and read the metric off it.
+    Fine-tune a fresh student on a dataset with stock [`~trl.SFTTrainer`], and compute the metric.
 
-    None of this package's sweeps takes part. The trainer's settings are those of the inner loop as far as it has them:
-    torch's AdamW has no `eps_root`, so that its `eps` is raised to √eps_root, and its loss is the mean over a batch's
-    tokens whatever `loss_normalization` is. Samples are shuffled by `seed`.
+    This package's own inner loop is not used. The trainer's settings are those of the inner loop, with two exceptions.
+    torch's AdamW has no `eps_root`, so its `eps` is raised to √eps_root. The loss is always the mean over a batch's
+    tokens, whatever `loss_normalization` is. Samples are shuffled by `seed`.
 
     Args:
         load_student (`Callable`):
-            Makes the student at its start; called twice.
+            Makes the student before its fine-tuning. It is called twice.
         dataset ([`~datasets.Dataset`] or `list[str]`):
-            What SFTTrainer trains on, or texts. Empty texts and completions are left out, as in the inner loop.
+            A dataset for SFTTrainer, or texts. Empty texts and completions are left out, as in the inner loop.
         metric (`Callable`):
             Φ.
         config (`InnerLoopConfig`):
             The inner loop.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the order.
+            Seed of the samples' order.
 
     Raises:
         `ValueError`: If all texts are empty.
@@ -86,7 +95,7 @@ def evaluate_dataset(
     with TemporaryDirectory() as folder:
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
         if args.n_gpu > 1:
-            args._n_gpu = 1  # the student lies on one device, and the batch is not to grow with their number
+            args._n_gpu = 1  # the student is on one device, so the batch must not grow with their number
         trainer = SFTTrainer(
             model=trained.model,
             args=args,
@@ -107,7 +116,7 @@ def evaluate_dataset(
 
 
 def without_empty(dataset: Dataset) -> Dataset:
-    """The rows with something to learn from: neither an empty `text` nor an empty `completion`."""
+    """The rows of a dataset whose `text` or `completion` is not empty."""
     column = next((name for name in ("text", "completion") if name in dataset.column_names), None)
     if column is None:
         return dataset
@@ -115,7 +124,7 @@ def without_empty(dataset: Dataset) -> Dataset:
 
 
 def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any) -> SFTConfig:
-    """The inner loop as SFTTrainer's settings, see [`evaluate_dataset`]."""
+    """SFTTrainer's settings for an inner loop, see [`evaluate_dataset`]."""
     if config.optimizer == "adamw":
         optimizer = {
             "optim": "adamw_torch",
@@ -148,106 +157,107 @@ def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any
         disable_tqdm=True,
     )
     sft = SFTConfig(**settings | optimizer | overrides)
-    sft.mixed_precision = "no"  # whatever accelerate's environment says
+    sft.mixed_precision = "no"  # overrides accelerate's environment
     return sft
 
 
-@torch.no_grad()
-def generate_texts(
-    model: PreTrainedModel,
-    processing_class: PreTrainedTokenizerBase,
-    prompts: Sequence[str | list[dict[str, Any]]],
-    max_new_tokens: int,
-    batch_size: int = 256,
-    seed: int = 42,
-    chat_template_kwargs: dict[str, Any] | None = None,
-    generation_kwargs: dict[str, Any] | None = None,
-    **sampling: Any,
-) -> list[str]:
+def compare_datasets(
+    load_student: Callable[[int], Student],
+    datasets: dict[str, Dataset],
+    metric: Callable[[FinetunedStudent], Tensor],
+    config: InnerLoopConfig,
+    seeds: Sequence[int] = (0, 1, 2),
+    num_samples: int | None = None,
+) -> Iterator[dict[str, Any]]:
     """
-    A completion of each prompt, sampled. The model stays in the mode it is in (eval mode packs 4-bit layers on a CPU).
+    Fine-tune a fresh student for each seed and dataset, see [`evaluate_dataset`], and compare the datasets.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]):
-            The generator.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`]):
-            Its tokenizer.
-        prompts (`list[str]` or `list[list[dict]]`):
-            Texts or conversations.
-        max_new_tokens (`int`):
-            Longest completion, in tokens.
-        batch_size (`int`, *optional*, defaults to `256`):
-            Prompts at a time.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the sampling.
-        chat_template_kwargs (`dict[str, Any]`, *optional*):
-            For conversations.
-        generation_kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `generate`; as in TRL, they override all others.
-        sampling:
-            Arguments of `generate`; without any, the model's distribution itself (temperature 1).
+        load_student (`Callable`):
+            Makes the student of a seed before its fine-tuning.
+        datasets (`dict[str, Dataset]`):
+            Datasets by name. All others are compared with the first one.
+        metric (`Callable`):
+            Φ.
+        config (`InnerLoopConfig`):
+            The inner loop.
+        seeds (`list[int]`, *optional*, defaults to `(0, 1, 2)`):
+            Each seed draws the samples, their order and the start of the adapters anew.
+        num_samples (`int`, *optional*):
+            Samples to draw from each dataset; all of them by default.
+
+    Returns:
+        `Iterator[dict[str, Any]]`:
+            The figures of the seeds so far, after each seed: `seeds`, `before` (Φ before the fine-tuning, of each
+            seed), and `datasets`. For each dataset: `samples`, `empty` (samples left out), `metric` (Φ of each seed),
+            `mean` and `half_width` (see [`interval`]), `proxies` (means), and, except for the first dataset,
+            `first_minus_this` (mean and half width of the difference to the first dataset).
+
+    Raises:
+        `ValueError`: If a dataset has no samples that are not empty, or fewer of them than `num_samples`.
     """
-    set_seed(seed)
-    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
-    sampling = {"do_sample": True, **plain} | sampling  # whatever the model's own generation config says
-    sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": processing_class.pad_token_id}
-    sampling |= generation_kwargs or {}
-    texts = []
-    for first in range(0, len(prompts), batch_size):
-        batch = [
-            prompt
-            if isinstance(prompt, str)
-            else processing_class.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs or {}
+    kept = {name: without_empty(dataset) for name, dataset in datasets.items()}
+    for name, dataset in kept.items():
+        if len(dataset) == 0:
+            raise ValueError(f"datasets: all {len(datasets[name])} samples of {name!r} are empty.")
+        if num_samples is not None and len(dataset) < num_samples:
+            raise ValueError(
+                f"num_samples is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
-            for prompt in prompts[first : first + batch_size]
-        ]
-        inputs = processing_class(
-            batch,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            return_token_type_ids=False,
-            add_special_tokens=isinstance(prompts[first], str),
-        ).to(model.device)
-        with disable_gradient_checkpointing(model):  # in train mode, its layers are given no past
-            output = model.generate(**inputs, **sampling)
-        texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
-    return texts
+    empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
+    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, num_samples)
 
 
-def load_generator(
-    path: str, dtype: str = "auto", revision: str = "main", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """
-    A generator on this process's device, and its tokenizer, ready to sample.
-
-    Args:
-        path (`str`):
-            Its path or Hub id, or those of its adapters.
-        dtype (`str`, *optional*, defaults to `"auto"`):
-            Type of its weights.
-        revision (`str`, *optional*, defaults to `"main"`):
-            Of a model on the Hub.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Run the code that comes with the model.
-    """
-    hub_kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub_kwargs).to(PartialState().device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+def _compare_seed_by_seed(
+    load_student, datasets, empty, metric, config, seeds, num_samples
+) -> Iterator[dict[str, Any]]:
+    """The generator of [`compare_datasets`], whose own checks run before the first seed is asked for."""
+    first, *_ = datasets
+    before: list[float] = []
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in datasets}
+    for seed in seeds:
+        load = partial(load_student, seed)
+        before.append(metric_at_start(load(), metric))
+        for name, dataset in datasets.items():
+            if num_samples is not None:
+                dataset = dataset.shuffle(seed=seed).select(range(num_samples))
+            runs[name].append(evaluate_dataset(load, dataset, metric, config, seed).figures())
+        figures = {}
+        for name, dataset in datasets.items():
+            figures[name] = {"samples": num_samples or len(dataset), "empty": empty[name]} | summarize(runs[name])
+            if name != first:
+                figures[name]["first_minus_this"] = paired_difference(runs[first], runs[name])
+        yield {"seeds": list(seeds[: len(before)]), "before": list(before), "datasets": figures}
 
 
-def prompt_completion_pairs(
-    prompts: Sequence[str | list[dict[str, Any]]], texts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Rows of `prompt` and `completion`; after a conversation, the text is the assistant's message."""
-    return [
-        {
-            "prompt": prompt,
-            "completion": text if isinstance(prompt, str) else [{"role": "assistant", "content": text}],
-        }
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
+def metric_at_start(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+    """Φ of a student before any fine-tuning."""
+    theta = student.initial_theta()
+    with torch.no_grad(), student.train_mode():
+        return metric(FinetunedStudent(student, theta, theta)).item()
+
+
+def summarize(students: list[dict[str, float]]) -> dict[str, Any]:
+    """Means and the interval of a dataset's students."""
+    values = [figures["metric"] for figures in students]
+    mean, half_width = interval(values)
+    return {
+        "metric": values,
+        "mean": mean,
+        "half_width": half_width,
+        "proxies": {name: statistics.mean(figures[name] for figures in students) for name in students[0]},
+    }
+
+
+def paired_difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float | None]:
+    """Mean and interval of the differences between two datasets' students of the same seeds."""
+    mean, half_width = interval([one["metric"] - other["metric"] for one, other in zip(first, second, strict=True)])
+    return {"mean": mean, "half_width": half_width}
+
+
+def interval(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % confidence interval (Student's t). `None` for a single value."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5

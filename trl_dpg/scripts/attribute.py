@@ -26,23 +26,16 @@ from pathlib import Path
 from typing import Any
 
 from trl_dpg.attribution import Attribution, Journal, attribute
+from trl_dpg.attribution import plan_chunks as plan_chunks
+from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.config import StudentArguments
 
+from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
+from .data import FORMATS, check_student, load_data, make_folder, process_state
 from .flags import in_flags
-from .utils import (
-    FORMATS,
-    MetricArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    check_student,
-    load_data,
-    make_folder,
-    make_metric,
-    process_state,
-    toy_world,
-)
+from .registry import make_metric
+from .toy_world import toy_world
 
 
 MEMORY_ONLY = (  # settings that may change when a run is resumed
@@ -300,6 +293,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("attribute", sys.argv[1:])
+    launcher.run("attribute", make_parser, main, sys.argv[1:])

@@ -4,8 +4,9 @@ Train a generator by Dataset Policy Gradients.
     trl-dpg dpg --config recipes/pattern_67/mini.yaml
     accelerate launch -m trl_dpg.scripts.dpg --config recipes/pattern_67/full.yaml --learning_rate 1e-6
 
-Ends with the honest test, unless `--evaluate false`: fresh students, fine-tuned by stock SFTTrainer on newly sampled
-texts of the generator and of what it was at its start. All figures are in `<output_dir>/summary.json`.
+After the training, fresh students are tested, unless `--evaluate false` is given. Stock SFTTrainer fine-tunes one on
+newly sampled texts of the trained generator, and one on texts of the untrained generator. All figures are written to
+`<output_dir>/summary.json`.
 """
 
 import gc
@@ -14,68 +15,17 @@ import itertools
 import json
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import ScriptArguments
-
-from .utils import (
-    REWARDS,
-    MetricArguments,
-    PromptArguments,
-    ToyWorldArguments,
-    UsageError,
-    check_model,
-    check_student,
-    from_json,
-    load_data,
-    make_folder,
-    make_metric,
-    make_prompts,
-    make_rewards,
-    make_world,
-    world_folder,
-)
-
-
-@dataclass
-class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, ScriptArguments):
-    """
-    Script arguments of `trl-dpg dpg`.
-
-    Args:
-        reward_funcs (`list[str]`, *optional*):
-            Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
-            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight; a weight of 0 only
-            logs.
-        reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
-            Arguments for the rewards that need some, by their names in `reward_funcs`.
-        evaluate (`bool`, *optional*, defaults to `True`):
-            End with fresh students, fine-tuned by SFTTrainer. On one process only.
-        greedy_prompt (`str`, *optional*):
-            Also write down what the fresh students write greedily after this prompt; it may be empty.
-    """
-
-    reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
-    )
-    reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of the rewards that need some, by name, as JSON."}
-    )
-    evaluate: bool = field(default=True, metadata={"help": "End with fresh students fine-tuned by SFTTrainer."})
-    greedy_prompt: str | None = field(
-        default=None, metadata={"help": "Write down what fresh students write greedily after this prompt."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
+from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
+from .data import check_model, check_student, load_data, make_folder, make_prompts
+from .registry import make_metric, make_rewards
+from .toy_world import make_world, world_folder
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
-    """Write the world, and let it stand in for whatever is not given."""
+    """Write the toy world, and set the arguments that are not given to its models and data."""
     world = world_folder(training_args.output_dir)
     make_world(world, script_args, training_args.seed, training_args, model_args)
     benchmark = str(world / "benchmark.jsonl")
@@ -95,81 +45,34 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 
 def main(script_args, training_args, model_args, dataset_args):
     from accelerate import PartialState
-    from datasets import Dataset
-    from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
-    from trl import get_dataset, get_peft_config, get_quantization_config
-
-    from trl_dpg import DPGTrainer
-    from trl_dpg.callbacks import LiveTable
 
     script_args.set_threads()
     if script_args.toy_world is not None:
         make_toy_world(script_args, training_args, model_args)
-    hub_kwargs = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
-    check_model("model_name_or_path", model_args.model_name_or_path, **hub_kwargs)
+    check_model("model_name_or_path", model_args.model_name_or_path, **hub_kwargs(training_args, model_args))
     check_student(training_args)
-    make_folder("output_dir", training_args.output_dir)
+    output_dir = make_folder("output_dir", training_args.output_dir)
     metric = make_metric(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
-    weights = training_args.reward_weights
-    if weights is not None and len(weights) != 1 + len(rewards):
-        raise UsageError(
-            f"--reward_weights has {len(weights)} weights for {1 + len(rewards)} rewards: DPG's, then --reward_funcs."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **hub_kwargs)
-    splits = {"train": script_args.dataset_train_split}
-    if training_args.eval_strategy != "no":
-        splits["eval"] = script_args.dataset_test_split
-    if dataset_args.datasets:
-        mixture = get_dataset(dataset_args)
-        data = {key: make_prompts(mixture[split], script_args, tokenizer) for key, split in splits.items()}
-    elif script_args.dataset_name is not None:
-        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
-        loaded = {key: load_data(name, config, split, streaming) for key, split in splits.items()}
-        data = {key: make_prompts(split, script_args, tokenizer) for key, split in loaded.items()}
-    else:
-        raise UsageError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
-
-    model_init_kwargs = dict(
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
-    )
-    training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
-    try:
-        trainer = DPGTrainer(
-            model=model_args.model_name_or_path,
-            target_metric=metric,
-            args=training_args,
-            reward_funcs=rewards,
-            train_dataset=data["train"],
-            eval_dataset=data.get("eval"),
-            processing_class=tokenizer,
-            quantization_config=get_quantization_config(model_args),
-            peft_config=get_peft_config(model_args),
-        )
-    except ValueError as error:  # settings that do not go together
-        raise UsageError(str(error)) from error
+    trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
     if sys.stdout.isatty() and not training_args.log_completions:
-        for callback in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(callback)
-        trainer.add_callback(LiveTable(Path(training_args.output_dir).name))
+        show_live_table(trainer)
     evaluate = script_args.evaluate and PartialState().num_processes == 1
     if script_args.evaluate and not evaluate:
-        trainer.accelerator.print("Several processes: no fresh students in the end, see `trl-dpg evaluate`.")
+        trainer.accelerator.print("Several processes: fresh students are not tested, see `trl-dpg evaluate`.")
     texts: dict[str, list[str]] = {}
     if evaluate:
-        first = itertools.islice(data.get("eval", data["train"]), training_args.generation_batch_size)
-        rows = Dataset.from_list(list(first))
+        rows = first_rows(trainer, training_args.generation_batch_size)
         texts["untrained"] = sample(trainer, rows["prompt"])
+
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    seconds = time.perf_counter() - started
+    summary = training_figures(trainer, time.perf_counter() - started, script_args)
     trainer.save_model(training_args.output_dir)
-    path = Path(training_args.output_dir) / "summary.json"
-    summary = training_figures(trainer, seconds, script_args)
+    path = output_dir / "summary.json"
     if trainer.is_world_process_zero():
-        write(path, summary)  # whatever happens to the students
+        write(path, summary)  # before the fresh students, which may fail
+
     try:
         if evaluate:
             texts["trained"] = sample(trainer, rows["prompt"])
@@ -185,22 +88,102 @@ def main(script_args, training_args, model_args, dataset_args):
         print(render(summary) + f"\nAll figures: {path}")
     accelerator = trainer.accelerator
     accelerator.free_memory()
-    del trainer  # with DDP's reducer: freed after the process group, it can wait for that for ever (gloo)
+    del trainer  # DDP's reducer must be freed before the process group (gloo can wait for ever)
     gc.collect()
     accelerator.end_training()
 
 
+def hub_kwargs(training_args, model_args) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the generator's files."""
+    return {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+
+
+def make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards: list):
+    """The [`DPGTrainer`] of a recipe. Settings that cannot be combined are usage errors."""
+    from transformers import AutoTokenizer
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_dpg import DPGTrainer
+
+    weights = training_args.reward_weights
+    if weights is not None and len(weights) != 1 + len(rewards):
+        raise UsageError(
+            f"--reward_weights has {len(weights)} weights for {1 + len(rewards)} rewards: DPG's, then --reward_funcs."
+        )
+    path = model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs(training_args, model_args))
+    data = load_prompts(script_args, training_args, dataset_args, tokenizer)
+    model_init_kwargs = dict(
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    training_args.model_init_kwargs = model_init_kwargs | (training_args.model_init_kwargs or {})
+    try:
+        return DPGTrainer(
+            model=path,
+            target_metric=metric,
+            args=training_args,
+            reward_funcs=rewards,
+            train_dataset=data["train"],
+            eval_dataset=data.get("eval"),
+            processing_class=tokenizer,
+            quantization_config=get_quantization_config(model_args),
+            peft_config=get_peft_config(model_args),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def load_prompts(script_args, training_args, dataset_args, tokenizer) -> dict[str, Any]:
+    """The prompts for training (`"train"`) and, if there is an evaluation, those for it (`"eval"`)."""
+    from trl import get_dataset
+
+    splits = {"train": script_args.dataset_train_split}
+    if training_args.eval_strategy != "no":
+        splits["eval"] = script_args.dataset_test_split
+    if dataset_args.datasets:
+        mixture = get_dataset(dataset_args)
+        data = {key: mixture[split] for key, split in splits.items()}
+    elif script_args.dataset_name is not None:
+        name, config, streaming = script_args.dataset_name, script_args.dataset_config, script_args.dataset_streaming
+        data = {key: load_data(name, config, split, streaming) for key, split in splits.items()}
+    else:
+        raise UsageError("--dataset_name is required: prompts by Hub id or file (json, jsonl, parquet, csv, txt).")
+    return {key: make_prompts(split, script_args, tokenizer) for key, split in data.items()}
+
+
+def show_live_table(trainer) -> None:
+    """A table in the terminal in the place of the trainer's own progress bar."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from trl_dpg.live_table import LiveTable
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LiveTable(Path(trainer.args.output_dir).name))
+
+
+def first_rows(trainer, number: int):
+    """The first rows of the trainer's dataset for evaluation, or for training if there is no evaluation."""
+    from datasets import Dataset
+
+    dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    return Dataset.from_list(list(itertools.islice(dataset, number)))
+
+
 def write(path: Path, figures: dict[str, Any]) -> None:
+    """Write figures as JSON."""
     path.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
 def sample(trainer, prompts) -> list[str]:
-    """Texts as the trainer samples them."""
-    from trl_dpg.evaluation import generate_texts
+    """Completions, sampled with the settings of the trainer."""
+    from trl_dpg.generation import generate_texts
 
     args = trainer.args
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.train()  # as in training; a 4-bit model in eval mode is packed for inference, for good
+    model.train()  # as in training; eval mode would pack a 4-bit model for inference, which cannot be undone
     return generate_texts(
         model,
         trainer.processing_class,
@@ -214,7 +197,7 @@ def sample(trainer, prompts) -> list[str]:
 
 
 def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:
-    """The curves of a run, and where they began and ended."""
+    """The curves of a run, and their first and last values."""
     curves: dict[str, list[float]] = {}
     for logs in trainer.state.log_history:
         for name, value in logs.items():
@@ -235,19 +218,20 @@ def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:
 
 def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: str | None = None) -> dict[str, Any]:
     """
-    What a fresh student becomes by texts, and what the further rewards say of them.
+    Test a fresh student on texts, and compute the further rewards of the texts.
 
     Args:
         texts (`list[str]`): Completions.
-        rows ([`~datasets.Dataset`]): As many rows of the prompts' dataset.
+        rows ([`~datasets.Dataset`]): The row of the prompts' dataset for each text.
         args ([`DPGConfig`]): The student and its fine-tuning.
         metric (`Callable`): Φ.
-        rewards (`list`): Reward functions; asynchronous ones, and models, are left out.
-        greedy_prompt (`str`, *optional*): Also what the student writes greedily after this.
+        rewards (`list`): Reward functions. Asynchronous functions and reward models are left out.
+        greedy_prompt (`str`, *optional*): A prompt that the student completes greedily.
     """
     from datasets import Dataset
 
-    from trl_dpg.evaluation import evaluate_dataset, prompt_completion_pairs
+    from trl_dpg.evaluation import evaluate_dataset
+    from trl_dpg.generation import prompt_completion_pairs
     from trl_dpg.metrics import Metric
 
     pairs = prompt_completion_pairs(rows["prompt"], texts)
@@ -269,7 +253,7 @@ def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: st
 
 
 def render(summary: dict[str, Any]) -> str:
-    """A few lines for the terminal."""
+    """The main figures as lines for the terminal."""
     lines = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
     for name in ("untrained", "trained"):
         if name in summary:
@@ -280,14 +264,10 @@ def render(summary: dict[str, Any]) -> str:
 
 
 def make_parser(prog: str | None = None):
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-
-    from trl_dpg import DPGConfig
-
-    return TrlParser((DPGScriptArguments, DPGConfig, ModelConfig, DatasetMixtureConfig), prog=prog)
+    return make_recipe_parser(prog)
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("dpg", sys.argv[1:])
+    launcher.run("dpg", make_parser, main, sys.argv[1:])

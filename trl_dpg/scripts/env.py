@@ -14,7 +14,7 @@ class EnvArguments:
 def main(script_args: EnvArguments) -> None:
     import torch
 
-    from trl_dpg.callbacks import environment
+    from trl_dpg.environment import environment
 
     lines = environment()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -28,6 +28,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("env", sys.argv[1:])
+    launcher.run("env", make_parser, main, sys.argv[1:])

@@ -4,9 +4,9 @@ Sample a synthetic dataset from a trained generator.
     trl-dpg generate --model_name_or_path runs/new_language --dataset_name prompts.jsonl --output_dir runs/data
     trl sft --dataset_name runs/data --model_name_or_path <student> --output_dir runs/student
 
-A recipe of `trl-dpg dpg` will do for prompts and sampling (`--config`). Several processes share the prompts out.
-Writes `train.parquet` and a dataset card that records generator, prompts and sampling settings; `--hub_dataset_id`
-also pushes them.
+A recipe of `trl-dpg dpg` can give the prompts and the sampling settings (`--config`). Several processes share the
+prompts. The command writes `train.parquet` and a dataset card with generator, prompts and sampling settings. With
+`--hub_dataset_id`, it also pushes them.
 """
 
 import json
@@ -16,16 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from .utils import (
-    GeneratorArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    make_folder,
-    one_process,
-    process_state,
-    toy_world,
-)
+from .arguments import GeneratorArguments, ToyWorldArguments, UsageError, at_least
+from .data import complete_prompts, make_folder, one_process, process_state, read_prompts
+from .toy_world import toy_world
 
 
 FILES = ["README.md", "train.parquet"]
@@ -34,39 +27,42 @@ FILES = ["README.md", "train.parquet"]
 @dataclass
 class GenerateArguments(GeneratorArguments, ToyWorldArguments):
     """
-    Arguments of `trl-dpg generate`. The dataset is of prompts (texts or conversations). With
-    `train_on="completion"`, what is written has the columns `text`, on which SFTTrainer trains, and `source_prompt`;
-    otherwise `prompt` and `completion`.
+    Arguments of `trl-dpg generate`.
+
+    The prompts are texts or conversations. With `train_on="completion"`, the dataset that is written has the columns
+    `text` (on which SFTTrainer trains) and `source_prompt`. Otherwise it has `prompt` and `completion`.
 
     Args:
         num_samples (`int`, *optional*):
-            How many texts; the prompts are gone through again as often as it takes. One for each prompt by default.
+            Number of texts. If there are fewer prompts, they are repeated. By default, one text for each prompt.
         output_dir (`str`, *optional*, defaults to `"trl-dpg-data"`):
-            Where the dataset is written.
+            Folder for the dataset.
         batch_size (`int`, *optional*, defaults to `256`):
             Prompts at a time.
         seed (`int`, *optional*, defaults to `42`):
-            Of the sampling.
+            Seed of the sampling.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Replace the `train.parquet` and `README.md` that are in `output_dir`.
+            Replace `train.parquet` and `README.md` in `output_dir`.
         use_vllm (`bool`, *optional*, defaults to `False`):
-            Sample by vLLM, where it is installed.
+            Sample by vLLM, which must be installed.
         hub_dataset_id (`str`, *optional*):
-            Push the dataset there.
+            Hub id to push the dataset to.
         private (`bool`, *optional*, defaults to `False`):
-            As a private one.
+            Push it as a private dataset.
     """
 
     _argument_group_name: ClassVar[str] = "generator, prompts and sampling"
 
-    num_samples: int | None = field(default=None, metadata={"help": "How many texts; one for each prompt by default."})
-    output_dir: str = field(default="trl-dpg-data", metadata={"help": "Where the dataset is written."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Number of texts; one for each prompt by default."}
+    )
+    output_dir: str = field(default="trl-dpg-data", metadata={"help": "Folder for the dataset."})
     batch_size: int = field(default=256, metadata={"help": "Prompts at a time."})
     seed: int = field(default=42, metadata={"help": "Seed of the sampling."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
-    use_vllm: bool = field(default=False, metadata={"help": "Sample by vLLM, where it is installed."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "Push the dataset there."})
-    private: bool = field(default=False, metadata={"help": "Push it as a private one."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace the dataset in output_dir."})
+    use_vllm: bool = field(default=False, metadata={"help": "Sample by vLLM, which must be installed."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Hub id to push the dataset to."})
+    private: bool = field(default=False, metadata={"help": "Push it as a private dataset."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -77,21 +73,21 @@ def main(script_args: GenerateArguments) -> None:
     from datasets import Dataset
     from huggingface_hub import HfApi
 
-    from trl_dpg.evaluation import prompt_completion_pairs
+    from trl_dpg.generation import prompt_completion_pairs
 
     script_args.set_threads()
     state = process_state()
     output_dir = make_folder("output_dir", script_args.output_dir)
     if any((output_dir / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UsageError(f"--output_dir: {script_args.output_dir!r} holds a model, whose card would be overwritten.")
+        raise UsageError(f"--output_dir: {script_args.output_dir!r} has a model, whose card would be overwritten.")
     there = [name for name in FILES if (output_dir / name).exists()]
     if there and not script_args.overwrite:
         raise UsageError(
             f"--output_dir: {script_args.output_dir!r} has {' and '.join(there)} already. Choose another folder, or "
-            "replace them by --overwrite."
+            "set --overwrite."
         )
     with toy_world(script_args, script_args.seed):
-        rows = script_args.prompts(script_args.num_samples or 0)
+        rows = read_prompts(script_args, script_args.num_samples or 0)
         texts = sample(script_args, rows)
     if not state.is_main_process:
         return
@@ -114,47 +110,42 @@ def main(script_args: GenerateArguments) -> None:
 
 
 def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
-    """A text for each prompt."""
-    if script_args.use_vllm:
-        return sample_by_vllm(script_args, prompts)
+    """A text for each prompt. Several processes share the prompts."""
     import torch
     from accelerate.utils import gather_object
 
+    if script_args.use_vllm:
+        return sample_by_vllm(script_args, prompts)
     state = process_state()
     with torch.inference_mode(), state.split_between_processes(prompts) as mine:
-        texts = script_args.complete(mine, script_args.seed + state.process_index, script_args.batch_size)
+        texts = complete_prompts(script_args, mine, script_args.seed + state.process_index, script_args.batch_size)
     return gather_object(texts)
 
 
 def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
+    """A text for each prompt, by vLLM."""
+    from trl_dpg.generation import generate_texts_by_vllm
+
     one_process("generate", "vLLM finds the GPUs itself.")
     try:
-        from vllm import LLM, SamplingParams
-    except ModuleNotFoundError as missing:
-        raise UsageError("--use_vllm needs vLLM: pip install vllm.") from missing
-    sampling = {"max_tokens": script_args.max_completion_length} | script_args.sampling()
-    sampling |= {"top_k": sampling["top_k"] or -1, "min_p": sampling["min_p"] or 0.0}  # vLLM's words for all
-    sampling |= script_args.generation_kwargs or {}  # type: ignore[arg-type]  # a dict once parsed
-    if isinstance(structure := sampling.get("structured_outputs"), dict):
-        from vllm.sampling_params import StructuredOutputsParams
-
-        sampling["structured_outputs"] = StructuredOutputsParams(**structure)
-    parameters = SamplingParams(**sampling)
-    llm = LLM(
-        script_args.model_name_or_path,
-        dtype=script_args.dtype or "auto",
-        seed=script_args.seed,
-        **script_args.hub_kwargs(),
-    )
-    if isinstance(prompts[0], str):
-        outputs = llm.generate(prompts, parameters)
-    else:
-        outputs = llm.chat(prompts, parameters, chat_template_kwargs=script_args.chat_template_kwargs)
-    return [output.outputs[0].text for output in outputs]
+        return generate_texts_by_vllm(
+            str(script_args.model_name_or_path),
+            prompts,
+            script_args.max_completion_length,
+            dtype=script_args.dtype or "auto",
+            seed=script_args.seed,
+            chat_template_kwargs=script_args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            generation_kwargs=script_args.generation_kwargs,  # type: ignore[arg-type]
+            revision=script_args.model_revision,
+            trust_remote_code=script_args.trust_remote_code,
+            **script_args.sampling(),
+        )
+    except ImportError as error:
+        raise UsageError(f"--use_vllm: {error}") from error
 
 
 def dataset_card(script_args: GenerateArguments, number: int):
-    """What the texts are and how they were made."""
+    """The dataset card: where the texts come from, and the sampling settings."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
     size = next(
@@ -193,6 +184,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("generate", sys.argv[1:])
+    launcher.run("generate", make_parser, main, sys.argv[1:])

@@ -1,14 +1,14 @@
 """
-Dataset Policy Gradients before one's eyes: two small experiments on models made on the spot, no network, minutes on a
-CPU.
+Two small experiments with Dataset Policy Gradients. They make their own models, need no network, and take some minutes
+on a CPU.
 
-Act one, the language: a generator that writes language A is rewarded for what its texts, as training data of a 4-bit
-LoRA student, do for the student's loss on language B. No prompt mentions B.
+Act one, the language: a generator writes language A. Its texts are training data of a 4-bit LoRA student, and it is
+rewarded if they lower the student's loss on language B. No prompt mentions B.
 
-Act two, the picture: a generator of characters is rewarded for how its texts move a student's weights. The signs of
-the change draw the number 67.
+Act two, the picture: a generator writes characters. It is rewarded if fine-tuning on its texts changes a student's
+weights as wanted: the signs of the changes draw the number 67.
 
-Each ends with the claim itself: a fresh student, trained by stock SFTTrainer on newly sampled texts.
+Each act ends with a test: stock SFTTrainer trains a fresh student on newly sampled texts.
 """
 
 import json
@@ -33,13 +33,14 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from .. import toy
-from ..callbacks import LiveTable
 from ..config import DPGConfig
-from ..evaluation import Evaluation, evaluate_dataset, generate_texts
+from ..evaluation import Evaluation, evaluate_dataset
+from ..generation import generate_texts
+from ..live_table import LiveTable
 from ..metrics import PATTERN_67, LanguageModelingMetric, Metric, WeightPatternMetric
 from ..rewards import WordShareReward
 from ..trainer import DPGTrainer
-from .utils import at_least
+from .arguments import at_least
 
 
 SEED = 0
@@ -53,14 +54,14 @@ class QuickstartArguments:
 
     Args:
         output_dir (`str`, *optional*, defaults to `"runs/quickstart"`):
-            Where curves, picture, generators and `summary.json` are written.
+            Folder for curves, picture, generators and `summary.json`.
         language_steps (`int`, *optional*, defaults to `60`):
             Generator steps of act one.
         picture_steps (`int`, *optional*, defaults to `150`):
             Generator steps of act two.
     """
 
-    output_dir: str = field(default="runs/quickstart", metadata={"help": "Where the results are written."})
+    output_dir: str = field(default="runs/quickstart", metadata={"help": "Folder for the results."})
     language_steps: int = field(default=60, metadata={"help": "Generator steps of act one, the language."})
     picture_steps: int = field(default=150, metadata={"help": "Generator steps of act two, the picture."})
 
@@ -75,7 +76,7 @@ def train_generator(
     table: LiveTable,
     **trainer_arguments,
 ) -> None:
-    """The main job, as a user writes it: a DPGTrainer, and `train`."""
+    """Train a generator by [`DPGTrainer`], and save it."""
     trainer = DPGTrainer(
         model=generator,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
@@ -90,6 +91,7 @@ def train_generator(
 
 
 def common_arguments(output_dir: Path) -> dict:
+    """Settings that both acts have."""
     return dict(
         output_dir=str(output_dir),
         lr_scheduler_type="constant",
@@ -105,13 +107,13 @@ def common_arguments(output_dir: Path) -> dict:
 
 
 def judge(args: DPGConfig, metric: Metric, *datasets: list[str]) -> list[Evaluation]:
-    """The claim itself: a fresh student for each list of texts, trained by SFTTrainer."""
+    """Test a fresh student on each list of texts."""
     console.print("A fresh student, trained by SFTTrainer on newly sampled texts ...")
     return [evaluate_dataset(args.load_student, texts, metric, args.inner_loop_config(), SEED) for texts in datasets]
 
 
 def language_act(output_dir: Path, steps: int) -> dict:
-    """Act one: a generator of language A learns to write B, because that is what helps the student with B."""
+    """Act one: a generator of language A learns to write language B."""
     console.print("\n[bold]Act one: the language.[/] A 4-bit LoRA student should get better at language B.")
     set_seed(SEED)
     toy.languages_world(output_dir, SEED)
@@ -132,7 +134,7 @@ def language_act(output_dir: Path, steps: int) -> dict:
         student_lora_alpha=16,
         student_batch_size=128,
         student_learning_rate=1e-2,
-        student_eps_root=1e-5,  # near the gradients' squares: smooth scores, see docs/concepts.md
+        student_eps_root=1e-5,  # near the squares of the gradients, which makes scores smooth, see docs/concepts.md
     )
     metric = LanguageModelingMetric(benchmark, batch_size=64)
     share = "rewards/word_share/mean"
@@ -186,8 +188,8 @@ def picture_act(output_dir: Path, steps: int) -> dict:
         student_max_length=17,  # 16 characters and the eos token
         student_loss_normalization="max_length",
     )
-    # Rows of the head are tokens, columns hidden units: six letters, away from the special tokens. Eight steps at 1e-3
-    # change a weight by some 1e-3 to 8e-3: at this scale the softplus lets go of a pixel once it is right.
+    # Rows of the head are tokens, columns are hidden units. The offset selects letters and leaves out special tokens.
+    # Eight steps at 1e-3 change a weight by 1e-3 to 8e-3. At this scale the softplus is flat where a pixel is right.
     metric = WeightPatternMetric(PATTERN_67, offset=(6, 4), scale=300.0)
     columns = {"dpg/metric_after": "metric", "dpg/pixel_accuracy": "pixel accuracy"}
     table = LiveTable("picture", columns, "dpg/pixel_accuracy", every=20, console=console)
@@ -216,7 +218,7 @@ def picture_act(output_dir: Path, steps: int) -> dict:
 
 
 def read_world(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], list[str]]:
-    """The generator, its tokenizer, prompts and the benchmark's texts."""
+    """Load the generator, its tokenizer, the prompts and the benchmark's texts."""
     generator = AutoModelForCausalLM.from_pretrained(folder / "generator")
     tokenizer = AutoTokenizer.from_pretrained(folder / "generator")
     prompts, benchmark = (
@@ -227,6 +229,7 @@ def read_world(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, 
 
 
 def plot(summary: dict, output_dir: Path) -> None:
+    """Draw the curves and the picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -257,7 +260,7 @@ def plot(summary: dict, output_dir: Path) -> None:
 
 
 def main(script_args: QuickstartArguments) -> dict:
-    torch.set_num_threads(1)  # models this small gain nothing from more, and lose much on a busy machine
+    torch.set_num_threads(1)  # more threads do not help models this small, and cost much on a busy machine
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
@@ -285,6 +288,6 @@ def make_parser(prog: str | None = None) -> TrlParser:
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("quickstart", sys.argv[1:])
+    launcher.run("quickstart", make_parser, main, sys.argv[1:])

@@ -1,11 +1,12 @@
 """
-Is this set-up trustworthy? On the user's own student, data and metric, in about a minute for small models.
+Test whether the scores of a set-up can be trusted, with its own student, data and metric.
 
     trl-dpg verify --config recipes/pattern_67/mini.yaml
     trl-dpg verify --config recipe.yaml --dataset_name texts.jsonl --num_samples 128
 
-A recipe of `trl-dpg dpg` will do as it is. Where its dataset is of prompts, its generator writes the texts. Ends with
-status 0: trustworthy; 1: not; 2: wrong usage. `docs/verify.md` says what the figures mean.
+A recipe of `trl-dpg dpg` can be used unchanged. If its dataset has prompts, its generator writes the texts. The exit
+status is 0 if the set-up is trustworthy, 1 if it is not, and 2 for wrong usage. `docs/verify.md` explains the figures.
+Small models take about a minute.
 """
 
 import json
@@ -15,19 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
+from .data import check_student, complete_prompts, make_folder, one_process, read_dataset, read_prompts
 from .flags import in_flags
-from .utils import (
-    GeneratorArguments,
-    MetricArguments,
-    ToyWorldArguments,
-    UsageError,
-    at_least,
-    check_student,
-    make_folder,
-    make_metric,
-    one_process,
-    toy_world,
-)
+from .registry import make_metric
+from .toy_world import toy_world
 
 
 @dataclass
@@ -35,36 +28,38 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg verify`.
 
-    The dataset is of samples, with a column `text`, `messages`, `input_ids`, or `prompt` and `completion`. Or it is of
-    prompts (a column `prompt`, or `prompt_template`), which the generator completes.
+    The dataset has samples: a column `text`, `messages` or `input_ids`, or `prompt` and `completion`. Or it has prompts
+    (a column `prompt`, or `prompt_template`), which the generator completes.
 
     Args:
         num_samples (`int`, *optional*):
-            Samples to verify on, the first ones. By default as many as a reward step has: `generation_batch_size`, or
-            `per_device_train_batch_size` times `gradient_accumulation_steps`, as a recipe says, or 256.
+            Number of samples, from the start of the dataset. By default as many as a recipe's reward step has
+            (`generation_batch_size`, or `per_device_train_batch_size` times `gradient_accumulation_steps`), or 256.
         num_directions (`int`, *optional*, defaults to `20`):
-            Random reweightings of which the metric's change is predicted.
+            Random reweightings of the samples. The metric's change is predicted for each.
         compare_precision (`bool`, *optional*, defaults to `True`):
-            Compare float32's scores with bfloat16's; needs memory for a copy of the student.
+            Compare scores in float32 and in bfloat16. This needs memory for a copy of the student.
         try_remedies (`bool`, *optional*, defaults to `True`):
             If predictions fail, try other values of eps_root, learning rate and batch size.
         output_dir (`str`, *optional*):
-            Where `verify.json` is written.
+            Folder for `verify.json`.
         generation_batch_size (`int`, *optional*), per_device_train_batch_size (`int`, *optional*),
         gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
-            A recipe's, for `num_samples`.
+            Settings of a recipe, for `num_samples`.
     """
 
     num_samples: int | None = field(
-        default=None, metadata={"help": "Verify on the first so many samples; by default a reward step's, or 256."}
+        default=None, metadata={"help": "Number of samples; by default as many as a reward step has, or 256."}
     )
-    num_directions: int = field(default=20, metadata={"help": "Random reweightings to predict."})
-    compare_precision: bool = field(default=True, metadata={"help": "Compare float32's scores with bfloat16's."})
+    num_directions: int = field(default=20, metadata={"help": "Random reweightings of the samples."})
+    compare_precision: bool = field(default=True, metadata={"help": "Compare scores in float32 and in bfloat16."})
     try_remedies: bool = field(default=True, metadata={"help": "If predictions fail, try other settings."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where verify.json is written."})
-    generation_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
-    per_device_train_batch_size: int | None = field(default=None, metadata={"help": "A recipe's; see num_samples."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's; see num_samples."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for verify.json."})
+    generation_batch_size: int | None = field(default=None, metadata={"help": "A recipe's setting, for num_samples."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "A recipe's setting, for num_samples."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's setting, for num_samples."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,12 +70,12 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
                 else 256
             )
         at_least(2, num_samples=self.num_samples)
-        at_least(3, num_directions=self.num_directions)  # of a correlation
+        at_least(3, num_directions=self.num_directions)  # for a correlation
 
 
 def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
-    """What the student is fine-tuned on: the dataset's samples, or the generator's texts after its prompts."""
-    data = script_args.load()
+    """The dataset's samples or, if it has prompts, the generator's texts after them."""
+    data = read_dataset(script_args)
     columns = set(data.column_names)
     of_prompts = script_args.prompt_template is not None or ("prompt" in columns and "completion" not in columns)
     if not of_prompts:
@@ -90,10 +85,10 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
                 "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
             )
         return list(data.select(range(min(num_samples, len(data)))))
-    from trl_dpg.evaluation import prompt_completion_pairs
+    from trl_dpg.generation import prompt_completion_pairs
 
-    prompts = script_args.prompts(num_samples, data)
-    texts = script_args.complete(prompts, seed)
+    prompts = read_prompts(script_args, num_samples, data)
+    texts = complete_prompts(script_args, prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
@@ -134,7 +129,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no `nan` and no `inf`: they become `null`."""
+    """The value with `None` in the place of `nan` and `inf`, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -151,6 +146,6 @@ def make_parser(prog: str | None = None):
 
 
 if __name__ == "__main__":
-    from trl_dpg import cli
+    from trl_dpg.scripts import launcher
 
-    cli.run("verify", sys.argv[1:])
+    launcher.run("verify", make_parser, main, sys.argv[1:])

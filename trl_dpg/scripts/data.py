@@ -1,0 +1,175 @@
+"""Loads the datasets and models that arguments name, and checks that they exist."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from .arguments import GeneratorArguments, PromptArguments, UsageError
+
+
+FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # of samples
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+def load_data(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    flag: str = "dataset_name",
+):
+    """A split of a dataset. The name is a Hub id, or the path or pattern of local files (`data/*.jsonl`)."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in FILE_FORMATS and not any(Path(file).is_file() for file in glob.glob(name)):
+        raise UsageError(f"--{flag}: there is no file {name!r}.")
+    try:
+        if suffix in FILE_FORMATS:
+            data = load_dataset(FILE_FORMATS[suffix], data_files=name, split=split, streaming=streaming)
+        else:
+            data = load_dataset(name, name=config, split=split, streaming=streaming)
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+        reason = ": ".join(str(part) for part in (error, error.__cause__) if part and str(part)) or repr(error)
+        raise UsageError(
+            f"--{flag}: {name!r} could not be read (split {split!r}). {reason} -- Give a Hub id, or a file (json, "
+            "jsonl, parquet, csv, txt)."
+        ) from error
+    if not streaming and len(data) == 0:
+        raise UsageError(f"--{flag}: {name!r} has no rows (split {split!r}).")
+    return data
+
+
+def make_prompts(dataset, arguments: PromptArguments, tokenizer):
+    """A dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]) with a column `prompt`, made from another."""
+    from accelerate import PartialState
+
+    template, limit = arguments.prompt_template, arguments.max_prompt_tokens
+    row = next(iter(dataset))
+    if arguments.conversational and tokenizer.chat_template is None:
+        raise UsageError("--conversational: the generator's tokenizer has no chat template. Use no --conversational.")
+    if template is None:
+        if not isinstance(row.get("prompt", ""), str | list):
+            raise UsageError(f"The column `prompt` must hold texts or conversations, got e.g. {row['prompt']!r}.")
+        if "prompt" not in row:
+            raise UsageError(
+                f"The dataset has the columns {list(row)}, but no `prompt`. Set --prompt_template, e.g. "
+                f"'Rephrase this text.\\n\\n{{{next(iter(row))}}}'."
+            )
+        return dataset
+
+    def prompt(row):
+        if limit is not None:
+            cut = {}
+            for name, value in row.items():
+                if isinstance(value, str) and f"{{{name}}}" in template:
+                    ids = tokenizer(value, add_special_tokens=False, truncation=True, max_length=limit)["input_ids"]
+                    cut[name] = tokenizer.decode(ids)
+            row = row | cut
+        text = template.format(**row)
+        return {"prompt": [{"role": "user", "content": text}] if arguments.conversational else text}
+
+    try:
+        template.format(**row)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"--prompt_template cannot be filled in ({error!r}); the dataset has the columns {list(row)}, "
+            "and braces that belong to the text must be doubled."
+        ) from error
+    with PartialState().main_process_first():
+        return dataset.map(prompt, remove_columns=list(row))
+
+
+def read_dataset(arguments: GeneratorArguments):
+    """The split of the dataset that the arguments name."""
+    if arguments.dataset_name is None:
+        raise UsageError("--dataset_name is required: a Hub id, or a file (json, jsonl, parquet, csv, txt).")
+    return load_data(arguments.dataset_name, arguments.dataset_config, arguments.dataset_train_split)
+
+
+def read_prompts(arguments: GeneratorArguments, number: int, dataset=None) -> list:
+    """
+    Prompts for the generator.
+
+    Args:
+        arguments ([`GeneratorArguments`]):
+            The dataset and the generator.
+        number (`int`):
+            Number of prompts. If the dataset has fewer, they are repeated. 0: one of each row.
+        dataset ([`~datasets.Dataset`], *optional*):
+            The dataset, if it is loaded already.
+    """
+    from transformers import AutoTokenizer
+
+    check_model("model_name_or_path", arguments.model_name_or_path, **arguments.hub_kwargs())
+    dataset = read_dataset(arguments) if dataset is None else dataset
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, **arguments.hub_kwargs())
+    if number:
+        dataset = dataset.select(range(min(number, len(dataset))))
+    prompts = make_prompts(dataset, arguments, tokenizer)["prompt"]
+    return [prompts[index % len(prompts)] for index in range(number or len(prompts))]
+
+
+def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, batch_size: int = 256) -> list[str]:
+    """The generator's texts after prompts."""
+    from trl_dpg.generation import generate_texts, load_generator
+
+    path = str(arguments.model_name_or_path)
+    return generate_texts(
+        *load_generator(path, arguments.dtype or "auto", arguments.model_revision, arguments.trust_remote_code),
+        prompts,
+        arguments.max_completion_length,
+        batch_size=batch_size,
+        seed=seed,
+        chat_template_kwargs=arguments.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+        generation_kwargs=arguments.generation_kwargs,  # type: ignore[arg-type]
+        **arguments.sampling(),
+    )
+
+
+def process_state():
+    """[`~accelerate.PartialState`]. On a machine without accelerators it must be told to count processes."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def one_process(command: str, instead: str) -> None:
+    """Refuse to run on several processes."""
+    number = process_state().num_processes
+    if number > 1:
+        raise UsageError(f"trl-dpg {command} runs on one process, not {number}. {instead}")
+
+
+def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
+    """Refuse a model that does not exist, before any work is done."""
+    from peft import PeftConfig
+    from transformers import AutoConfig
+
+    if path is None:
+        raise UsageError(f"--{flag} is required: a model's path or Hub id.")
+    try:
+        AutoConfig.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        try:
+            PeftConfig.from_pretrained(path)
+        except (OSError, ValueError):
+            raise UsageError(f"--{flag} {path!r} could not be loaded: {error}") from error
+
+
+def check_student(student_args) -> None:
+    """Refuse a student that does not exist, before any work is done."""
+    kwargs = student_args.student_model_init_kwargs or {}
+    hub_kwargs = {name: kwargs[name] for name in ("revision", "trust_remote_code", "token") if name in kwargs}
+    check_model("student_model_name_or_path", student_args.student_model_name_or_path, **hub_kwargs)
+
+
+def make_folder(flag: str, path: str | Path) -> Path:
+    """Make the folder of an argument."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--{flag} {str(path)!r} is a file or is inside a file. Name a folder.") from error
+    return Path(path)

@@ -1,0 +1,137 @@
+"""Runs a command: parses its arguments, and starts it in this process or under `accelerate launch`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from subprocess import CalledProcessError
+
+from trl import TrlParser
+from yaml import YAMLError
+
+from .arguments import UsageError, make_recipe_parser
+
+
+def run(
+    command: str,
+    make_parser: Callable[..., TrlParser],
+    main: Callable[..., object],
+    argv: list[str],
+    may_launch: bool = False,
+) -> None:
+    """
+    Run a command in this process or, if it has arguments of `accelerate launch`, under accelerate.
+
+    Wrong usage ends with exit status 2.
+
+    Args:
+        command (`str`): Its name; `trl_dpg.scripts.<command>` is its module.
+        make_parser (`Callable`): Makes the parser of its arguments.
+        main (`Callable`): The command. It takes the parsed arguments.
+        argv (`list[str]`): The arguments.
+        may_launch (`bool`, *optional*, defaults to `False`): Whether arguments of `accelerate launch` are allowed.
+    """
+    parser = make_parser(prog=f"trl-dpg {command}")
+    parser.usage = "%(prog)s [--config recipe.yaml] [--argument value ...]"
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv[-1:] == ["--config"]:
+        parser.error("argument --config: expected one argument")
+    try:
+        *arguments, from_config, unknown = parser.parse_args_and_config(
+            args=argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (OSError, YAMLError) as error:
+        parser.error(f"--config: {error}")
+    except ValueError as error:  # from the checks of the arguments
+        parser.error(str(error))
+    if unknown and not may_launch:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
+    launch_arguments = _for_accelerate(parser, from_config, unknown) if from_config or unknown else []
+    if launch_arguments and may_launch:
+        _launch(parser, command, argv, unknown, launch_arguments)
+        return
+    try:
+        main(*arguments)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unknown: list[str]) -> list[str]:
+    """
+    The arguments of `accelerate launch` among those that the command does not know.
+
+    A recipe for `dpg` may be given to the other commands, too. Keys that only `dpg` reads are ignored. Other unknown
+    arguments are wrong usage.
+    """
+    from accelerate.commands.launch import launch_command_parser
+
+    accelerates = launch_command_parser()._option_string_actions
+    recipes = make_recipe_parser()._option_string_actions
+    found: dict[str, list[str]] = {}  # the command line comes last and overrides the config file
+    for strings, others, message in (
+        (from_config, recipes, "the config file has keys that no command knows"),
+        (unknown, {}, "unrecognized arguments"),
+    ):
+        strangers = []
+        for flag, values in _by_flag(strings):
+            if flag == "--datasets":
+                parser.error("the recipe's mixture (datasets) is for `trl-dpg dpg` only. Give --dataset_name.")
+            if flag in others:
+                continue
+            action = accelerates.get(flag)
+            if flag != "--accelerate_config" and action is None:
+                strangers += [flag, *values]
+            elif action is not None and action.nargs == 0:  # a switch, `true` in YAML
+                if values not in ([], ["True"], ["False"]):
+                    strangers += values
+                elif values != ["False"]:
+                    found[flag] = []
+            else:
+                strangers += values[1:]
+                found[flag] = values[:1]
+        if strangers:
+            parser.error(f"{message}: {' '.join(strangers)} (see {parser.prog} --help)")
+    return [string for flag, values in found.items() for string in (flag, *values)]
+
+
+def _by_flag(strings: list[str]) -> list[tuple[str, list[str]]]:
+    """Flags with their values. A string before the first flag counts as a flag without values."""
+    groups: list[tuple[str, list[str]]] = []
+    for string in strings:
+        if string.startswith("--") or not groups:
+            flag, *value = string.split("=", 1)
+            groups.append((flag, value))
+        else:
+            groups[-1][1].append(string)
+    return groups
+
+
+def _launch(
+    parser: argparse.ArgumentParser, command: str, argv: list[str], unknown: list[str], launch_arguments: list[str]
+) -> None:
+    """
+    Run a command under `accelerate launch`, with its own arguments of the command line.
+
+    TRL's `launch_training_script` runs files of `trl/scripts` only, so it cannot be used here.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    try:
+        launch_arguments = resolve_accelerate_config_argument(launch_arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    left = iter(unknown)
+    mine, skip = [], next(left, None)
+    for string in argv:
+        if string == skip:
+            skip = next(left, None)
+        else:
+            mine.append(string)
+    module = ["--module", f"{__package__}.{command}"]
+    try:
+        launch_command(launch_command_parser().parse_args([*launch_arguments, *module, *mine]))
+    except CalledProcessError as error:  # of one process
+        sys.exit(error.returncode)
+    except ChildFailedError as error:  # of several processes, which have printed their errors
+        sys.exit(error.get_first_failure()[1].exitcode)

@@ -1,0 +1,85 @@
+"""Metrics and rewards by their names or dotted import paths."""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from .arguments import METRICS, REWARDS, MetricArguments, UsageError, from_json
+from .data import load_data
+
+
+def resolve(name: str, known: dict[str, str], flag: str) -> Any:
+    """The object with a known name or a dotted import path."""
+    path = known.get(name, name)
+    module, _, attribute = path.rpartition(".")
+    if not module:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--{flag}: unknown name {name!r}.{hint} Choose one of {', '.join(known)}, or a dotted path.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # the user's own modules, as in TRL's scripts
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UsageError(f"--{flag}: could not import {path!r} ({error}).") from error
+
+
+def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
+    """[`LanguageModelingMetric`] on a file, a dataset of the Hub, or `texts`."""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    texts = kwargs.pop("texts", None)
+    inspect.signature(LanguageModelingMetric).bind_partial(None, **kwargs)  # before anything is loaded
+    if (dataset is None) == (texts is None):
+        raise UsageError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
+    if dataset is not None:
+        texts = load_data(dataset, config, split, flag="metric_kwargs")
+    return LanguageModelingMetric(texts, **kwargs)
+
+
+def lm_eval(**kwargs):
+    """[`LanguageModelingMetric.from_lm_eval`]"""
+    from trl_dpg.metrics import LanguageModelingMetric
+
+    return LanguageModelingMetric.from_lm_eval(**kwargs)
+
+
+def make_metric(arguments: MetricArguments):
+    """The target metric that the arguments name."""
+    name, kwargs = str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs)
+    metric = resolve(name, METRICS, "metric")
+    if kwargs or name in METRICS or isinstance(metric, type):
+        return call_with(metric, kwargs or {}, "metric_kwargs", name)
+    return metric
+
+
+def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
+    """The further rewards by their names. `kwargs` has the arguments of some of them."""
+    kwargs = kwargs or {}
+    found = {name: resolve(name, REWARDS, "reward_funcs") for name in names or []}
+    strangers = set(kwargs) - set(found)
+    if strangers:
+        raise UsageError(f"--reward_kwargs has arguments for {sorted(strangers)}, which are not in --reward_funcs.")
+    return [
+        call_with(reward, kwargs.get(name, {}), "reward_kwargs", name)
+        if name in kwargs or isinstance(reward, type)
+        else reward
+        for name, reward in found.items()
+    ]
+
+
+def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> Any:
+    """`function(**kwargs)`. Arguments that it does not take or refuses are usage errors of a flag."""
+    try:
+        inspect.signature(function).bind(**kwargs)
+    except TypeError as error:
+        raise UsageError(f"--{flag} does not fit {name!r}: {error}.") from error
+    try:
+        return function(**kwargs)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--{flag} of {name!r}: {error}") from error

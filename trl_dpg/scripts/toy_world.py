@@ -1,0 +1,58 @@
+"""Toy worlds: sets arguments that are not given to models and data of `trl_dpg.toy`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .arguments import WORLDS, ToyWorldArguments
+from .data import make_folder, process_state
+from .registry import call_with, resolve
+
+
+def world_folder(output_dir: str) -> Path:
+    """The folder of a toy world. It is not inside `output_dir`, which may be pushed to the Hub."""
+    return Path(f"{output_dir.rstrip('/')}_world")
+
+
+@contextmanager
+def toy_world(
+    script_args: ToyWorldArguments, seed: int, *others: Any, output_dir: str | None = None
+) -> Iterator[None]:
+    """
+    A toy world, if the arguments name one. It is kept if there is an `output_dir`, and removed at the end otherwise.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    if script_args.toy_world is None:
+        yield
+        return
+    state = process_state()
+    with TemporaryDirectory() if output_dir is None else nullcontext(str(world_folder(output_dir))) as folder:
+        (folder,) = broadcast_object_list([folder])  # the first process writes it
+        make_world(Path(folder), script_args, seed, *others)
+        yield
+        state.wait_for_everyone()
+
+
+def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: Any) -> None:
+    """Write a toy world, and set the arguments for models and datasets that are not given to its files."""
+    from accelerate import PartialState
+
+    make = resolve(str(script_args.toy_world), WORLDS, "toy_world")
+    if PartialState().is_main_process:
+        make_folder("output_dir", world)
+        kwargs = {"folder": world, "seed": seed} | (script_args.toy_world_kwargs or {})  # type: ignore[operator]
+        call_with(make, kwargs, "toy_world_kwargs", str(script_args.toy_world))
+    PartialState().wait_for_everyone()
+    stand_ins = {"model_name_or_path": "generator", "student_model_name_or_path": "student"}
+    stand_ins |= {"dataset_name": "prompts.jsonl"}
+    for arguments in (script_args, *others):
+        for name, file in stand_ins.items():
+            if vars(arguments).get(name, "") is None:
+                setattr(arguments, name, str(world / file))
+    if vars(script_args).get("metric") == "language_modeling":
+        kwargs = vars(script_args)["metric_kwargs"] or {}
+        if not {"dataset", "texts"} & set(kwargs):
+            script_args.metric_kwargs = kwargs | {"dataset": str(world / "benchmark.jsonl")}  # type: ignore
