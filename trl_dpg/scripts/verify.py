@@ -28,8 +28,8 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg verify`.
 
-    The dataset has samples (`text`, `messages`, `input_ids`, or `prompt` and `completion`), or it has prompts (a column
-    `prompt`, or `prompt_template`), which the generator completes.
+    The dataset has samples (`text`, `messages`, `input_ids`, or `prompt` and `completion`), or it has prompts (a
+    column `prompt`, or `prompt_template`), which the generator completes.
 
     Args:
         num_samples (`int`, *optional*):
