@@ -50,8 +50,9 @@ class GraphBudget:
     """
     Bytes that are left for the graphs of micro-batches.
 
-    A graph's size is known once it is built. Whether it is worth building, with everything that the reverse sweep
-    needs, is guessed from those that were: in proportion to its tokens, from the micro-batch that is nearest in size.
+    The size of a graph is known once one of the same shape is built. Before that, whether it is worth building with
+    everything that the reverse sweep needs is estimated: in proportion to its tokens, from the micro-batch that is
+    nearest in size.
 
     Args:
         left (`int`): Bytes.
@@ -59,23 +60,38 @@ class GraphBudget:
 
     def __init__(self, left: int):
         self.left = left
-        self._sizes: dict[int, int] = {}  # bytes by number of tokens
+        self._sizes: dict[tuple[int, ...], int] = {}  # bytes by shape
 
     def has_room_for(self, micro_batch: MicroBatch) -> bool:
         """Whether its graph seems to fit. Where nothing has been measured yet: whether anything is left."""
         if not self._sizes:
             return self.left > 0
-        num_tokens = micro_batch.batch.input_ids.numel()
-        nearest = min(self._sizes, key=lambda number: abs(math.log(number / num_tokens)))
-        return self._sizes[nearest] * num_tokens / nearest <= self.left
+        shape, num_tokens = _shape(micro_batch), micro_batch.batch.input_ids.numel()
+        if shape in self._sizes:
+            return self._sizes[shape] <= self.left
+        nearest = min(self._sizes, key=lambda other: abs(math.log(other[0] * other[1] / num_tokens)))
+        return self._sizes[nearest] * num_tokens / (nearest[0] * nearest[1]) <= self.left
 
-    def take(self, micro_batch: MicroBatch, size: int) -> bool:
-        """Whether its graph, of `size` bytes, does fit; if so, it is taken off the budget."""
-        self._sizes[micro_batch.batch.input_ids.numel()] = size
+    def knows(self, micro_batch: MicroBatch) -> bool:
+        """Whether a graph of the same shape was measured."""
+        return _shape(micro_batch) in self._sizes
+
+    def learn(self, micro_batch: MicroBatch, size: int) -> None:
+        """Note the size of its graph, in bytes."""
+        self._sizes[_shape(micro_batch)] = size
+
+    def take(self, micro_batch: MicroBatch) -> bool:
+        """Whether its graph, whose size is known, fits. If so, it is taken off the budget."""
+        size = self._sizes[_shape(micro_batch)]
         if size > self.left:
             return False
         self.left -= size
         return True
+
+
+def _shape(micro_batch: MicroBatch) -> tuple[int, ...]:
+    """What the size of a graph depends on: samples, their padded length, and supervised tokens."""
+    return (*micro_batch.batch.input_ids.shape, micro_batch.batch.labels.numel())
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,9 +109,11 @@ class InnerLoop:
             arguments = (self.student, theta, micro_batch, self.weights, self.config)
             keep = False
             if budget is not None and budget.has_room_for(micro_batch):
-                with GraphSize() as size:
+                with nullcontext() if budget.knows(micro_batch) else GraphSize() as size:
                     part = micro_batch_gradient(*arguments, differentiable=True, through_theta=t > 0)
-                keep = budget.take(micro_batch, size.bytes(theta, *self.student.model.parameters()))
+                if size is not None:
+                    budget.learn(micro_batch, size.bytes(theta, *self.student.model.parameters()))
+                keep = budget.take(micro_batch)
             else:
                 part = micro_batch_gradient(*arguments)
             if gradient is None:
