@@ -44,7 +44,3 @@ def test_an_example_runs(example, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     else:
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_examples_are_short():
-    assert EXAMPLES and all(20 <= len(path.read_text().splitlines()) <= 80 for path in EXAMPLES)
