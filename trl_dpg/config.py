@@ -92,7 +92,7 @@ class StudentArguments:
         student_num_epochs (`int`, *optional*, defaults to `1`):
             Passes over the dataset.
         student_shuffle (`bool`, *optional*, defaults to `False`):
-            Whether to shuffle the samples anew in every epoch.
+            Whether to shuffle the samples before every epoch.
         student_max_length (`int`, *optional*, defaults to `1024`):
             Longest sample, in tokens. Longer samples are cut off.
         student_loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
@@ -176,7 +176,7 @@ class StudentArguments:
     )
     student_num_epochs: int = field(default=1, metadata={"help": "The student's passes over the dataset."})
     student_shuffle: bool = field(
-        default=False, metadata={"help": "Shuffle the samples anew in every epoch of the student."}
+        default=False, metadata={"help": "Shuffle the samples before every epoch of the student."}
     )
     student_max_length: int = field(
         default=1024, metadata={"help": "Longest sample, in the student's tokens. Longer samples are cut off."}

@@ -57,7 +57,7 @@ class InnerLoopConfig:
         num_epochs (`int`, *optional*, defaults to `1`):
             Passes over the dataset. A sample's score is the sum over all epochs.
         shuffle (`bool`, *optional*, defaults to `False`):
-            Whether to shuffle the samples anew in every epoch.
+            Whether to shuffle the samples before every epoch.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the shuffling.
         micro_batch_size (`int`, *optional*):

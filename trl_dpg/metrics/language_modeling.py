@@ -1,4 +1,4 @@
-"""How well the fine-tuned student models given text."""
+"""Metric for the fine-tuned student's language-modelling loss on given texts."""
 
 import math
 from collections.abc import Callable, Sequence
