@@ -1,4 +1,4 @@
-"""What a DPG run logs beside its scalars: histograms, samples, pictures and its settings."""
+"""Logs a DPG run's histograms, samples, pictures and settings, in addition to its scalars."""
 
 import json
 from dataclasses import MISSING, asdict, fields
@@ -66,7 +66,7 @@ class DPGLoggingCallback(TrainerCallback):
         config = run_config(args, self.reward)
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
         log = folder / LOG_NAME
-        if log.exists():  # a resumed run goes on from its checkpoint, a new one from nothing
+        if log.exists():  # keep the lines up to the checkpoint of a resumed run, and no lines in a new run
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state.global_step]
             log.write_text("".join(kept), encoding="utf-8")
@@ -75,7 +75,7 @@ class DPGLoggingCallback(TrainerCallback):
         self.train_batch = self.reward.last_batch or self.train_batch
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.reward.last_batch = None  # what training reuses after an evaluation is its own batch
+        self.reward.last_batch = None  # after an evaluation, training must not log the evaluation's batch
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero:
@@ -91,7 +91,7 @@ class DPGLoggingCallback(TrainerCallback):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def _send(self, args, mode: str, step: int, batch: ScoredBatch, record: dict[str, Any]) -> None:
-        """Histogram, samples and pictures, to the trackers. Scalars go through transformers' own callbacks."""
+        """Send histogram, samples and pictures to the trackers. Transformers' own callbacks send the scalars."""
         histogram = (record["histogram"]["counts"], record["histogram"]["edges"])
         columns = ["step", "kind", "score", "prompt", "completion"]
         rows = [[step, *(sample[name] for name in columns[1:])] for sample in record["samples"]]
@@ -160,7 +160,7 @@ def describe_batch(batch: ScoredBatch, num_samples: int) -> dict[str, Any]:
 
 
 def pictures(readout: dict[str, Any]) -> dict[str, list[list[int]]]:
-    """Those entries of a metric's readout that are pictures."""
+    """The entries of a metric's readout that are pictures."""
     return {name: rows for name, rows in readout.items() if name.startswith("picture")}
 
 

@@ -21,10 +21,10 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     """
-    Run a command. Each is a module of `trl_dpg.scripts` with `make_parser` and `main`.
+    Run a command. Each command is a module of `trl_dpg.scripts` with `make_parser` and `main`.
 
     A command's arguments may include those of `accelerate launch`, and TRL's `--accelerate_config`. The command then
-    runs under accelerate. Wrong usage ends with exit status 2, any other error with 1.
+    runs under accelerate. The exit status is 2 for wrong usage, and 1 for any other error.
     """
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:12} {summary}" for name, summary in COMMANDS.items())

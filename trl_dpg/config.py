@@ -1,4 +1,4 @@
-"""`DPGConfig`: GRPO's arguments and, flat beside them, the student's."""
+"""`DPGConfig`: the arguments of GRPO and those of the student, in one flat dataclass."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass
 class StudentArguments:
     r"""
-    The student and its fine-tuning as flat arguments, for [`~trl.TrlParser`]. Shared by all commands.
+    Arguments for the student and its fine-tuning, flat for [`~trl.TrlParser`]. All commands share them.
 
     Parameters:
         > Parameters that control the student
@@ -33,19 +33,19 @@ class StudentArguments:
         student_load_in_4bit (`bool`, *optional*, defaults to `False`):
             Load the student's base in 4 bits (bitsandbytes). Needs `student_use_peft`.
         student_bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
-            `"nf4"` or `"fp4"`.
+            4-bit format of the student's base: `"nf4"` or `"fp4"`.
         student_bnb_4bit_compute_dtype (`str`, *optional*, defaults to `"float32"`):
-            Type the 4-bit layers compute in. `"bfloat16"` is faster on GPUs; its scores are less accurate.
+            Type in which the 4-bit layers compute. `"bfloat16"` is faster on GPUs, but its scores are less accurate.
         student_use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
-            Quantise the quantisation constants too.
+            Quantise the quantisation constants, too.
         student_use_peft (`bool`, *optional*, defaults to `False`):
             Train LoRA adapters instead of all parameters.
         student_lora_r (`int`, *optional*, defaults to `16`):
-            LoRA's rank.
+            Rank of LoRA.
         student_lora_alpha (`int`, *optional*, defaults to `32`):
-            LoRA's alpha.
+            Alpha of LoRA.
         student_lora_target_modules (`list[str]`, *optional*):
-            Modules with adapters; all linear layers when `None`.
+            Modules that get adapters. All linear layers when `None`.
 
         > Parameters that control the inner loop (the student's fine-tuning), see [`InnerLoopConfig`]
 
@@ -60,49 +60,51 @@ class StudentArguments:
         student_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
             AdamW's epsilon outside the square root.
         student_eps_root (`float`, *optional*, defaults to `1e-9`):
-            AdamW's epsilon inside the square root, which makes training smooth in the data weights.
+            AdamW's epsilon inside the square root. It makes training smooth in the data weights.
         student_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay.
         student_momentum (`float`, *optional*, defaults to `0.0`):
             SGD's momentum.
         student_max_grad_norm (`float`, *optional*):
-            Clips the norm of each step's gradient.
+            Largest norm of a step's gradient. Larger gradients are clipped.
         student_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            A name of [`~transformers.SchedulerType`].
+            Learning-rate schedule, a name of [`~transformers.SchedulerType`].
         student_warmup_steps (`int`, *optional*, defaults to `0`):
             Steps of warm-up.
         student_batch_size (`int`, *optional*, defaults to `8`):
-            Samples per optimizer step of the student. Must divide the dataset of a reward step:
-            `generation_batch_size`, or that over `num_generations` without `cross_group_batching`.
+            Samples per optimizer step of the student. It must divide the number of samples on which a student is
+            fine-tuned: `generation_batch_size`, divided by `num_generations` if `cross_group_batching` is `False`.
         student_micro_batch_size (`int`, *optional*):
-            Samples per forward pass of the student; memory only.
+            Samples per forward pass of the student. A smaller value saves memory.
         student_memory_budget (`str`, *optional*, defaults to `"auto"`):
-            Bytes for graphs kept from the forward sweep, or `"auto"`; `"0"` recomputes all.
+            Bytes for graphs that are kept from the forward sweep, or `"auto"`. With `"0"`, all graphs are computed
+            again.
         student_gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            The student's blocks keep their inputs only and run again in each backward pass; spares memory in the
-            forward sweep.
+            Whether the student's blocks keep only their inputs and run again in each backward pass. This saves memory
+            in the forward sweep.
         student_checkpoint_interval (`str`, *optional*, defaults to `"auto"`):
-            Steps between the student's states that are kept, or `"auto"`; `"1"` keeps every one.
+            Steps between the student's states that are kept, or `"auto"`. `"1"` keeps every state.
         student_offload_trajectory (`bool`, *optional*, defaults to `False`):
-            Keep those states in pinned host memory.
+            Whether to keep these states in pinned host memory.
         student_hvp (`str`, *optional*, defaults to `"double_backward"`):
-            `"double_backward"`, or `"finite_difference"` for kernels that are not twice differentiable.
+            Method for Hessian-vector products: `"double_backward"`, or `"finite_difference"` for kernels that are not
+            twice differentiable.
         student_num_epochs (`int`, *optional*, defaults to `1`):
             Passes over the dataset.
         student_shuffle (`bool`, *optional*, defaults to `False`):
-            Draws a new order of the samples for every epoch.
+            Whether to shuffle the samples before every epoch.
         student_max_length (`int`, *optional*, defaults to `1024`):
-            Longer samples are cut off, in tokens.
+            Longest sample, in tokens. Longer samples are cut off.
         student_loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
-            `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
+            Normalisation of the loss: `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
 
         attribution (`str`, *optional*, defaults to `"metagradient"`):
             `"metagradient"`, or `"dataset"` for the paper's naive baseline.
         per_token (`bool`, *optional*, defaults to `False`):
-            Also score each of the generator's tokens: `trainer.dpg_reward.last_token_scores`, and the column
-            `dpg_token_scores` in the table of completions.
+            Also score each of the generator's tokens. The scores are in `trainer.dpg_reward.last_token_scores`, and in
+            the column `dpg_token_scores` of the table of completions.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of everything drawn at random.
+            Seed of all random choices.
     """
 
     _argument_group_name: ClassVar[str] = "student and its fine-tuning"
@@ -121,10 +123,10 @@ class StudentArguments:
         default="nf4", metadata={"help": "4-bit format of the student's base: 'nf4' or 'fp4'."}
     )
     student_bnb_4bit_compute_dtype: str = field(
-        default="float32", metadata={"help": "Type the student's 4-bit layers compute in."}
+        default="float32", metadata={"help": "Type in which the student's 4-bit layers compute."}
     )
     student_use_bnb_nested_quant: bool = field(
-        default=False, metadata={"help": "Quantise the student's quantisation constants too."}
+        default=False, metadata={"help": "Quantise the student's quantisation constants, too."}
     )
     student_use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters of the student instead of all its parameters."}
@@ -132,7 +134,7 @@ class StudentArguments:
     student_lora_r: int = field(default=16, metadata={"help": "LoRA rank of the student."})
     student_lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha of the student."})
     student_lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules of the student with adapters; all linear layers by default."}
+        default=None, metadata={"help": "Modules of the student that get adapters; all linear layers by default."}
     )
     student_optimizer: str = field(default="adamw", metadata={"help": "The student's optimizer: 'adamw' or 'sgd'."})
     student_learning_rate: float = field(default=1e-4, metadata={"help": "The student's peak learning rate."})
@@ -146,21 +148,21 @@ class StudentArguments:
     student_weight_decay: float = field(default=0.0, metadata={"help": "The student's weight decay."})
     student_momentum: float = field(default=0.0, metadata={"help": "Momentum of the student's SGD."})
     student_max_grad_norm: float | None = field(
-        default=None, metadata={"help": "Clips the norm of each of the student's gradients."}
+        default=None, metadata={"help": "Largest norm of the student's gradients. Larger gradients are clipped."}
     )
     student_lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "The student's learning-rate schedule, by transformers' names."}
+        default="constant", metadata={"help": "The student's learning-rate schedule, as named in transformers."}
     )
     student_warmup_steps: int = field(default=0, metadata={"help": "Warm-up steps of the student's schedule."})
     student_batch_size: int = field(default=8, metadata={"help": "Samples per optimizer step of the student."})
     student_micro_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples per forward pass of the student; memory only."}
+        default=None, metadata={"help": "Samples per forward pass of the student; fewer save memory."}
     )
     student_memory_budget: str = field(
-        default="auto", metadata={"help": "Bytes for graphs kept from the student's forward sweep, or 'auto'."}
+        default="auto", metadata={"help": "Bytes for graphs that the student's forward sweep keeps, or 'auto'."}
     )
     student_gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Run the student's blocks again in each backward pass; memory only."}
+        default=False, metadata={"help": "Run the student's blocks again in each backward pass, to save memory."}
     )
     student_checkpoint_interval: str = field(
         default="auto", metadata={"help": "Steps between the student's states that are kept, or 'auto'."}
@@ -174,10 +176,10 @@ class StudentArguments:
     )
     student_num_epochs: int = field(default=1, metadata={"help": "The student's passes over the dataset."})
     student_shuffle: bool = field(
-        default=False, metadata={"help": "Draws a new order of the samples for every epoch of the student."}
+        default=False, metadata={"help": "Shuffle the samples before every epoch of the student."}
     )
     student_max_length: int = field(
-        default=1024, metadata={"help": "Samples longer than this many of the student's tokens are cut off."}
+        default=1024, metadata={"help": "Longest sample, in the student's tokens. Longer samples are cut off."}
     )
     student_loss_normalization: str = field(
         default="example_tokens",
@@ -185,10 +187,10 @@ class StudentArguments:
     )
     attribution: str = field(
         default="metagradient",
-        metadata={"help": "'metagradient', or 'dataset' for the naive baseline (the metric itself for every sample)."},
+        metadata={"help": "'metagradient', or 'dataset' for the naive baseline (every sample's score is the metric)."},
     )
     per_token: bool = field(default=False, metadata={"help": "Also score each of the generator's tokens."})
-    seed: int = field(default=42, metadata={"help": "Seed of everything drawn at random."})
+    seed: int = field(default=42, metadata={"help": "Seed of all random choices."})
 
     def __post_init__(self):
         if isinstance(self.student_model_init_kwargs, str):
@@ -208,7 +210,7 @@ class StudentArguments:
             raise ValueError(f"seed must not be negative, got {self.seed}.")
         if self.student_load_in_4bit and not self.student_use_peft:
             raise ValueError(
-                "student_load_in_4bit needs student_use_peft: quantised weights cannot be trained themselves."
+                "student_load_in_4bit needs student_use_peft, because quantised weights cannot be trained."
             )
 
     def inner_loop_config(self) -> InnerLoopConfig:
@@ -241,7 +243,7 @@ class StudentArguments:
         )
 
     def student_peft_config(self) -> LoraConfig | None:
-        """The student's adapters, or `None` to train all its parameters."""
+        """The configuration of the student's adapters, or `None` if all parameters are trained."""
         if not self.student_use_peft:
             return None
         return LoraConfig(
@@ -252,7 +254,7 @@ class StudentArguments:
         )
 
     def student_quantization_config(self) -> BitsAndBytesConfig | None:
-        """The student's 4-bit format, or `None`."""
+        """The configuration of the student's 4-bit quantisation, or `None`."""
         if not self.student_load_in_4bit:
             return None
         return BitsAndBytesConfig(
@@ -269,8 +271,8 @@ class StudentArguments:
         peft_config: "PeftConfig | None" = None,
         quantization_config: BitsAndBytesConfig | None = None,
     ) -> Student:
-        """The student at its start; arguments that are given override the fields of this configuration."""
-        set_seed(self.seed)  # adapters start at random
+        """Load the student. Arguments that are given override the fields of this configuration."""
+        set_seed(self.seed)  # the initial adapters are random
         return Student(
             model or self.student_model_name_or_path,  # type: ignore[arg-type]
             processing_class=processing_class,
@@ -285,28 +287,28 @@ class DPGConfig(StudentArguments, GRPOConfig):
     r"""
     Configuration class for the [`DPGTrainer`].
 
-    Includes only the parameters that are specific to Dataset Policy Gradients: those of [`StudentArguments`] and the
-    ones below. The generator is configured by those of [`~trl.GRPOConfig`]. All fields are flat, so that
-    [`~trl.TrlParser`] reads them from YAML and the command line.
+    This class includes only the parameters that are specific to Dataset Policy Gradients: those of
+    [`StudentArguments`] and the ones below. The parameters of [`~trl.GRPOConfig`] configure the generator. All fields
+    are flat, so that [`~trl.TrlParser`] can read them from YAML and the command line.
 
     Parameters:
         > Parameters that control the reward
 
         cross_group_batching (`bool`, *optional*, defaults to `True`):
-            Train one student on all completions of a generation batch. If `False`, `num_generations` students on one
-            completion of each prompt.
+            Whether to fine-tune one student on all completions of a generation batch. If `False`, `num_generations`
+            students are fine-tuned, each on one completion of every prompt.
         train_on (`str`, *optional*, defaults to `"completion"`):
-            `"completion"` or `"prompt_completion"`, see [`DPGReward`].
+            What the student is fine-tuned on: `"completion"` or `"prompt_completion"`, see [`DPGReward`].
         verify_steps (`int`, *optional*, defaults to `0`):
-            At the first reward step and every so many after it, fine-tune the student again on reweighted completions
-            and log how well the scores predict the metric's change: `dpg/verify/pearson` and `dpg/verify/spearman`.
-            Takes 12 more fine-tunings of the student each time. `0`: never.
+            Reward steps between two verifications. The first reward step is always verified; `0`: none is. A
+            verification fine-tunes the student 12 more times with changed data weights. It logs how well the scores
+            predict the metric's change, as `dpg/verify/pearson` and `dpg/verify/spearman`.
 
         > Parameters that control the logging
 
         num_logged_samples (`int`, *optional*, defaults to `8`):
-            Samples with the highest and the lowest scores (half of them each) that are logged with their scores; `0`
-            logs none. See [`DPGLoggingCallback`].
+            Number of samples to log with their scores: half of them with the highest scores, half with the lowest.
+            `0`: none. See [`DPGLoggingCallback`].
     """
 
     _argument_group_name: ClassVar[str] = "generator (GRPO), student and reward"
@@ -314,7 +316,7 @@ class DPGConfig(StudentArguments, GRPOConfig):
     cross_group_batching: bool = field(
         default=True,
         metadata={
-            "help": "One student on all completions; otherwise `num_generations` students on one of each prompt."
+            "help": "One student on all completions. If false, `num_generations` students on one of each prompt."
         },
     )
     train_on: str = field(
@@ -323,15 +325,15 @@ class DPGConfig(StudentArguments, GRPOConfig):
     )
     verify_steps: int = field(
         default=0,
-        metadata={"help": "Every so many reward steps, log how well scores predict the metric's change; 0: never."},
+        metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
     )
     num_logged_samples: int = field(
-        default=8, metadata={"help": "Samples with the highest and lowest scores that are logged; 0 for none."}
+        default=8, metadata={"help": "Samples with the highest and lowest scores to log; 0 for none."}
     )
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
-            self.use_cpu = True  # TRL's defaults run on a CPU, too
+            self.use_cpu = True  # so that TRL's defaults work on a CPU
         GRPOConfig.__post_init__(self)
         StudentArguments.__post_init__(self)
         if self.train_on not in ("completion", "prompt_completion"):
@@ -345,12 +347,12 @@ class DPGConfig(StudentArguments, GRPOConfig):
         if size % self.student_batch_size:
             raise ValueError(
                 f"student_batch_size ({self.student_batch_size}) must divide the {size} samples the student is "
-                "trained on in each reward step (generation_batch_size, over num_generations without "
+                "trained on in each reward step (generation_batch_size, divided by num_generations without "
                 "cross_group_batching)."
             )
 
     def to_dict(self):
-        # transformers takes a name that ends with "_token" for a secret
+        # transformers hides the values of names that end with "_token", because it assumes that they are secret
         return super().to_dict() | {"per_token": self.per_token}
 
 

@@ -1,4 +1,4 @@
-"""The former home of `trl_dpg.kernels.cross_entropy`."""
+"""Old import path of `trl_dpg.kernels.cross_entropy`."""
 
 from .kernels.cross_entropy import chunk_elements, linear_cross_entropy
 

@@ -1,4 +1,4 @@
-"""Tests of a dataset with fresh students: stock SFTTrainer fine-tunes them on it, and the metric is read."""
+"""Evaluates datasets with fresh students: stock SFTTrainer fine-tunes them, and the metric is computed."""
 
 import math
 import statistics
@@ -40,11 +40,11 @@ __all__ = [
 @dataclass
 class Evaluation:
     """
-    The result for a fresh student.
+    The result of a fresh student.
 
     Attributes:
         metric (`float`): Φ after the fine-tuning.
-        proxies (`dict[str, float]`): Further figures of the metric.
+        proxies (`dict[str, float]`): The metric's proxies.
         finetuned (`FinetunedStudent`): The student after the fine-tuning.
     """
 
@@ -73,7 +73,7 @@ def evaluate_dataset(
 
     Args:
         load_student (`Callable`):
-            Makes the student before its fine-tuning. It is called twice.
+            Returns a student that is not fine-tuned. It is called twice.
         dataset ([`~datasets.Dataset`] or `list[str]`):
             A dataset for SFTTrainer, or texts. Empty texts and completions are left out, as in the inner loop.
         metric (`Callable`):
@@ -90,12 +90,12 @@ def evaluate_dataset(
         dataset = Dataset.from_dict({"text": list(dataset)})
     dataset = without_empty(dataset)
     if len(dataset) == 0:
-        raise ValueError("All texts are empty, so a student has nothing to be fine-tuned on.")
+        raise ValueError("All texts are empty, so a student cannot be fine-tuned on them.")
     start, trained = load_student(), load_student()
     with TemporaryDirectory() as folder:
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
         if args.n_gpu > 1:
-            args._n_gpu = 1  # the student is on one device, so the batch must not grow with their number
+            args._n_gpu = 1  # the student is on one GPU, so the batch must not grow with the number of GPUs
         trainer = SFTTrainer(
             model=trained.model,
             args=args,
@@ -124,7 +124,7 @@ def without_empty(dataset: Dataset) -> Dataset:
 
 
 def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any) -> SFTConfig:
-    """SFTTrainer's settings for an inner loop, see [`evaluate_dataset`]."""
+    """The settings of SFTTrainer for an inner loop, see [`evaluate_dataset`]."""
     if config.optimizer == "adamw":
         optimizer = {
             "optim": "adamw_torch",
@@ -174,7 +174,7 @@ def compare_datasets(
 
     Args:
         load_student (`Callable`):
-            Makes the student of a seed before its fine-tuning.
+            Maps a seed to a student that is not fine-tuned.
         datasets (`dict[str, Dataset]`):
             Datasets by name. All others are compared with the first one.
         metric (`Callable`):
@@ -182,7 +182,7 @@ def compare_datasets(
         config (`InnerLoopConfig`):
             The inner loop.
         seeds (`list[int]`, *optional*, defaults to `(0, 1, 2)`):
-            Each seed draws the samples, their order and the start of the adapters anew.
+            The seeds. A seed determines the samples, their order and the initial adapters.
         num_samples (`int`, *optional*):
             Samples to draw from each dataset; all of them by default.
 
@@ -211,7 +211,7 @@ def compare_datasets(
 def _compare_seed_by_seed(
     load_student, datasets, empty, metric, config, seeds, num_samples
 ) -> Iterator[dict[str, Any]]:
-    """The generator of [`compare_datasets`], whose own checks run before the first seed is asked for."""
+    """The generator of [`compare_datasets`]. It is a function of its own so that the checks run at the call."""
     first, *_ = datasets
     before: list[float] = []
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in datasets}
@@ -238,7 +238,7 @@ def metric_at_start(student: Student, metric: Callable[[FinetunedStudent], Tenso
 
 
 def summarize(students: list[dict[str, float]]) -> dict[str, Any]:
-    """Means and the interval of a dataset's students."""
+    """Metric, its mean and interval, and mean proxies of the students of a dataset."""
     values = [figures["metric"] for figures in students]
     mean, half_width = interval(values)
     return {
@@ -250,7 +250,7 @@ def summarize(students: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def paired_difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float | None]:
-    """Mean and interval of the differences between two datasets' students of the same seeds."""
+    """Mean and interval of the differences between two datasets, from students with the same seeds."""
     mean, half_width = interval([one["metric"] - other["metric"] for one, other in zip(first, second, strict=True)])
     return {"mean": mean, "half_width": half_width}
 

@@ -1,4 +1,4 @@
-"""Texts from a generator, sampled by transformers or by vLLM."""
+"""Samples texts from a generator with transformers or vLLM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,7 +35,7 @@ def generate_texts(
     """
     Sample a completion of each prompt.
 
-    The model stays in the mode it is in, because eval mode packs 4-bit layers on a CPU.
+    The model is not switched to eval mode, because bitsandbytes repacks 4-bit layers on a CPU in eval mode.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -47,7 +47,7 @@ def generate_texts(
         max_new_tokens (`int`):
             Length of the longest completion, in tokens.
         batch_size (`int`, *optional*, defaults to `256`):
-            Prompts at a time.
+            Prompts per call of `generate`.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the sampling.
         chat_template_kwargs (`dict[str, Any]`, *optional*):
@@ -55,7 +55,7 @@ def generate_texts(
         generation_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `generate`. As in TRL, they override all others.
         sampling:
-            Arguments of `generate`. Without any, texts are drawn from the model's distribution (temperature 1).
+            Arguments of `generate`. By default, texts are sampled from the model's distribution (temperature 1).
     """
     set_seed(seed)
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
@@ -66,7 +66,7 @@ def generate_texts(
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
         inputs = encode_prompts(processing_class, batch, chat_template_kwargs or {}).to(model.device)
-        with disable_gradient_checkpointing(model):  # in train mode, its layers are given no past
+        with disable_gradient_checkpointing(model):  # with it, layers in train mode get no key-value cache
             output = model.generate(**inputs, **sampling)
         texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
     return texts
@@ -75,7 +75,7 @@ def generate_texts(
 def encode_prompts(
     processing_class: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat_template_kwargs: dict[str, Any]
 ) -> BatchEncoding:
-    """Texts or conversations as tokens, padded on the left."""
+    """Tokenise texts or conversations, with padding on the left."""
     texts = [
         prompt
         if isinstance(prompt, str)
@@ -107,7 +107,7 @@ def generate_texts_by_vllm(
     **sampling: Any,
 ) -> list[str]:
     """
-    Sample a completion of each prompt by vLLM, which finds the GPUs itself.
+    Sample a completion of each prompt with vLLM, which chooses the GPUs itself.
 
     Args:
         path (`str`):
@@ -129,7 +129,7 @@ def generate_texts_by_vllm(
         generation_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of vLLM's `SamplingParams`. They override all others.
         sampling:
-            Arguments of [`generate_texts`]: `top_k=0` and `min_p=None` switch these off, as in transformers.
+            Arguments of [`generate_texts`]. As in transformers, `top_k=0` and `min_p=None` switch these filters off.
 
     Raises:
         `ImportError`: If vLLM is not installed.
@@ -158,7 +158,7 @@ def load_generator(
     path: str, dtype: str = "auto", revision: str = "main", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Load a generator on this process's device, and its tokenizer.
+    Load a generator onto this process's device, and its tokenizer.
 
     Args:
         path (`str`):

@@ -1,4 +1,4 @@
-"""A table in the terminal that grows while the generator trains."""
+"""A table of a run's figures in the terminal, which grows during training."""
 
 import math
 import time
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 class LiveTable(TrainerCallback):
     """
-    Shows a run's figures in a table in the terminal, which grows while the generator trains. Needs rich.
+    Shows a run's figures in a table in the terminal, which grows during training. Needs rich.
 
-    If the console is not a terminal, lines are printed instead.
+    If the console is not a terminal, lines of text are printed instead.
 
     Args:
         title (`str`):
             Title of the table.
         columns (`dict[str, str]`, *optional*):
             The names of the figures in the logs, and the titles of their columns. By default the table shows Φ, the
-            metric's proxies and the further rewards that are in the first logs.
+            metric's proxies and the other rewards that are in the first logs.
         share (`str`, *optional*):
-            The name of a figure between 0 and 1 in `columns`. It is drawn as a bar.
+            The name of a figure in `columns` with values between 0 and 1. It is also drawn as a bar.
         every (`int`, *optional*):
             Logs between two rows. The last log always has a row. By default there are about 20 rows.
         console ([`~rich.console.Console`], *optional*):
@@ -106,7 +106,7 @@ _NO_COLUMNS |= {"num_empty", "num_truncated"}
 
 
 def table_columns(logs: dict[str, float]) -> dict[str, str]:
-    """The columns of a [`LiveTable`]: names in the logs and titles of Φ, the metric's proxies and further rewards."""
+    """The default columns of a [`LiveTable`] by name in the logs: Φ, the metric's proxies and the other rewards."""
     columns = {"dpg/metric_before": "Φ before", "dpg/metric_after": "Φ after"}
     for name in logs:
         group, _, rest = name.partition("/")

@@ -1,4 +1,4 @@
-"""The reward: what each completion, as training data, did for the target metric."""
+"""The reward of a completion: its effect on the target metric when a student is trained on it."""
 
 import time
 from collections.abc import Callable
@@ -25,22 +25,22 @@ Message = dict[str, Any]
 Text = str | list[Message]
 T = TypeVar("T")
 NUM_VERIFIED = 6
-"""Reweightings that `verify_steps` predicts; each costs two fine-tunings of the student."""
+"""Directions in which a verification changes the data weights. Each takes two fine-tunings of the student."""
 
 
 @dataclass
 class ScoredBatch:
     """
-    A batch that was scored: N samples of all ranks together, for logs.
+    A batch of N scored samples, from all ranks, for logs.
 
     Attributes:
-        prompts (`list[str]`): Their texts.
-        completions (`list[str]`): Their texts.
+        prompts (`list[str]`): Texts of the prompts.
+        completions (`list[str]`): Texts of the completions.
         scores (`torch.Tensor` of shape `[N]`): Raw metagradients, float64 on the CPU.
         readout (`dict[str, Any]`):
-            What the metric reads in the fine-tuned student; the first one without `cross_group_batching`.
+            The metric's readout of the fine-tuned student. Without `cross_group_batching`, of the first student.
         tokens (`list[list[str]]` or `None`): With `per_token=True`, the texts of each completion's tokens.
-        token_scores (`list[torch.Tensor]` or `None`): And their raw scores.
+        token_scores (`list[torch.Tensor]` or `None`): With `per_token=True`, the raw scores of these tokens.
     """
 
     prompts: list[str]
@@ -53,8 +53,13 @@ class ScoredBatch:
 
 class Sample(NamedTuple):
     """
-    A completion on its way to the rank that scores it: the texts of its messages, what the student reads, and with
-    `per_token=True` the ids that the generator sampled.
+    A completion, as it is sent to the rank that scores it.
+
+    Attributes:
+        prompt (`str` or `list[dict]`): The prompt.
+        contents (`list[str]`): The text of the completion, or the texts of its messages.
+        example (`str` or `dict`): The sample on which the student is fine-tuned.
+        ids (`list[int]`): With `per_token=True`, the token ids that the generator sampled.
     """
 
     prompt: Text
@@ -65,8 +70,9 @@ class Sample(NamedTuple):
 
 class ScoredDataset(NamedTuple):
     """
-    A dataset on its way back: its scores and figures without its samples, which all ranks have, but with their counts.
-    With `per_token=True` also the generator's tokens and their scores.
+    The results of a dataset, as they are sent to all ranks: scores and figures, without the samples.
+
+    With `per_token=True`, also the generator's tokens and their scores.
     """
 
     output: MetagradientOutput
@@ -81,48 +87,47 @@ class DPGReward:
     """
     A TRL reward function: the metagradient of each completion (Thrush et al., arXiv 2604.08423).
 
-    The completions of one generation batch, of all ranks together, are a dataset; the student is fine-tuned on it
-    from its start, and each completion is rewarded with ∂Φ/∂w_i, on unit scale. Works in [`~trl.GRPOTrainer`] and
-    [`~trl.RLOOTrainer`] as they are.
+    The completions of one generation batch, from all ranks, are a dataset. A fresh student is fine-tuned on it, and
+    the reward of completion i is ∂Φ/∂w_i, divided by the standard deviation over the batch. The reward works in
+    [`~trl.GRPOTrainer`] and [`~trl.RLOOTrainer`] without changes.
 
-    TRL divides by the rewards' spread plus 1e-4, and raw metagradients are 1e-3 to 1e-9 in size: rewards are therefore
-    divided by their standard deviation over the whole batch. The raw scores are logged beside them.
+    The division is needed because raw metagradients have sizes from 1e-9 to 1e-3, and TRL divides rewards by their
+    standard deviation plus 1e-4. The raw scores are logged, too.
 
     Args:
         student (`Student`):
-            The student at its start. Moved to the trainer's device at the first call.
+            The student before fine-tuning. It is moved to the trainer's device at the first call.
         metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
-            How the student is fine-tuned and its metric attributed.
+            How the student is fine-tuned, and how its metric is attributed to the samples.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
-            One dataset of all completions. If `False`, `num_generations` datasets with one completion of each prompt,
-            each training a student of its own; with several ranks, each takes a share of them.
+            Whether all completions are one dataset. If `False`, there are `num_generations` datasets with one
+            completion of each prompt. A student is fine-tuned on each, and each rank scores a part of the datasets.
         num_generations (`int`, *optional*):
             Completions per prompt, as in the trainer's configuration. Needed without `cross_group_batching`.
         train_on (`str`, *optional*, defaults to `"completion"`):
             `"completion"`: the student is trained on the completion's text alone. `"prompt_completion"`: on the
-            completion given its prompt (through the student's chat template if conversational).
+            completion given its prompt (with the student's chat template for conversations).
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The generator's tokenizer. Needed for the scores of its tokens (`per_token=True`); [`DPGTrainer`] sets it.
+            The generator's tokenizer. Needed for the scores of its tokens (`per_token=True`). [`DPGTrainer`] sets it.
         verify_steps (`int`, *optional*, defaults to `0`):
-            At the first call and every so many calls after it, log how well the scores of the (first) dataset predict
-            what reweighting it does to the metric, as `dpg/verify/pearson` and `dpg/verify/spearman`; see
-            `trl_dpg.verification`. `0`: never.
+            Calls between two verifications; `0`: none. The first call is always verified. It is logged how well the
+            scores of the (first) dataset predict the metric's change when the data weights change, as
+            `dpg/verify/pearson` and `dpg/verify/spearman`; see `trl_dpg.verification`.
 
     Attributes:
         last_token_scores (`list[torch.Tensor]` or `None`):
-            With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call: a tensor
-            for each completion, as long as its `completion_ids`, which sums to the completion's raw score.
+            With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call. Each
+            completion has a tensor as long as its `completion_ids`, whose sum is the completion's raw score.
         last_batch (`ScoredBatch` or `None`):
-            Texts, raw scores and the metric's readout of the last call, of all ranks.
+            Texts, raw scores and the metric's readout of the last call, from all ranks.
 
     Raises:
         `ValueError`:
-            If an option is unknown, the naive baseline (`attribution="dataset"`) is asked for with
-            `cross_group_batching`, which would reward all completions alike, or the scores of tokens are asked for
-            with that baseline, which has none, or with a slow tokenizer of the student, or `verify_steps` with that
-            baseline.
+            If an option is unknown, or if the student's tokenizer is slow and `per_token=True`. With the naive
+            baseline (`attribution="dataset"`), also if `cross_group_batching`, `per_token` or `verify_steps` is set:
+            it has one reward for a whole dataset, and no scores of samples or tokens.
     """
 
     def __init__(
@@ -149,8 +154,8 @@ class DPGReward:
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         if cross_group_batching and inner_loop_config.attribution == "dataset":
             raise ValueError(
-                "attribution='dataset' rewards every completion of a dataset alike, so one dataset of all "
-                "completions teaches nothing. Set cross_group_batching=False."
+                "attribution='dataset' rewards every completion of a dataset alike, so the generator learns nothing "
+                "from one dataset of all completions. Set cross_group_batching=False."
             )
         if not cross_group_batching and num_generations is None:
             raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
@@ -159,8 +164,8 @@ class DPGReward:
                 raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
             if not student.processing_class.is_fast:
                 raise ValueError(
-                    f"The student's tokenizer ({type(student.processing_class).__name__}) is a slow one, which does "
-                    "not tell where its tokens lie in the text, so their scores cannot be given to the generator's "
+                    f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
+                    "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
                     "tokens. Use a fast tokenizer, or per_token=False."
                 )
         if verify_steps < 0:
@@ -180,7 +185,7 @@ class DPGReward:
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
         self._num_verifiable = 0  # calls with verify_steps > 0
-        # Versions of the student's weights, the metric, and its value there
+        # Versions of the student's weights, the metric, and its value with these weights
         self._start: tuple[list[int], Callable, float] | None = None
 
     def __call__(
@@ -193,24 +198,24 @@ class DPGReward:
         **kwargs,
     ) -> list[float]:
         """
-        Score a batch; called by the trainer, on every rank with the rank's own completions.
+        Score a batch. The trainer calls this on every rank, with the rank's completions.
 
         Args:
             prompts (`list`): This rank's prompts.
-            completions (`list`): This rank's completions, texts or messages; those of one prompt are consecutive.
-            log_metric (`Callable`, *optional*): TRL's, for the scalars under `dpg/`.
-            log_extra (`Callable`, *optional*): TRL's, for the raw scores in the table of completions.
+            completions (`list`): This rank's completions, texts or messages. Those of one prompt are consecutive.
+            log_metric (`Callable`, *optional*): TRL's function that logs scalars. Used for those under `dpg/`.
+            log_extra (`Callable`, *optional*): TRL's function that adds columns to the table of completions.
             completion_ids (`list[list[int]]`, *optional*): The generator's token ids, needed with `per_token=True`.
 
         Returns:
             `list[float]`:
-                A reward for each of this rank's completions, of standard deviation 1 over all ranks; zeros if all
-                scores are equal.
+                A reward for each of this rank's completions. The standard deviation over all ranks is 1. All rewards
+                are 0 if all scores are equal.
         """
         started = time.perf_counter()
         parts = _from_all_ranks(lambda: self._samples(prompts, completions, completion_ids))
         samples = [sample for part in parts for sample in part]
-        places = self._split([sample.prompt for sample in samples])  # where it raises, it raises on all ranks
+        places = self._split([sample.prompt for sample in samples])  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
         shares = _from_all_ranks(lambda: self._score(datasets))
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
@@ -219,7 +224,7 @@ class DPGReward:
 
         raw = self.last_batch.scores
         scale = raw.std(correction=0)
-        equal = scale <= 1e-6 * raw.abs().max()  # what is left is rounding
+        equal = scale <= 1e-6 * raw.abs().max()  # the differences are only rounding errors
         rewards = torch.zeros_like(raw) if equal else raw / scale
         first = sum(len(part) for part in parts[: PartialState().process_index])
         mine = slice(first, first + len(completions))
@@ -238,13 +243,13 @@ class DPGReward:
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
     ) -> list[Sample]:
-        """This rank's part of the batch."""
+        """The samples of this rank's completions."""
         ids: list[list[int]] = [[]] * len(completions)
         if self.inner_loop_config.per_token:
             if self.processing_class is None or completion_ids is None:
                 raise ValueError(
-                    "The scores of the generator's tokens (per_token=True) need its tokenizer and the ids it sampled: "
-                    "give DPGReward the trainer's `processing_class`, and its calls `completion_ids`, as TRL does."
+                    "The scores of the generator's tokens (per_token=True) need its tokenizer and its token ids. Pass "
+                    "the trainer's `processing_class` to DPGReward, and `completion_ids` to its calls, as TRL does."
                 )
             ids = completion_ids
         return [
@@ -258,7 +263,7 @@ class DPGReward:
         return completion_text(completion)
 
     def _split(self, prompts: list[Text]) -> list[list[int]]:
-        """Which samples make up each dataset."""
+        """The indices of the samples in each dataset."""
         if self.cross_group_batching or self.num_generations is None:
             return [list(range(len(prompts)))]
         firsts = range(0, len(prompts), self.num_generations)
@@ -266,13 +271,13 @@ class DPGReward:
         if len(prompts) % self.num_generations or any(prompt != group[0] for group in groups for prompt in group):
             raise ValueError(
                 f"A batch of {len(prompts)} completions cannot be split into num_generations = "
-                f"{self.num_generations} datasets of one completion per prompt. Give DPGReward the trainer's "
-                "num_generations (and in evaluation the same num_generations_eval)."
+                f"{self.num_generations} datasets of one completion per prompt. Pass the trainer's num_generations to "
+                "DPGReward (and use the same num_generations_eval in evaluation)."
             )
         return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 
     def _score(self, datasets: list[list[Sample]]) -> dict[int, ScoredDataset]:
-        """This rank's share of the datasets, by their index."""
+        """Score this rank's part of the datasets. The results are by index of the dataset."""
         state = PartialState()
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
@@ -305,7 +310,7 @@ class DPGReward:
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
 
     def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
-        """All datasets together, in the order of the completions."""
+        """The results of all datasets as one batch, in the order of the completions."""
         scores = torch.zeros(len(samples), dtype=torch.float64)
         for own, dataset in zip(places, scored, strict=True):
             scores[own] = dataset.output.scores.double()
@@ -323,7 +328,7 @@ class DPGReward:
         return batch
 
     def _figures(self, raw: Tensor, scored: list[ScoredDataset]) -> dict[str, float]:
-        """What is logged; figures of several datasets are averaged."""
+        """The figures to log. Figures of several datasets are averaged."""
         outputs = [dataset.output for dataset in scored]
 
         def mean(values):
@@ -358,13 +363,13 @@ def _contents(completion: Text) -> list[str]:
 
 
 def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
-    """What belongs to the samples of each dataset, in the batch's order."""
+    """One list with the values of all datasets' samples, in the order of the batch."""
     by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
     return [by_place[place] for place in range(len(by_place))]
 
 
 def _from_all_ranks(function: Callable[[], T]) -> list[T]:
-    """What a function returns on each rank. An error on one rank is raised on all: none waits for another."""
+    """The results of a function on all ranks. An error on one rank is raised on all, so that no rank waits forever."""
     result: Any = None
     error = None
     try:

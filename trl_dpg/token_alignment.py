@@ -1,10 +1,10 @@
 """
-Where tokens lie in a text, and scores carried from one tokenizer's tokens to another's by those places.
+Positions of tokens in a text, and the transfer of scores from the tokens of one tokenizer to those of another.
 
 A tokenisation is described by the *ends* of its tokens: an array of shape `[n]`, in characters from the beginning of
-the text, never decreasing. A token covers what lies between the end before it and its own, so that every character
-belongs to a token: the spaces that a tokenizer leaves out belong to the token after them. A token without characters
-(eos) has no width. Tokens that hold some bytes of one character share it equally, and their ends are fractions.
+the text, never decreasing. A token covers the characters between the end of the token before it and its own end. So
+spaces that a tokenizer leaves out belong to the token after them. A token without characters (eos) has width 0. If
+several tokens have some bytes of one character, they share it equally, and their ends are fractions.
 """
 
 import codecs
@@ -25,12 +25,12 @@ _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}  
 
 def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """
-    Ends of the tokens that a fast tokenizer gives the character spans `offsets` (`return_offsets_mapping=True`).
+    Ends of tokens from the offsets of a fast tokenizer (`return_offsets_mapping=True`).
 
-    Tokens of one character all have its span there; it is divided among them.
+    Tokens that are parts of one character all have the span of this character. It is divided equally among them.
 
     Args:
-        offsets (`list[tuple[int, int]]`): First character of each token, and the one after its last.
+        offsets (`list[tuple[int, int]]`): Each token's first character, and the character after its last one.
 
     Returns:
         `np.ndarray` of shape `[n]`.
@@ -42,21 +42,23 @@ def ends_from_offsets(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 
 
 def _share(ends: np.ndarray, tokens: np.ndarray, begins: np.ndarray, finishes: np.ndarray) -> np.ndarray:
-    """`ends` with the characters from `begins` to `finishes`, inside of which `tokens` end, divided equally."""
+    """`ends` with spans divided equally. `tokens[k]` ends inside the span from `begins[k]` to `finishes[k]`."""
     if len(tokens) == 0:
         return ends
     ends = ends.copy()
     split = zip(tokens.tolist(), begins.tolist(), finishes.tolist(), strict=True)
     for (begin, finish), group in groupby(split, key=lambda token: token[1:]):
         inside = [token for token, *_ in group]
-        # One more token than end inside of it has a share: the one that completes it
+        # The token that completes the character has a share, too
         ends[inside] = np.linspace(begin, finish, len(inside) + 2)[1:-1]
     return ends
 
 
 class TokenBytes(dict[int, bytes]):
     """
-    The UTF-8 bytes that each token id of a tokenizer adds to a text; none for special tokens. Filled as it is read.
+    The UTF-8 bytes that each token id of a tokenizer adds to a text. Special tokens add no bytes.
+
+    An entry is computed when it is read for the first time.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -72,13 +74,13 @@ class TokenBytes(dict[int, bytes]):
         self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
 
     def __missing__(self, token_id: int) -> bytes:
-        # What it adds to itself: decoders drop the space before a text's first token.
+        # Decode the token after itself, because decoders drop the space before the first token of a text
         once, twice = (
             self.tokenizer.decode([token_id] * n, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for n in (1, 2)
         )
         self[token_id] = twice[len(once) :].encode()
-        if "\ufffd" in twice:  # part of a character, which its name tells: "<0xE2>" or, byte by byte, "âĺ"
+        if "\ufffd" in twice:  # a part of a character. The token's name has its bytes: "<0xE2>" or, bytewise, "âĺ"
             name = self.tokenizer.convert_ids_to_tokens(token_id)
             if re.fullmatch("<0x[0-9A-F]{2}>", name):
                 self[token_id] = bytes.fromhex(name[3:5])
@@ -89,17 +91,17 @@ class TokenBytes(dict[int, bytes]):
 
 def decode_with_ends(token_ids: Sequence[int], token_bytes: TokenBytes) -> tuple[str, np.ndarray]:
     """
-    The text of token ids as they were sampled, special tokens left out, and the tokens' ends in it.
+    Decode token ids without the special tokens, and compute the tokens' ends in the text.
 
-    Reading the text with the tokenizer again need not give the same tokens; and decoding every prefix takes quadratic
-    time. The bytes are decoded in one pass.
+    The tokens' bytes are decoded in one pass. To tokenise the text again might give other tokens, and to decode every
+    prefix would take quadratic time.
 
     Args:
         token_ids (`list[int]`): Ids of n tokens.
-        token_bytes (`TokenBytes`): Of their tokenizer.
+        token_bytes (`TokenBytes`): The token bytes of their tokenizer.
 
     Returns:
-        `tuple[str, np.ndarray]`: The text, and the ends, of shape `[n]`. Bytes that make no character are U+FFFD.
+        `tuple[str, np.ndarray]`: The text, and the ends of shape `[n]`. Bytes that are not valid UTF-8 become U+FFFD.
     """
     data = [token_bytes[token_id] for token_id in token_ids]
     whole = b"".join(data)
@@ -123,7 +125,7 @@ def decode_with_ends(token_ids: Sequence[int], token_bytes: TokenBytes) -> tuple
 
 def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int = 0) -> np.ndarray:
     """
-    Ends in a text that was rendered from other texts, as ends in those.
+    Convert ends in a rendered text to ends in the texts from which it was rendered.
 
     Args:
         ends (`np.ndarray` of shape `[n]`):
@@ -131,13 +133,14 @@ def translate(ends: np.ndarray, text: str, contents: Sequence[str], start: int =
         text (`str`):
             The rendered text, e.g. a conversation in a chat template.
         contents (`list[str]`):
-            The texts it was rendered from, in order. What was stripped or rewritten is matched as far as it goes.
+            The texts from which it was rendered, in order. If a text was stripped or changed, its matching parts are
+            used.
         start (`int`, *optional*, defaults to `0`):
-            Where in `text` the contents begin.
+            The position in `text` at which the contents begin.
 
     Returns:
         `np.ndarray` of shape `[n]`:
-            Positions in the concatenated contents. What stands before, between or after them has no width.
+            Positions in the concatenated contents. Other parts of `text` have width 0.
     """
     if start == 0 and len(contents) == 1 and text == contents[0]:
         return np.minimum(ends, len(text))
@@ -163,10 +166,11 @@ def redistribute(
     scores: Sequence[Tensor], ends: Sequence[np.ndarray], target_ends: Sequence[np.ndarray]
 ) -> list[Tensor]:
     """
-    Scores of one tokenisation's tokens, handed to those of another by the characters they have in common; of N texts.
+    Transfer the scores of one tokenisation's tokens to the tokens of another tokenisation, for N texts.
 
-    A token's score is divided in proportion to the characters. That of a token without characters goes to the token
-    that covers its place, and at the end of the text (eos) to the last token. The sum is preserved.
+    A token's score is divided among the tokens that share characters with it, in proportion to the number of shared
+    characters. The score of a token without characters goes to the token at its position, or to the last token if it
+    is at the end of the text (eos). The sum of the scores does not change.
 
     Args:
         scores (`list[torch.Tensor]`, N of shape `[n]`): On the CPU.
@@ -176,10 +180,10 @@ def redistribute(
     Returns:
         `list[torch.Tensor]`, N of shape `[m]`, in the type of `scores`.
     """
-    texts = [k for k, tokens in enumerate(target_ends) if len(tokens)]  # the others receive nothing
+    texts = [k for k, tokens in enumerate(target_ends) if len(tokens)]  # the others have no receiving tokens
     if not texts:
         return [theirs.new_zeros(0) for theirs in scores]
-    # All texts on one line, a character apart: where each begins, and its tokens' ends
+    # All texts are put on one line, with one character between them
     lengths = [max([target_ends[k][-1], *ends[k][-1:]]) for k in texts]
     begins = np.cumsum([0.0, *(length + 1 for length in lengths)])
     targets = np.concatenate([target_ends[k] + begin for k, begin in zip(texts, begins, strict=False)])
@@ -193,11 +197,11 @@ def redistribute(
     lasts = np.cumsum(counts) - 1
     firsts = np.concatenate([[0], lasts[:-1] + 1])
 
-    # Along a text, the sum of scores rises linearly within each token: the receivers get its differences.
+    # The cumulative score rises linearly within each token. A receiving token gets the difference between its two ends
     bare = np.concatenate([[False], edges[1:] == edges[:-1]])
     risen = np.where(bare, 0.0, values).cumsum()
     stops = targets.copy()
-    stops[lasts] = begins[1:] - 1  # what is left over goes to the last token
+    stops[lasts] = begins[1:] - 1  # the last token gets the rest
     shares = np.interp(stops, edges, risen)
     before = np.concatenate([[0.0], shares[:-1]])
     before[firsts] = np.interp(begins[:-1], edges, risen)
@@ -218,19 +222,19 @@ def hand_over(
     token_bytes: TokenBytes,
 ) -> tuple[list[list[str]], list[Tensor]]:
     """
-    Scores of a student's tokens, handed to the tokens that a generator sampled; of N completions.
+    Transfer the scores of the student's tokens to the tokens that the generator sampled, for N completions.
 
     Args:
         scores (`torch.Tensor` of shape `[N, L]`): Scores of the student's tokens, padded, on the CPU.
-        ends (`list[np.ndarray]`, N of shape `[n]`): Where the student's tokens end.
-        completions (`list[tuple[list[int], list[str]]]`): Ids of the C tokens that the generator sampled, and the
-            texts that the student read: the completion, or its messages.
-        token_bytes (`TokenBytes`): Of the generator's tokenizer.
+        ends (`list[np.ndarray]`, N of shape `[n]`): Ends of the student's tokens.
+        completions (`list[tuple[list[int], list[str]]]`): For each completion, the ids of the C tokens that the
+            generator sampled, and the texts that the student read: the completion, or its messages.
+        token_bytes (`TokenBytes`): The token bytes of the generator's tokenizer.
 
     Returns:
-        `tuple[list[list[str]], list[torch.Tensor]]`: Texts of the generator's tokens and their scores `[C]`. A token's
-        text is what it adds to the completion, or the name of a special token. A character that is split over several
-        tokens is in the text of the last.
+        `tuple[list[list[str]], list[torch.Tensor]]`: Texts of the generator's tokens and their scores `[C]`. The text
+        of a special token is its name. The text of any other token is what it adds to the completion. If several
+        tokens share a character, it is in the text of the last one.
     """
     special = token_bytes.special
     tokens, target_ends = [], []
@@ -242,4 +246,4 @@ def hand_over(
         target_ends.append(translate(ends_in_text, text, contents))
     own = [padded[: len(places)] for padded, places in zip(scores, ends, strict=True)]
     received = redistribute(own, ends, target_ends)
-    return tokens, [row.clone() for row in received]  # a part of a tensor would be sent with all of it
+    return tokens, [row.clone() for row in received]  # without a copy, the whole storage would be sent to other ranks

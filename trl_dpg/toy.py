@@ -1,9 +1,8 @@
 """
-Small worlds to try things in: models, tokenizers and data made on the spot, without a network.
+Toy worlds: small models, tokenizers and data that are generated on demand, without a network.
 
-A *language* here is a list of words; the word at each index means the same in every language. Sentences are walks
-through the meanings, so that a model trained on one language's sentences has something to learn beyond the words'
-frequencies.
+A *language* here is a list of words. Words with the same index have the same meaning in every language. A sentence is
+a random walk through the meanings. So a model that is trained on sentences learns more than the words' frequencies.
 """
 
 import json
@@ -32,7 +31,7 @@ HEXADECIMAL = "0123456789abcdef"
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, separated by spaces."""
+    """A tokenizer whose tokens are words, separated by spaces."""
     vocabulary = {token: k for k, token in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -42,7 +41,7 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer(characters: str = CHARACTERS, bos: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters; with `bos`, every text begins with a token `<bos>`."""
+    """A tokenizer whose tokens are single characters. With `bos`, every text begins with a token `<bos>`."""
     special = ["<pad>", "<eos>", "<unk>", *["<bos>"] * bos]
     vocabulary = {token: k for k, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -76,7 +75,7 @@ def tiny_llama(
 
 
 def sentence(language: Sequence[str], rng: random.Random) -> str:
-    """A sentence: from each meaning the walk goes to one of the three that follow it."""
+    """A random sentence. Each word has one of the three meanings that follow the meaning of the word before it."""
     meaning = rng.randrange(NUM_MEANINGS)
     words = []
     for _ in range(SENTENCE_LENGTH):
@@ -88,7 +87,7 @@ def sentence(language: Sequence[str], rng: random.Random) -> str:
 def pretrain(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], epochs: int, lr: float = 3e-3
 ) -> None:
-    """Train a model on texts for seconds: plain AdamW, 64 texts a step, the eos token after each."""
+    """Train a model on texts with AdamW and 64 texts per step. An eos token is appended to each text."""
     ids = tokenizer(
         [text + tokenizer.eos_token for text in texts], padding=True, padding_side="right", return_tensors="pt"
     )
@@ -111,8 +110,8 @@ def save_world(
     benchmark: Sequence[str] = (),
 ) -> None:
     """
-    Write a world as files, as a user would have them: `generator` and `student` (with the tokenizer), `prompts.jsonl`
-    and, where the metric reads texts, `benchmark.jsonl`.
+    Write a world to a folder: `generator` and `student` (both with the tokenizer), `prompts.jsonl` and
+    `benchmark.jsonl`. The benchmark is empty for worlds whose metrics read no texts.
     """
     for name, model in (("generator", generator), ("student", student)):
         model.save_pretrained(folder / name)
@@ -131,10 +130,11 @@ def characters_world(
     num_layers: int = 2,
 ) -> None:
     """
-    A generator with random weights that writes random characters, and a student. For metrics that read weights.
+    A world for metrics that read weights: a generator with random weights, which writes random characters, and a
+    student.
 
     Args:
-        folder (`Path`): Where it is written.
+        folder (`Path`): The folder to write to.
         seed (`int`): Seed of weights and prompts.
         characters (`str`): The alphabet.
         generator_hidden_size (`int`): Width of the generator.
@@ -153,15 +153,17 @@ def languages_world(
     folder: Path, seed: int = 0, share: float = 0.05, hidden_size: int = 64, reward_models: bool = False
 ) -> None:
     """
-    Two languages. A generator that rephrases sentences of A, now and then in B; a student that knows A; a benchmark in
-    B. No prompt mentions B.
+    A world with two languages, A and B.
+
+    The generator rephrases sentences of A, and sometimes answers in B. The student knows A. The benchmark is in B. No
+    prompt mentions B.
 
     Args:
-        folder (`Path`): Where it is written.
+        folder (`Path`): The folder to write to.
         seed (`int`): Seed of weights and texts.
-        share (`float`): How often the generator answers in B at its start.
+        share (`float`): Share of answers in B in the generator's training data.
         hidden_size (`int`): Width of both models.
-        reward_models (`bool`): Also write `encoder` and `language_id.bin`, for the baselines that need a model.
+        reward_models (`bool`): Whether to write `encoder` and `language_id.bin`, which some baselines need.
     """
     rng = random.Random(seed)
     tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B, ":"])
@@ -185,15 +187,17 @@ def strings_world(
     folder: Path, seed: int = 0, target: str = "5f2c-9e81", num_choices: int = 8, hidden_size: int = 64
 ) -> None:
     """
-    Strings of hexadecimal digits, in the target's form: each place has its own digits to choose from, as in a UUID.
-    Generator and student know the form, and no string by heart; the benchmark is the target, which is in no prompt,
-    and was hardly among the few thousand strings they were trained on.
+    A world with strings of hexadecimal digits, in which a target string is to be learned.
+
+    All strings have the form of the target, like UUIDs: each position has its own set of possible digits. Generator
+    and student are trained on a few thousand random strings, so they know the form. The benchmark is the target. It is
+    in no prompt, and very probably not in the training strings.
 
     Args:
-        folder (`Path`): Where it is written.
+        folder (`Path`): The folder to write to.
         seed (`int`): Seed of weights and texts.
-        target (`str`): The string; digits and letters stand for any hexadecimal digit, all else for itself.
-        num_choices (`int`): How many digits each place has, the target's among them; 16 are all.
+        target (`str`): The target. Other characters than hexadecimal digits are the same in all strings.
+        num_choices (`int`): Number of possible digits at each position, at most 16. The target's digit is one of them.
         hidden_size (`int`): Width of both models.
     """
     rng = random.Random(seed)
@@ -217,7 +221,7 @@ def strings_world(
 
 
 def sentence_encoder(tokenizer: PreTrainedTokenizerFast, embedding_dim: int, seed: int) -> "SentenceTransformer":
-    """A sentence encoder: a text's embedding is the mean of its tokens' random vectors. Needs the `rewards` extra."""
+    """A sentence encoder. A text's embedding is the mean of its tokens' random vectors. Needs the `rewards` extra."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -230,12 +234,12 @@ def train_language_id(languages: dict[str, Sequence[str]], path: str, seed: int)
     """
     Train a fastText classifier of languages on 200 sentences of each, and save it. Needs the `rewards` extra.
 
-    Its threads step in an order left to chance, so that probabilities differ in the third digit from run to run.
+    The order in which its threads take steps is not fixed, so probabilities differ in the third digit between runs.
 
     Args:
         languages (`dict[str, Sequence[str]]`): Name and words of each language.
-        path (`str`): Of the file, a `.bin`.
-        seed (`int`): Of the sentences.
+        path (`str`): Path of the file to write, which ends with `.bin`.
+        seed (`int`): Seed of the sentences.
     """
     import fasttext
 
@@ -245,7 +249,7 @@ def train_language_id(languages: dict[str, Sequence[str]], path: str, seed: int)
     with tempfile.NamedTemporaryFile("w") as file:
         file.writelines(lines)
         file.flush()
-        # Each of ten threads initialises a tenth of the vectors, and an eleventh what is left over. With fewer
-        # threads, some vectors start as whatever was in memory.
+        # Each of ten threads initialises a tenth of the vectors, and the eleventh thread the rest. With fewer threads,
+        # some vectors are not initialised.
         model = fasttext.train_supervised(file.name, dim=8, minn=1, maxn=2, bucket=1000, thread=11, verbose=0)
     model.save_model(path)

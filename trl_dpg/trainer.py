@@ -1,4 +1,4 @@
-"""`DPGTrainer`: GRPO whose reward is what the completions, as training data, do for a metric."""
+"""`DPGTrainer`: GRPO whose reward is the effect of the completions, as training data, on a metric."""
 
 import json
 import os
@@ -29,13 +29,18 @@ class DPGTrainer(GRPOTrainer):
     """
     Trainer for Dataset Policy Gradients (Thrush et al., arXiv 2604.08423).
 
-    Trains a generator by GRPO so that the data it writes moves a metric of the student fine-tuned on it. The changes
-    w.r.t. [`~trl.GRPOTrainer`] are the reward ([`DPGReward`], placed before any other `reward_funcs`),
-    `_calculate_rewards`, which tells it the number of generations in training and evaluation (and to verify in
-    training only), and `create_model_card`. Samples, scores and pictures are logged by a [`DPGLoggingCallback`].
-    Everything else (generation, advantages, loss, scalars) is inherited unchanged.
+    Trains a generator by GRPO to write data that raises a metric of the student fine-tuned on it. The changes with
+    respect to [`~trl.GRPOTrainer`] are:
 
-    In evaluation a student is fine-tuned on the completions of each evaluation batch, and the figures are logged under
+    - the reward [`DPGReward`], which comes before any other `reward_funcs`;
+    - `_calculate_rewards`, which sets the reward's number of generations in training and evaluation, and switches its
+      verification off in evaluation;
+    - `create_model_card`, which adds metric, student and inner loop;
+    - a [`DPGLoggingCallback`], which logs samples, scores and pictures.
+
+    Everything else (generation, advantages, loss, scalars) is inherited.
+
+    In evaluation, a student is fine-tuned on the completions of each evaluation batch. The figures are logged under
     `eval_dpg/`.
 
     Args:
@@ -50,15 +55,15 @@ class DPGTrainer(GRPOTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts, as for GRPO.
         reward_funcs (*optional*):
-            Further rewards beside DPG's. `args.reward_weights` then starts with DPG's weight.
+            Rewards in addition to that of DPG. `args.reward_weights` then starts with the weight of DPG's reward.
         student_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the student; overrides the `student_lora_*` arguments.
         student_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
-            4-bit format of a student loaded from a path; overrides the `student_bnb_*` arguments.
+            4-bit quantisation of a student loaded from a path; overrides the `student_bnb_*` arguments.
         student_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer; loaded from its path when `None`.
         reward_processing_classes (*optional*):
-            For the further `reward_funcs`, as for GRPO.
+            Tokenizers of the `reward_funcs`, as for GRPO.
         kwargs:
             All further arguments of [`~trl.GRPOTrainer`].
 
@@ -68,8 +73,8 @@ class DPGTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`:
-            If student or metric is missing, `args` is no [`DPGConfig`], student and generator share parameters, or
-            there are fewer prompts than a generation batch takes.
+            If the student or the metric is missing, if `args` is not a [`DPGConfig`], if student and generator share
+            parameters, or if there are fewer prompts than a generation batch needs.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -112,7 +117,7 @@ class DPGTrainer(GRPOTrainer):
             )
         student = _given_student(args, student)
         _check_prompts(args, train_dataset)
-        _check_apart(model, student)  # before adapters are added, which keep the base's parameters
+        _check_apart(model, student)  # before adapters are added; these keep the parameters of the base
         student = _load_student(
             args, student, student_processing_class, student_peft_config, student_quantization_config
         )
@@ -141,7 +146,7 @@ class DPGTrainer(GRPOTrainer):
             **kwargs,
         )
         self.dpg_reward.processing_class = self._tokenizer
-        # Last, so that the trackers' own callbacks have begun their runs
+        # The last callback, so that the trackers' own callbacks have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
 
@@ -151,7 +156,7 @@ class DPGTrainer(GRPOTrainer):
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _results(self) -> list[tuple[str, float, float]]:
-        """The metric and its proxies in the first and the last step that logged them; not every step verifies."""
+        """The metric, its proxies and verifications, each with its first and its last value in the logs."""
         apart = ("dpg/score/", "dpg/student_loss/", "dpg/seconds", "dpg/num_", "dpg/predicted")
         logged: dict[str, list[float]] = {}
         for logs in self.state.log_history:
@@ -161,7 +166,7 @@ class DPGTrainer(GRPOTrainer):
         return [(name, values[0], values[-1]) for name, values in logged.items()]
 
     def create_model_card(self, *args, **kwargs):
-        """TRL's model card, and what the generator was trained for: metric, student and inner loop."""
+        """TRL's model card, with a section on the metric, the student, the inner loop and the results."""
         super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
@@ -172,7 +177,7 @@ class DPGTrainer(GRPOTrainer):
         card.text += "\n" + textwrap.dedent("""
             ## Dataset Policy Gradients
 
-            This generator was trained to write data that moves a metric of a student fine-tuned on it.
+            This generator was trained to write data that raises a metric of a student fine-tuned on it.
 
             - Target metric: `{metric}`
             - Student: {student}
@@ -206,10 +211,10 @@ class DPGTrainer(GRPOTrainer):
 
 
 def _given_student(args, student):
-    """The student that is asked for, by argument or by configuration."""
+    """The student from the argument or, if it is `None`, from the configuration."""
     if not isinstance(args, DPGConfig):
         raise ValueError(
-            f"`args` must be a DPGConfig (it extends GRPOConfig by the student's fields), got {type(args).__name__}."
+            f"`args` must be a DPGConfig (a GRPOConfig with the student's fields), got {type(args).__name__}."
         )
     student = args.student_model_name_or_path if student is None else student
     if student is None:
@@ -223,7 +228,7 @@ def _check_prompts(args: DPGConfig, train_dataset) -> None:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
-            "so that there would be no step. Give more prompts, or raise num_generations."
+            "so there would be no step. Use more prompts, or raise num_generations."
         )
 
 
@@ -233,8 +238,8 @@ def _check_apart(model, student) -> None:
     student_model = student.model if isinstance(student, Student) else student
     if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
         raise ValueError(
-            "The student and the generator share parameters, so training the generator would move the "
-            "student's start. Load the model twice."
+            "The student and the generator share parameters, so training the generator would change the initial "
+            "weights of the student. Load the model twice."
         )
 
 
@@ -249,5 +254,8 @@ def _load_student(args: DPGConfig, student, processing_class, peft_config, quant
     }
     ignored = [name for name, value in given.items() if value is not None]
     if ignored:
-        raise ValueError(f"The student is a `Student` already; give it what {', '.join(ignored)} asks for.")
+        raise ValueError(
+            f"The student is a `Student` already, so these arguments would have no effect: {', '.join(ignored)}. Use "
+            "them when you create the Student."
+        )
     return student

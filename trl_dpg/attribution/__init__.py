@@ -1,4 +1,4 @@
-"""Which samples of a dataset help a metric of the student that is fine-tuned on them? [`attribute`] scores them."""
+"""Scores the samples of a dataset by their effect on a metric of the student fine-tuned on them; see [`attribute`]."""
 
 from .attribute import attribute
 from .chunks import Chunk, plan_chunks

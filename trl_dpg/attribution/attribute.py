@@ -34,18 +34,18 @@ def attribute(
     progress: bool = False,
 ) -> Attribution:
     """
-    Score the samples of a dataset by what they do for a metric of a student that is fine-tuned on them.
+    Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
 
-    The dataset is shuffled by `config.seed` and cut into chunks. The student is fine-tuned on each chunk, always from
-    its start, and a sample's score is its metagradient there (Thrush et al., arXiv 2604.08423, sec. 3). Scores of
-    different chunks compare because all chunks have the same number of steps and of samples in a step. One chunk is
-    scored a second time in another random order, which tells how much of the ranking is chance.
+    The dataset is shuffled by `config.seed` and cut into chunks. A fresh student is fine-tuned on each chunk, and a
+    sample's score is its metagradient (Thrush et al., arXiv 2604.08423, sec. 3). Scores of different chunks are
+    comparable, because all chunks have the same number of steps and of samples in a step. One chunk is scored again in
+    another random order, which measures how much of the ranking is chance.
 
-    In a distributed run every process calls this, and the processes share the chunks out.
+    In a distributed run, every process calls this. Each process scores a part of the chunks.
 
     Args:
         student (`Student`):
-            The student at its start.
+            The student before fine-tuning.
         dataset (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
             N samples, see [`Student.tokenize`].
         metric (`Callable`):
@@ -53,18 +53,18 @@ def attribute(
         config (`InnerLoopConfig`, *optional*):
             The inner loop. With `per_token`, tokens are scored as well.
         size (`int`, *optional*):
-            Samples in a chunk, a multiple of `config.batch_size`; the smallest from 256 on when `None`.
+            Samples in a chunk, a multiple of `config.batch_size`. When `None`, the smallest multiple from 256 on.
         num_repeats (`int`, *optional*, defaults to `1`):
-            Score all samples in as many random orders and take the mean.
+            Number of random orders in which all samples are scored. The score is the mean.
         journal (`Journal`, `str` or `Path`, *optional*):
-            A file that a run which was stopped goes on with. A path stands for a journal of `config` and `size`; an
-            entered [`Journal`] has settings of your own.
+            A file from which an interrupted run continues. For a path, the journal's settings are `config`, `size` and
+            the number of samples. Pass an entered [`Journal`] to use other settings.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
     Raises:
-        `ValueError`: If `size` is not a multiple of the batch size, the journal has other settings or another student,
-        or for what [`metagradient`] raises it. A dataset of empty samples only is no error: all scores are 0.
+        `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
+        student, or in the cases of [`metagradient`]. If all samples are empty, their scores are 0 without an error.
     """
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
@@ -72,7 +72,7 @@ def attribute(
         raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
     chunks = plan_chunks(len(dataset), size, config.seed, max(num_repeats, 2))
     chunks_per_repeat = len(chunks) // max(num_repeats, 2)
-    if num_repeats == 1:  # one chunk more is scored in another order, to compare
+    if num_repeats == 1:  # one more chunk is scored in another order, for the rank correlation
         chunks = chunks[: chunks_per_repeat + (len(dataset) > config.batch_size)]
     with ExitStack() as stack:
         if isinstance(journal, Journal):
@@ -85,13 +85,13 @@ def attribute(
 
 
 def _shared_folder(stack: ExitStack) -> Path:
-    """A temporary folder, the same on every process of a machine."""
+    """A temporary folder that all processes share. They must be on one machine."""
     (folder,) = broadcast_object_list([stack.enter_context(TemporaryDirectory())])
     return Path(folder)
 
 
 def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool) -> None:
-    """Score the chunks that are not in the journal yet; each goes there as soon as it is scored."""
+    """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
     state = PartialState()
     todo = [k for k in range(len(chunks)) if k not in journal.done]
     sizes = [int(chunk.scored.sum()) for chunk in chunks]
@@ -101,7 +101,7 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show) as bar:
         for start in range(0, len(todo), state.num_processes):
             records = []
-            for k in todo[start + state.process_index :][:1]:  # this process's, if there is one left
+            for k in todo[start + state.process_index :][:1]:  # the chunk of this process, if one is left
                 record = _score_chunk(student, dataset, chunks[k], metric, config, metric_before)
                 metric_before = record["metric_before"] if metric_before is None else metric_before
                 journal.check_start(metric_before)
@@ -110,11 +110,11 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
                 if state.is_main_process:
                     journal.append(record)
                 bar.update(sizes[record["chunk"]])
-    state.wait_for_everyone()  # the journal is whole before anyone reads it
+    state.wait_for_everyone()  # no process reads the journal before it is complete
 
 
 def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: float | None) -> dict[str, Any]:
-    """One inner loop on some rows, as the journal records it. Nothing is trained if all of them are empty."""
+    """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
     fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config)
     mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
@@ -141,7 +141,7 @@ def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: 
 
 
 def _rows(dataset: Examples, rows: list[int]) -> list:
-    """Rows of a dataset; of one on the disk they are read together."""
+    """Rows of a dataset. From a [`~datasets.Dataset`], all rows are read in one call."""
     if not isinstance(dataset, Dataset):
         return [dataset[row] for row in rows]
     columns = dataset[rows]

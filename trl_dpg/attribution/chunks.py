@@ -1,4 +1,4 @@
-"""Which samples of a dataset are trained on together."""
+"""Chunks of a dataset: the samples on which the student is fine-tuned together."""
 
 import math
 from typing import NamedTuple
@@ -11,11 +11,11 @@ SAMPLES_PER_CHUNK = 256
 
 class Chunk(NamedTuple):
     """
-    Samples that the student is fine-tuned on together.
+    Samples on which the student is fine-tuned together.
 
     Attributes:
         rows (`np.ndarray` of shape `[size]`): Their rows in the dataset, in the order of training.
-        scored (`np.ndarray` of shape `[size]`, `bool`): Which of them this chunk scores.
+        scored (`np.ndarray` of shape `[size]`, `bool`): Whether the sample's score in this chunk is used.
     """
 
     rows: np.ndarray
@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
 
 def chunk_size(size: int | None, batch_size: int) -> int:
     """
-    Samples in a chunk: `size`, or the smallest multiple of `batch_size` from 256 on.
+    Number of samples in a chunk: `size`, or by default the smallest multiple of `batch_size` from 256 on.
 
     Raises:
         `ValueError`: If `size` is not a multiple of `batch_size`.
@@ -33,8 +33,8 @@ def chunk_size(size: int | None, batch_size: int) -> int:
         return math.ceil(SAMPLES_PER_CHUNK / batch_size) * batch_size
     if size < 1 or size % batch_size:
         raise ValueError(
-            f"`chunk_size` ({size}) must be a multiple of `batch_size` ({batch_size}), so that every sample weighs "
-            f"the same in its batch. E.g. {max(size // batch_size, 1) * batch_size}."
+            f"`chunk_size` ({size}) must be a multiple of `batch_size` ({batch_size}), so that every sample has "
+            f"the same weight in its batch. E.g. {max(size // batch_size, 1) * batch_size}."
         )
     return size
 
@@ -44,8 +44,8 @@ def plan_chunks(num_samples: int, size: int, seed: int, num_repeats: int = 1) ->
     The chunks of a dataset: first those of one random order, then those of the next.
 
     A row is scored in exactly one chunk of each order. The last chunk of an order is filled up with rows of other
-    chunks, which are not scored there, so that all chunks have the same size. A dataset that fits into one chunk is
-    trained on in its own order the first time. More repeats do not change the earlier ones.
+    chunks, so that all chunks have the same size. These rows are not scored there. If the dataset fits into one chunk,
+    the first order is that of the dataset. A larger `num_repeats` does not change the earlier orders.
 
     Args:
         num_samples (`int`): Rows of the dataset.

@@ -1,4 +1,4 @@
-"""The journal of an attribution: a file that has a line for each chunk that is scored, so that nothing is lost."""
+"""The journal of an attribution: a file with a line for each scored chunk, so that an interrupted run can continue."""
 
 import json
 import math
@@ -16,21 +16,21 @@ class Journal(AbstractContextManager):
     """
     A JSON Lines file: the settings, then a record for each finished chunk. Use it as a context manager.
 
-    On entering, it is begun, or continued if there is one of the same settings. Meanwhile no other process can open
-    it. The main process writes it, and all processes of a distributed run read it.
+    Entering creates the file. If a file with the same settings exists, the journal continues it. Until the exit, no
+    other run can open the journal. In a distributed run, the main process writes the file and all processes read it.
 
     Args:
-        path (`str` or `Path`): The file. Beside it, a `.lock` is made.
-        settings (`dict[str, Any]`): What the scores depend on.
-        overwrite (`bool`, *optional*, defaults to `False`): Throw away scores of other settings.
+        path (`str` or `Path`): The file. A lock file with the suffix `.lock` is created in the same folder.
+        settings (`dict[str, Any]`): The settings on which the scores depend.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to delete scores of other settings.
 
     Attributes:
-        settings (`dict[str, Any]`): As JSON has them.
-        is_new (`bool`): Whether it was begun on entering.
+        settings (`dict[str, Any]`): The settings after conversion to JSON and back.
+        is_new (`bool`): Whether the file was created on entering.
         done (`dict[int, float | None]`): The chunks that were finished on entering, each with its `metric_before`.
 
     Raises:
-        `ValueError`: On entering, if another process has it open, or it has scores of other settings.
+        `ValueError`: On entering, if another run has the journal open, or if it has scores of other settings.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False):
@@ -64,7 +64,7 @@ class Journal(AbstractContextManager):
 
     def _open(self) -> None:
         self.path.touch()
-        with self.path.open("rb+") as file:  # without a last line that was cut short
+        with self.path.open("rb+") as file:  # remove an incomplete last line
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
         lines = self._lines()
         found = next(lines, None)
@@ -80,21 +80,21 @@ class Journal(AbstractContextManager):
             )
             raise ValueError(
                 f"`output_dir` {str(self.path.parent)!r} has scores of other settings: {changes}. Choose another "
-                "folder, or throw them away by `overwrite`."
+                "folder, or delete these scores with `overwrite`."
             )
         self.is_new = True
         self.path.write_bytes(b"")
         self.append(self.settings)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write a line. When this returns it is on the disk."""
+        """Write a line. It is on the disk when this returns."""
         with self.path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
     def chunks(self, number: int) -> Iterator[dict[str, Any]]:
-        """Records of the chunks 0 ... `number` - 1, each once."""
+        """The records of the chunks 0 ... `number` - 1, each of them once."""
         seen = set()
         for record in self._lines():
             if record.get("chunk", number) < number and record["chunk"] not in seen:
@@ -103,17 +103,17 @@ class Journal(AbstractContextManager):
 
     def check_start(self, metric_before: float | None) -> None:
         """
-        Compare the metric at the student's start with that of the chunks that were done already.
+        Compare the metric of the student before fine-tuning with its value in the chunks done earlier.
 
         Raises:
-            `ValueError`: If they differ: the student or the metric are not what they were.
+            `ValueError`: If the values differ, so the student or the metric has changed.
         """
         earlier = next((value for value in self.done.values() if value is not None), None)
         if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
             raise ValueError(
-                f"The metric of the student at its start is {metric_before:.6g}, but was {earlier:.6g} when "
-                f"`output_dir` {str(self.path.parent)!r} was begun: the student or the metric's data have changed. "
-                "Choose another folder, or throw the old scores away by `overwrite`."
+                f"The metric of the student before fine-tuning is {metric_before:.6g}, but was {earlier:.6g} in the "
+                f"earlier run in `output_dir` {str(self.path.parent)!r}: the student or the metric's data have "
+                "changed. Choose another folder, or delete the old scores with `overwrite`."
             )
 
     def _lines(self) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How much of a ranking by scores is chance."""
+"""Measures how much of a ranking by scores is chance."""
 
 import math
 
@@ -7,12 +7,12 @@ from scipy.stats import rankdata
 
 
 RELIABLE = 0.8
-"""Correlation of a ranking with another like it, from which on there is nothing to say against it."""
+"""A ranking is reliable if its correlation with a ranking from other random orders is at least this."""
 
 
 def rank_correlation(repeats: np.ndarray) -> float | None:
     """
-    Spearman's correlation of the scores in several orders, the mean over all pairs of orders.
+    Spearman's correlation of the scores in different orders, averaged over all pairs of orders.
 
     Args:
         repeats (`np.ndarray` of shape `[R, N]`): Scores of N samples in R orders.
@@ -28,16 +28,16 @@ def rank_correlation(repeats: np.ndarray) -> float | None:
 
 def reliability(correlation: float, num_repeats: int) -> float:
     """
-    Correlation that the mean of `num_repeats` orders would have with another such mean (Spearman-Brown).
+    Expected correlation of the mean scores of `num_repeats` orders with those of as many other orders.
 
-    Scores that disagree (a negative correlation) are no more reliable than those of chance.
+    This is the Spearman-Brown formula. A negative correlation counts as 0.
     """
     agreement = max(correlation, 0.0)
     return num_repeats * agreement / (1 + (num_repeats - 1) * agreement)
 
 
 def repeats_needed(correlation: float, target: float = RELIABLE) -> int | None:
-    """Orders whose mean reaches a reliability of `target`; `None` if the correlation is too small to say."""
+    """Number of orders whose mean has a reliability of `target`. `None` if the correlation is at most 0.01."""
     if correlation <= 0.01:
         return None
     return math.ceil(target / (1 - target) * (1 / correlation - 1) - 1e-9)

@@ -1,4 +1,4 @@
-"""What an attribution says: scores, how far to trust their order, and files of the best samples."""
+"""The result of an attribution: scores, the reliability of their ranking, and files with the best samples."""
 
 import json
 import os
@@ -22,22 +22,22 @@ QUANTILES = {"min": 0.0, "q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "
 @dataclass
 class Attribution:
     """
-    What [`attribute`] returns, on every process.
+    The result of [`attribute`]. It is the same on every process.
 
     Attributes:
         scores (`np.ndarray` of shape `[N]`, float32):
             The mean of a sample's metagradients over all repeats, in the dataset's order. 0 for empty samples.
         token_scores (`np.ndarray` of shape `[sum(num_tokens)]`, float32, or `None`):
             With `per_token`, the scores of all samples' tokens, one sample after the other; see `token_offsets`.
-        num_tokens (`np.ndarray` of shape `[N]`): How many tokens of each sample the student read.
-        metric_before (`float` or `None`): Φ of the student at its start; `None` if all samples are empty.
+        num_tokens (`np.ndarray` of shape `[N]`): Number of each sample's tokens that the student read.
+        metric_before (`float` or `None`): Φ of the student before fine-tuning. `None` if all samples are empty.
         metric_after (`float` or `None`): Φ after fine-tuning, the mean over all students.
-        num_chunks (`int`), num_repeats (`int`): Students that were fine-tuned, and orders they belong to.
+        num_chunks (`int`), num_repeats (`int`): Number of fine-tuned students, and of random orders.
         num_empty (`int`), num_truncated (`int`): Samples without a supervised token; samples that were cut off.
         rank_correlation (`float` or `None`):
             Spearman's correlation of scores in two random orders. `None` if there is nothing to compare.
-        num_compared (`int`): Of how many samples.
-        seconds (`float`): Time of scoring, of all processes together.
+        num_compared (`int`): Number of samples in this correlation.
+        seconds (`float`): Time of scoring, summed over the chunks.
     """
 
     scores: np.ndarray
@@ -55,42 +55,42 @@ class Attribution:
 
     @property
     def token_offsets(self) -> np.ndarray:
-        """Where each sample's tokens begin in `token_scores`, `[N + 1]`."""
+        """The position of each sample's first token in `token_scores`, and the end of the last sample, `[N + 1]`."""
         return np.concatenate([[0], self.num_tokens.cumsum()])
 
     @property
     def ranking(self) -> np.ndarray:
-        """Rows of the dataset, `[N]`, the best first."""
+        """Rows of the dataset, `[N]`, from the highest score to the lowest."""
         return np.argsort(-self.scores, kind="stable")
 
     def top(self, share: float) -> np.ndarray:
         """
-        The best rows, in the dataset's order.
+        The rows with the highest scores, in the dataset's order.
 
         Args:
-            share (`float`): Which share of the rows, above 0 and at most 1; at least one row is kept.
+            share (`float`): The share of rows to keep, above 0 and at most 1. At least one row is kept.
 
         Raises:
-            `ValueError`: If the share is none, or all scores are equal.
+            `ValueError`: If the share is out of range, or if all scores are equal.
         """
         if not 0 < share <= 1:
             raise ValueError(f"The share of samples to keep must be above 0 and at most 1, got {share}. E.g. 0.3.")
         if len(self.scores) > 1 and self.scores.min() == self.scores.max():
             raise ValueError(
-                f"all {len(self.scores)} scores are equal, so that none is best. Does the student learn "
-                "(`learning_rate`)?"
+                f"all {len(self.scores)} scores are equal, so no sample is better than another. Does the student "
+                "learn (`learning_rate`)?"
             )
         return np.sort(self.ranking[: max(1, round(share * len(self.scores)))])
 
     def chance(self) -> str:
-        """How much of the ranking is chance, and what to change: fields and arguments are in backticks."""
+        """A text that says how much of the ranking is chance, and what to change. Names of fields are in backticks."""
         if self.scores.min() == self.scores.max():
-            return "All scores are equal and rank nothing. Does the student learn (`learning_rate`)?"
+            return "All scores are equal, so there is no ranking. Does the student learn (`learning_rate`)?"
         if self.rank_correlation is None:
             return "All samples are in one batch, or too few to say how much of their ranking is chance."
         text = f"Rank correlation of {self.num_compared} scores in two random orders: {self.rank_correlation:.2f}."
         if self.num_chunks == self.num_repeats:
-            text += " (They are one chunk: both orders have the same samples.)"
+            text += " (There is only one chunk: both orders have the same samples.)"
         if reliability(self.rank_correlation, self.num_repeats) >= RELIABLE:
             return text
         text += "\nMuch of the ranking is chance. Raise `eps_root` or `batch_size` (docs/attribution.md)"
@@ -100,7 +100,7 @@ class Attribution:
         return text + "."
 
     def figures(self) -> dict[str, Any]:
-        """Counts, metric and quantiles of the scores, as JSON can hold them."""
+        """Counts, metric and quantiles of the scores, as values that JSON can hold."""
         quantiles = np.quantile(self.scores, list(QUANTILES.values())).tolist()
         return {
             "num_samples": len(self.scores),
@@ -130,12 +130,12 @@ class Attribution:
 
         Args:
             dataset ([`~datasets.Dataset`]): The N rows that were scored.
-            output_dir (`Path`): Where `scored` is written, and with `rows` also `top`.
+            output_dir (`Path`): The folder for the file `scored` with all rows and, with `rows`, the file `top`.
             output_format (`str`, *optional*, defaults to `"parquet"`): `"parquet"` or `"jsonl"`.
             rows (`np.ndarray`, *optional*): The rows of `top`, see [`Attribution.top`].
 
         Returns:
-            `list[Path]`: The files. Each appears under its name only when it is complete.
+            `list[Path]`: The files. A file gets its final name only when it is complete.
         """
         added = {"dpg_score": Value("float32")}
         if self.token_scores is not None:
@@ -169,7 +169,7 @@ class Attribution:
 
 
 class JSONLinesWriter:
-    """Writes tables as JSON Lines, in the manner of `pyarrow.parquet.ParquetWriter`."""
+    """Writes tables as JSON Lines, with the interface of `pyarrow.parquet.ParquetWriter`."""
 
     def __init__(self, path: Path, schema: pa.Schema):
         self.file = path.open("w", encoding="utf-8")
@@ -185,7 +185,7 @@ class JSONLinesWriter:
 def collect(
     journal: Journal, num_samples: int, chunks_per_repeat: int, num_repeats: int, per_token: bool
 ) -> Attribution:
-    """What a finished journal says. One chunk more than asked for, if there is one, is only compared."""
+    """The result in a finished journal. An additional chunk is used for the rank correlation only."""
     num_chunks = chunks_per_repeat * num_repeats
     repeats = np.full((max(num_repeats, 2), num_samples), np.nan, dtype=np.float32)
     num_tokens = np.zeros(num_samples, dtype=np.int64)
@@ -223,7 +223,7 @@ def collect(
 
 
 def _token_scores(journal: Journal, result: Attribution) -> np.ndarray:
-    """All tokens' scores in the dataset's order, in a file that is mapped to memory and goes with the process."""
+    """All tokens' scores in the dataset's order, in a memory-mapped file that is deleted when the process ends."""
     offsets = result.token_offsets
     file = journal.path.with_name("token_scores.tmp")
     flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))

@@ -1,4 +1,4 @@
-"""SiLU and RMSNorm. Autograd's second derivatives of them are some twenty elementwise passes; these are a few."""
+"""SiLU and RMSNorm. Their second derivatives in autograd take about twenty elementwise passes; here they take few."""
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class _SiLUBackward(Function):
 
 
 class RMSNorm(Function):
-    """y = w ∘ n with n = r x and r = (mean(x²) + eps)^(-1/2) over the last dimension; n in float32 or wider"""
+    """y = w ∘ n with n = r x and r = (mean(x²) + eps)^(-1/2) over the last dimension; n in float32 or float64"""
 
     @staticmethod
     def forward(ctx, x, weight, eps, through_theta):
@@ -90,8 +90,9 @@ class _RMSNormBackward(Function):
     @once_differentiable
     def backward(ctx, a, a_weight):
         """
-        The derivative of n along a is ṅ = r (a - n mean(n ∘ a)); ȳ's cotangent is w ∘ ṅ + a_w ∘ n. With m_c = mean(n ∘
-        c) and so on, the gradient of ⟨c, ṅ⟩ in x is r² (n (3 m_c m_a - m_ca) - m_a c - m_c a).
+        The derivative of n along a is ṅ = r (a - n mean(n ∘ a)). The cotangent of ȳ is w ∘ ṅ + a_w ∘ n. With
+        m_c = mean(n ∘ c), m_a = mean(n ∘ a) and m_ca = mean(c ∘ a), the gradient of ⟨c, ṅ⟩ in x is
+        r² (n (3 m_c m_a - m_ca) - m_a c - m_c a).
         """
         x, weight, y_bar = ctx.saved_tensors
         n, r = _normalized(x, ctx.eps)

@@ -2,7 +2,8 @@
 `scaled_dot_product_attention`, twice differentiable.
 
 torch's fast kernels have no second derivative, and its math kernel keeps several `[L, L]` tensors. Here the
-probabilities are computed again from queries and keys, some heads at a time, so that memory grows with L.
+probabilities are computed again from queries and keys, for some heads at a time. So the memory between forward and
+backward pass is linear in L.
 """
 
 import torch
@@ -16,7 +17,7 @@ from . import blocks
 def attention(
     through_theta, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """`scaled_dot_product_attention` of `[B, H, L, E]` tensors, in float32 or wider."""
+    """`scaled_dot_product_attention` of `[B, H, L, E]` tensors, computed in float32 or float64."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
     if is_causal:
@@ -25,19 +26,19 @@ def attention(
     dtype = query.dtype
     query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if attn_mask is not None:
-        least = torch.finfo(query.dtype).min  # not -inf: a row of padding may see nothing at all
+        least = torch.finfo(query.dtype).min  # with -inf, a row of padding that attends to nothing would be nan
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, least)
         attn_mask = attn_mask.clamp(min=least).expand(query.size(0), query.size(1), -1, -1)
     scale = query.size(-1) ** -0.5 if scale is None else scale
-    query, key, value = (x.contiguous() for x in (query, key, value))  # or every product copies them
+    query, key, value = (x.contiguous() for x in (query, key, value))  # otherwise every product copies them
     if attn_mask is not None and attn_mask.requires_grad:  # a learned bias
         return (((query * scale) @ key.mT + attn_mask).softmax(-1) @ value).to(dtype)
     return _Attention.apply(query, key, value, attn_mask, scale, through_theta).to(dtype)
 
 
 def _blocks(query: Tensor, key: Tensor, *others: Tensor | None):
-    """Slices of `[B, H, ...]` tensors, whole heads, whose attention weights fill a block; contiguous if those are."""
+    """Slices of `[B, H, ...]` tensors with whole heads. The attention weights of a slice have about the block size."""
     batch, heads = query.shape[:2]
     weights = query.size(2) * key.size(2)
     step_heads = max(1, min(heads, 4 * blocks.BLOCK // weights))
@@ -57,7 +58,7 @@ def _probabilities(query, key, mask, scale):
 
 
 def _softmax_vjp(probabilities, cotangent):
-    """P ∘ (C - Σ P ∘ C), the cotangent of the softmax's input; also its derivative along C"""
+    """P ∘ (C - Σ P ∘ C): the cotangent of the softmax's input for the cotangent C, and also its derivative along C"""
     return torch.ops.aten._softmax_backward_data(cotangent, probabilities, -1, probabilities.dtype)
 
 
@@ -99,8 +100,8 @@ class _AttentionBackward(Function):
     @once_differentiable
     def backward(ctx, a_query, a_key, a_value):
         """
-        The derivative of O along the cotangents is Ȯ = Ṗ V + P a_V with Ṡ = s (a_Q Kᵀ + Q a_Kᵀ); it is the cotangent
-        of Ō. Those of Q, K and V are the gradient of ⟨Ō, Ȯ⟩.
+        The derivative of O along the cotangents is Ȯ = Ṗ V + P a_V with Ṡ = s (a_Q Kᵀ + Q a_Kᵀ). It is the cotangent
+        of Ō. The cotangents of Q, K and V are the gradients of ⟨Ō, Ȯ⟩ in them.
         """
         *saved, output_bar = ctx.saved_tensors
         query, key, value, mask = saved

@@ -1,4 +1,4 @@
-"""How much the kernels work on at a time."""
+"""The block size of the kernels."""
 
 BLOCK = 1 << 20
-"""Elements. Their temporaries stay in the cache and are not allocated anew."""
+"""Elements that a kernel processes at a time. Intermediate results of this size stay in the cache."""

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, twice differentiable, without the logits of all tokens at once."""
+"""Cross-entropy of a linear head, twice differentiable. The logits of all tokens are never in memory together."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Logits that are held at a time: 16 MiB of float32 on the CPU, 256 MiB on an accelerator."""
+    """Number of logits in memory at a time: 16 MiB of float32 on the CPU, 256 MiB on an accelerator."""
     return 1 << 22 if device.type == "cpu" else 1 << 26
 
 
@@ -23,15 +23,15 @@ def linear_cross_entropy(
     skip_values: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """
-    Σ_i q_i ℓ_i with ℓ_i = logsumexp(z_i) - z_{i, y_i}, of the logits z = Σ_j X_j W_jᵀ + b.
+    Weighted cross-entropy Σ_i q_i ℓ_i with ℓ_i = logsumexp(z_i) - z_{i, y_i}, for the logits z = Σ_j X_j W_jᵀ + b.
 
-    Works on chunks of tokens, so memory does not grow with tokens times vocabulary, in the loss, in its gradient, nor
-    in the gradient's derivative. The gradient is computed together with the loss, when the logits are at hand; the
-    second derivative computes them again, unless all fit into one chunk.
+    The tokens are processed in chunks. So memory does not grow with tokens times vocabulary in the loss, in its
+    gradient, or in the derivative of the gradient. The gradient is computed together with the loss, from the same
+    logits. The second derivative computes the logits again, unless all of them fit into one chunk.
 
     Args:
         inputs (`Sequence[torch.Tensor]` of shapes `[N, D_j]`):
-            X_j. The first is the hidden state, further ones are its projections by the head's adapters.
+            X_j. The first is the hidden state. The others are its projections by the head's adapters.
         weights (`Sequence[torch.Tensor]` of shapes `[V, D_j]`):
             W_j.
         bias (`torch.Tensor` of shape `[V]`, *optional*):
@@ -39,11 +39,11 @@ def linear_cross_entropy(
         labels (`torch.Tensor` of shape `[N]`):
             y.
         loss_weights (`torch.Tensor` of shape `[N]`):
-            q, in the accumulators' dtype (float32 or float64).
+            q, in float32 or float64. The losses have the same dtype.
         through_theta (`bool`, *optional*, defaults to `True`):
-            Whether the gradient will be differentiated in X_j, W_j and b, too, and not only in q.
+            Whether the gradient will be differentiated in X_j, W_j and b as well as in q.
         skip_values (`bool`, *optional*, defaults to `False`):
-            Leave out the values of the gradients in W_j, which then are good for being differentiated only.
+            Do not compute the values of the gradients in W_j. These gradients can then only be differentiated.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The weighted sum, and ℓ of shape `[N]`, detached.
@@ -57,7 +57,7 @@ def _chunks(num_rows: int, weight: Tensor) -> Iterator[slice]:
 
 
 def _product(inputs, weights, bias, dtype):
-    """Σ_j X_j W_jᵀ + b, added up in `dtype`"""
+    """Σ_j X_j W_jᵀ + b; the sum is in `dtype`"""
     product = (inputs[0] @ weights[0].mT).to(dtype)
     for x, weight in zip(inputs[1:], weights[1:], strict=True):
         product += x @ weight.mT
@@ -83,7 +83,7 @@ class _Loss(Function):
             losses[rows] = logsumexp - logits.gather(1, labels[rows, None]).squeeze(1)
             probabilities = logits.sub_(logsumexp[:, None]).exp_()
             if any(needed):
-                # kept for the second derivative if this chunk is all there is
+                # if this is the only chunk, the probabilities are kept for the second derivative
                 z_bar = probabilities.clone() if len(chunks) == 1 else probabilities
                 _accumulate(bars, rows, _minus_one_hot(z_bar, labels[rows]).mul_(q[rows, None]), x, weights)
         if any(ctx.needs_input_grad):
@@ -103,7 +103,7 @@ class _Loss(Function):
 
 
 class _Gradient(Function):
-    """b̄ = Σ Z̄, X̄_j = Z̄ W_j and W̄_j = Z̄ᵀ X_j with Z̄ = q ∘ (P - Y), as computed with the loss."""
+    """b̄ = Σ Z̄, X̄_j = Z̄ W_j and W̄_j = Z̄ᵀ X_j with Z̄ = q ∘ (P - Y). The values were computed with the loss."""
 
     @staticmethod
     def forward(ctx, labels, q, bias, kept, num_inputs, through_theta, bars, *factors):
@@ -162,7 +162,7 @@ def _minus_one_hot(probabilities, labels):
 
 
 def _accumulate(bars, rows, z_bar, inputs, weights):
-    """Add the cotangents that a chunk's Z̄ brings to those of b, X_j and W_j, where there are any."""
+    """Add the contribution of a chunk's Z̄ to the cotangents of b, X_j and W_j. Those that are `None` are skipped."""
     bias_bar, *factor_bars = bars
     if bias_bar is not None:
         bias_bar += z_bar.sum(0)

@@ -1,4 +1,4 @@
-"""RMSNorm layers of transformers, in a form with fewer elementwise passes for the sweeps to differentiate."""
+"""Replaces RMSNorm layers of transformers by one operation, whose derivatives take fewer elementwise passes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +12,11 @@ from torch import nn
 @contextmanager
 def lean_layers(model: nn.Module) -> Iterator[None]:
     """
-    While inside, RMSNorm layers call `rms_norm`, where [`TwiceDifferentiable`] sees them. What they compute stays the
-    same up to rounding.
+    Context in which RMSNorm layers call `rms_norm`, which [`TwiceDifferentiable`] replaces. The results are the same
+    up to rounding.
 
-    transformers writes one RMSNorm for each family, most of them alike; those that are not (Gemma's) are left as they
-    are.
+    In transformers, every model family has its own RMSNorm. Most of them compute the same. Those that do not (Gemma's)
+    are not changed.
     """
     forwards: dict[Any, Callable] = {}
     alike: dict[type, bool] = {}

@@ -1,8 +1,8 @@
 """
 The linear layer in the reverse sweep.
 
-There the gradient g_t is known already, and only its graph is wanted. So the values of weight gradients are left out,
-which is a third of the work of a backward pass.
+In the reverse sweep, the gradient g_t is known already and only its graph is needed. So the values of weight gradients
+are not computed. This saves a third of the work of a backward pass.
 """
 
 import torch
@@ -26,7 +26,7 @@ class Linear(Function):
         needs_x, _, needs_bias = ctx.needs_input_grad
         x_bar = y_bar @ weight if needs_x else None
         bias_bar = y_bar.flatten(0, -2).sum(0) if needs_bias else None
-        if torch.is_grad_enabled():  # a graph is built: the first derivative, which is g_t
+        if torch.is_grad_enabled():  # a graph is being built, so this is the first derivative g_t
             weight_bar = _WeightGradient.apply(y_bar, x, weight)
         else:
             weight_bar = y_bar.flatten(0, -2).mT @ x.flatten(0, -2)
@@ -34,7 +34,7 @@ class Linear(Function):
 
 
 class _WeightGradient(Function):
-    """W̄ = Ȳᵀ X, whose value is left out."""
+    """W̄ = Ȳᵀ X. Its value is not computed: the result is zeros, which can be differentiated."""
 
     @staticmethod
     def forward(ctx, y_bar, x, weight):
@@ -50,7 +50,7 @@ class _WeightGradient(Function):
 
 
 def is_parameter(weight: Tensor) -> bool:
-    """Whether it is trained, and is no function of what is trained but for a cast."""
+    """Whether a weight is a trained parameter, or the cast of one. Other functions of parameters do not count."""
     if weight.grad_fn is None:
         return weight.requires_grad
     (source, _), *others = weight.grad_fn.next_functions

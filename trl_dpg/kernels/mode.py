@@ -1,4 +1,4 @@
-"""The mode in which a student runs in the sweeps, which replaces some operations by the kernels of this folder."""
+"""The mode in which a student runs in the sweeps. It replaces some operations by the kernels of this folder."""
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,13 @@ from .linear import Linear, is_parameter
 class TwiceDifferentiable(TorchFunctionMode):
     """
     Runs `silu`, `rms_norm`, `scaled_dot_product_attention` and (with `skip_values`) `linear` and `addmm` by the
-    kernels of this folder. Dropout is taken to be off.
+    kernels of this folder. Dropout must be off.
 
     Args:
         through_theta (`bool`):
-            Whether the gradient will be differentiated in the parameters, too, and not only in the token weights.
+            Whether the gradient will be differentiated in the parameters as well as in the token weights.
         skip_values (`bool`):
-            Leave out the values of weight gradients, which then are good for being differentiated only.
+            Do not compute the values of weight gradients. These gradients can then only be differentiated.
     """
 
     def __init__(self, through_theta: bool, skip_values: bool):
@@ -44,7 +44,7 @@ class TwiceDifferentiable(TorchFunctionMode):
             and args[0].dim() == 1
             and is_parameter(args[2])
         ):
-            return Linear.apply(args[1], args[2].mT, args[0])  # GPT-2's linear layer
+            return Linear.apply(args[1], args[2].mT, args[0])  # the linear layer of GPT-2
         return function(*args, **kwargs)
 
 

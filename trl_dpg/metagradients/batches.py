@@ -1,4 +1,4 @@
-"""The student's optimizer steps as batches of tokens: which samples, in which order, with which loss normaliser."""
+"""Plans the student's optimizer steps: the samples of each batch, their order, and the normalisers of their losses."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from .config import InnerLoopConfig
 
 class MicroBatch(NamedTuple):
     """
-    The part of a step's batch that one forward pass takes, with its n supervised tokens.
+    The part of a step's batch that goes through one forward pass. It has n supervised tokens.
 
     Attributes:
-        batch (`Batch`): Its tokens, `[B, L]`.
-        rows (`torch.Tensor` of shape `[n]`): Which sample of the dataset each supervised token is of.
-        columns (`torch.Tensor` of shape `[n]`): Its position there.
-        coefficients (`torch.Tensor` of shape `[n]`): The normaliser c_{i,k} of its loss.
+        batch (`Batch`): The samples' tokens, `[B, L]`.
+        rows (`torch.Tensor` of shape `[n]`): Index i of the sample in the dataset, for each supervised token.
+        columns (`torch.Tensor` of shape `[n]`): Position k of each supervised token in its sample.
+        coefficients (`torch.Tensor` of shape `[n]`): Normaliser c_{i,k} of each supervised token's loss.
     """
 
     batch: Batch
@@ -30,7 +30,7 @@ class MicroBatch(NamedTuple):
 def plan_steps(
     student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each optimizer step. Samples without a supervised token take part in none of them."""
+    """The micro-batches of each optimizer step. Samples without a supervised token are in no micro-batch."""
     generator = torch.Generator().manual_seed(config.seed)
     steps = []
     for _ in range(config.num_epochs):

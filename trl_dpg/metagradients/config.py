@@ -37,10 +37,10 @@ class InnerLoopConfig:
         eps (`float`, *optional*, defaults to `1e-8`):
             AdamW's epsilon, outside the square root.
         eps_root (`float`, *optional*, defaults to `1e-9`):
-            Added to AdamW's second moment inside the square root; makes training smooth in the data weights. Too small
-            for the gradients at hand, and the scores become large and useless.
+            Added to AdamW's second moment inside the square root. It makes training smooth in the data weights. If it
+            is too small for the gradients, the scores become very large and are useless.
         weight_decay (`float`, *optional*, defaults to `0.0`):
-            Decoupled for AdamW, added to the gradient for SGD.
+            Weight decay. For AdamW it is decoupled, for SGD it is added to the gradient.
         momentum (`float`, *optional*, defaults to `0.0`):
             SGD's momentum.
         max_grad_norm (`float`, *optional*):
@@ -48,26 +48,26 @@ class InnerLoopConfig:
         lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             A name of [`~transformers.SchedulerType`] that needs no further arguments.
         warmup_steps (`int`, *optional*, defaults to `0`):
-            Steps of linear warm-up, for schedules that have one.
+            Steps of linear warm-up, for schedules that have a warm-up.
 
         > Parameters that control the data
 
         batch_size (`int`, *optional*, defaults to `8`):
             Samples per optimizer step. The last step of an epoch may be smaller.
         num_epochs (`int`, *optional*, defaults to `1`):
-            Passes over the dataset. A sample's scores in all epochs are summed.
+            Passes over the dataset. A sample's score is the sum over all epochs.
         shuffle (`bool`, *optional*, defaults to `False`):
-            Draws a new order for every epoch.
+            Whether to shuffle the samples before every epoch.
         seed (`int`, *optional*, defaults to `42`):
-            Seed of the order.
+            Seed of the shuffling.
         micro_batch_size (`int`, *optional*):
-            Samples per forward pass. Bounds memory; never changes the numbers beyond rounding.
+            Samples per forward pass. A smaller value saves memory. It changes the numbers only by rounding.
         gradient_checkpointing (`bool`, *optional*, defaults to `False`):
-            The student's blocks keep their inputs only and run again in each backward pass. Spares memory in the
-            forward sweep; in the reverse sweep the gradient's own graph holds the blocks' activations all the same.
-            Takes time; never changes the numbers.
+            Whether the student's blocks keep only their inputs and run again in each backward pass. This saves memory
+            in the forward sweep, but not in the reverse sweep, where the gradient's graph keeps the blocks'
+            activations. It takes more time and does not change the numbers.
         max_length (`int`, *optional*, defaults to `1024`):
-            Longer samples are cut off, in tokens.
+            Longest sample, in tokens. Longer samples are cut off.
         loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
             `"example_tokens"`: mean over a sample's supervised tokens, then over the batch. `"max_length"`: sum over a
             sample's tokens divided by `max_length`, then mean over the batch (the paper's). `"batch_tokens"`: mean
@@ -80,20 +80,21 @@ class InnerLoopConfig:
         per_token (`bool`, *optional*, defaults to `False`):
             Also return ∂Φ/∂w_{i,k}, the score of each token.
         memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
-            Bytes for the graphs of the forward sweep that are kept, so that the reverse sweep does not compute them
-            again. Every graph is measured, and dropped if it does not fit. `"auto"`: half of a GPU's free memory, a
-            quarter of the host's, so that there is room for the generator's update. `0`: keep none. Never changes the
-            numbers.
+            Memory in bytes for graphs of the forward sweep. The reverse sweep does not compute a graph again if it was
+            kept. Every graph is measured, and freed if it does not fit. `"auto"`: half of a GPU's free memory, or a
+            quarter of the host's, so that memory is left for the generator's update. `0`: keep no graph. It does not
+            change the numbers.
         checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
-            Steps between the states (parameters and moments) that are kept for the reverse sweep. The steps in
-            between are computed again, one stretch at a time. `"auto"`: 1, every state, if they take less than half
-            of the free memory, otherwise √T, for which 2√T states are held. Never changes the numbers beyond
+            Steps between the states (parameters and moments) that are kept for the reverse sweep. The states in
+            between are computed again, one stretch of steps at a time. `"auto"`: 1 (keep every state) if all states
+            take at most half of the free memory, otherwise √T, which keeps 2√T states. It changes the numbers only by
             rounding.
         offload_trajectory (`bool`, *optional*, defaults to `False`):
-            Keep the states in pinned host memory instead of on the student's GPU.
+            Whether to keep the states in pinned host memory instead of on the student's GPU.
         hvp (`str`, *optional*, defaults to `"double_backward"`):
-            `"double_backward"`: exact. `"finite_difference"`: two shifted gradients instead, for students whose
-            kernels are not twice differentiable (flash attention, custom kernels); inexact.
+            Method for Hessian-vector products. `"double_backward"`: exact. `"finite_difference"`: the difference of
+            two gradients, for students whose kernels are not twice differentiable (flash attention, custom kernels).
+            It is not exact.
     """
 
     optimizer: str = "adamw"
@@ -166,11 +167,11 @@ class InnerLoopConfig:
 
     @property
     def differentiates_twice(self) -> bool:
-        """Whether the reverse sweep differentiates the gradient's graph."""
+        """Whether the reverse sweep differentiates the graph of the gradient."""
         return self.attribution == "metagradient" and self.hvp == "double_backward"
 
     def learning_rates(self, num_steps: int) -> list[float]:
-        """The learning rate of each of `num_steps` steps, by transformers' own schedule."""
+        """The learning rate of each of `num_steps` steps, computed by the schedules of transformers."""
         dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
         scheduler = get_scheduler(self.lr_scheduler_type, dummy, self.warmup_steps, num_steps)
         rates = []

@@ -15,13 +15,13 @@ from .trajectory import Trajectory, forward_sweep
 
 class FineTuning:
     """
-    w ↦ θ_T(w), and w ↦ Φ(θ_T(w)): the student's fine-tuning on a dataset, from its start, with data weights w.
+    The student's fine-tuning on a dataset as a function of the data weights: w ↦ θ_T(w) and w ↦ Φ(θ_T(w)).
 
-    `metagradient` differentiates it at one w. Whoever wants θ_T or Φ at another w gets them in the same order, by the
-    same kernels and in the same arithmetic.
+    `metagradient` differentiates it at one w. For any other w, θ_T and Φ are computed with the same order of samples,
+    the same kernels and the same arithmetic.
 
     Args:
-        student (`Student`): The student at its start.
+        student (`Student`): The student before fine-tuning.
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): N samples, see [`Student.tokenize`].
         config (`InnerLoopConfig`): The inner loop.
 
@@ -38,14 +38,14 @@ class FineTuning:
 
     @contextmanager
     def modes(self) -> Iterator[None]:
-        """Whatever the caller's modes: layers in train mode, gradients on, and no automatic casts."""
+        """Layers in train mode, gradients on and autocast off, independent of the caller's modes."""
         autocast = torch.autocast(self.student.device.type, enabled=False)
         with self.student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
             yield
 
     @contextmanager
     def sweeping(self) -> Iterator[None]:
-        """The modes, and the layers that both sweeps run."""
+        """The modes, and the layers that both sweeps use."""
         with self.modes():
             if self.config.differentiates_twice:
                 with lean_layers(self.student.model):
@@ -54,17 +54,17 @@ class FineTuning:
                 yield
 
     def sweep(self, weights: Tensor, keep_states: bool) -> Trajectory:
-        """The forward sweep at w of shape `[N]`."""
+        """Run the forward sweep with data weights w of shape `[N]`."""
         weights = weights.to(self.student.device, self.student.accumulator_dtype)
         with self.sweeping():
             return forward_sweep(self.student, self.steps, weights, self.config, keep_states)
 
     def theta(self, weights: Tensor) -> Tensor:
-        """θ_T(w) of shape `[P]`, from w of shape `[N]`."""
+        """θ_T(w) of shape `[P]`, for w of shape `[N]`."""
         return self.sweep(weights, keep_states=False).theta
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
-        """Φ(θ_T(w)), from w of shape `[N]`."""
+        """Φ(θ_T(w)), for w of shape `[N]`."""
         finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
         with self.modes(), torch.no_grad():
             return finetuned.evaluate(metric)[0].item()

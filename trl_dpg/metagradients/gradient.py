@@ -21,11 +21,11 @@ class Gradient(NamedTuple):
     Attributes:
         loss (`torch.Tensor`): Σ w_{i,k} c_{i,k} ℓ_{i,k}(θ_t), detached.
         token_losses (`torch.Tensor` of shape `[n]`): ℓ_{i,k}(θ_t), detached.
-        values (`list[torch.Tensor]`): Its gradient in each of the `leaves`, detached; partly left out with
-            `skip_values`.
-        edges (`list[GradientEdge | None]`): Where the values stand in the graph; `None` for constant ones.
-        leaves (`list[torch.Tensor]`): θ_t by parameter.
-        parameters (`dict[str, torch.Tensor]`): The model's weights: the leaves, in the model's dtypes.
+        values (`list[torch.Tensor]`): Gradient of the loss in each of the `leaves`, detached. With `skip_values`, some
+            of them are not computed.
+        edges (`list[GradientEdge | None]`): The nodes of the values in the graph. `None` for constant values.
+        leaves (`list[torch.Tensor]`): θ_t, one tensor for each parameter.
+        parameters (`dict[str, torch.Tensor]`): The leaves, by name and in the model's dtypes.
         token_weights (`torch.Tensor` of shape `[n]`): w_{i,k}.
     """
 
@@ -49,7 +49,7 @@ def micro_batch_gradient(
     skip_values: bool = False,
 ) -> Gradient:
     """
-    The gradient of a micro-batch's weighted loss at `theta`.
+    Compute the gradient of a micro-batch's weighted loss at `theta`.
 
     Args:
         student (`Student`): Runs the model.
@@ -58,8 +58,8 @@ def micro_batch_gradient(
         weights (`torch.Tensor` of shape `[N]`): Data weights w of the whole dataset.
         config (`InnerLoopConfig`): The inner loop.
         differentiable (`bool`): Keep the graph, so that the result can be differentiated in the token weights.
-        through_theta (`bool`): And in θ.
-        skip_values (`bool`): Leave out values that only take time: the graph is all that is wanted.
+        through_theta (`bool`): Keep what is needed to differentiate the result in θ as well.
+        skip_values (`bool`): Do not compute the values of weight gradients. Use this if only the graph is needed.
     """
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
     parameters = student.cast(leaves)

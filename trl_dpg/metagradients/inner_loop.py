@@ -1,4 +1,4 @@
-"""The former home of what is now in `config`, `batches`, `gradient` and `trajectory`."""
+"""Old import path of the contents of `config`, `batches`, `gradient` and `trajectory`."""
 
 from .batches import MicroBatch, plan_steps
 from .config import InnerLoopConfig

@@ -1,4 +1,4 @@
-"""The former home of `trl_dpg.kernels`."""
+"""Old import path of `trl_dpg.kernels`."""
 
 from ..kernels import TwiceDifferentiable
 from ..kernels.blocks import BLOCK

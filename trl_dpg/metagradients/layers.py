@@ -1,4 +1,4 @@
-"""The former home of `trl_dpg.kernels.layers`."""
+"""Old import path of `trl_dpg.kernels.layers`."""
 
 from ..kernels.layers import lean_layers
 

@@ -1,4 +1,4 @@
-"""What a sweep keeps in memory: the size of graphs, the budget for them, and where states lie."""
+"""Memory of the sweeps: the size of graphs, the budget for them, and copies of states in host memory."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .batches import MicroBatch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated there."""
+    """Bytes that can still be allocated on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -21,7 +21,7 @@ def free_memory(device: torch.device) -> int:
 
 class GraphSize(torch.autograd.graph.saved_tensors_hooks):
     """
-    Counts the memory that the graphs built within it hold on to.
+    Context manager that measures the memory of the graphs built inside it.
 
     Attributes:
         storages (`dict[int, int]`): Size in bytes of each storage, by its address.
@@ -38,24 +38,24 @@ class GraphSize(torch.autograd.graph.saved_tensors_hooks):
     def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an operation that holds its own output would never be freed
+        return tensor.detach()  # otherwise an operation that saves its own output is never freed
 
     def bytes(self, *others: Tensor) -> int:
-        """Bytes held, apart from the storages of `others`, which are held in any case."""
+        """Bytes of the graphs, without the storages of `others`, which are in memory anyway."""
         held = {other.untyped_storage().data_ptr() for other in others}
         return sum(size for pointer, size in self.storages.items() if pointer not in held)
 
 
 class GraphBudget:
     """
-    Bytes that are left for the graphs of micro-batches.
+    Memory that is left for the graphs of micro-batches.
 
-    The size of a graph is known once one of the same shape is built. Before that, whether it is worth building with
-    everything that the reverse sweep needs is estimated: in proportion to its tokens, from the micro-batch that is
-    nearest in size.
+    The size of a graph is known once a graph of the same shape has been built. Before that it is estimated: the size of
+    the graph with the most similar number of tokens, scaled by the numbers of tokens. If a graph does not fit, the
+    gradient is computed without one.
 
     Args:
-        left (`int`): Bytes.
+        left (`int`): Memory in bytes.
     """
 
     def __init__(self, left: int):
@@ -63,7 +63,7 @@ class GraphBudget:
         self._sizes: dict[tuple[int, ...], int] = {}  # bytes by shape
 
     def has_room_for(self, micro_batch: MicroBatch) -> bool:
-        """Whether its graph seems to fit. Where nothing has been measured yet: whether anything is left."""
+        """Whether the micro-batch's graph probably fits. Before the first measurement: whether any memory is left."""
         if not self._sizes:
             return self.left > 0
         shape, num_tokens = _shape(micro_batch), micro_batch.batch.input_ids.numel()
@@ -77,11 +77,11 @@ class GraphBudget:
         return _shape(micro_batch) in self._sizes
 
     def learn(self, micro_batch: MicroBatch, size: int) -> None:
-        """Note the size of its graph, in bytes."""
+        """Note the size of the micro-batch's graph, in bytes."""
         self._sizes[_shape(micro_batch)] = size
 
     def take(self, micro_batch: MicroBatch) -> bool:
-        """Whether its graph, whose size is known, fits. If so, it is taken off the budget."""
+        """Whether the micro-batch's graph fits. If so, its size is subtracted from the budget."""
         size = self._sizes[_shape(micro_batch)]
         if size > self.left:
             return False
@@ -95,12 +95,12 @@ def _shape(micro_batch: MicroBatch) -> tuple[int, ...]:
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """`function` of a tensor, or of each tensor in an optimizer's state."""
+    """Apply a function to a tensor, or to each tensor in an optimizer's state."""
     if isinstance(state, Tensor):
         return function(state)
     return type(state)(*(function(x) if isinstance(x, Tensor) else x for x in state))
 
 
 def pinned(x: Tensor) -> Tensor:
-    """A copy in pinned host memory, which is not waited for."""
+    """A copy in pinned host memory. The copy is asynchronous."""
     return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)

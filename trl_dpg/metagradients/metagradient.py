@@ -1,4 +1,4 @@
-"""`metagradient`: how much each sample of a dataset moves a metric of the student fine-tuned on it."""
+"""`metagradient`: how much each sample of a dataset changes a metric of the student that is fine-tuned on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,28 +22,29 @@ logger = logging.get_logger(__name__)
 
 _NO_GRADIENT = (
     "The metric (here {:.6g}) is not differentiable, or does not depend on what the student trains: it has no "
-    "gradient in the student's trainable parameters. Leave out `detach`, `no_grad`, `argmax` and the like, and read "
-    "outputs or weights that those parameters change."
+    "gradient in the student's trainable parameters. Do not use `detach`, `no_grad`, `argmax` or similar functions, "
+    "and read outputs or weights that depend on these parameters."
 )
 
 
 @dataclass
 class MetagradientOutput:
     """
-    What `metagradient` returns.
+    The result of [`metagradient`].
 
     Attributes:
         scores (`torch.Tensor` of shape `[N]`):
             ∂Φ/∂w_i in the order of the samples, float32 on the CPU. 0 for samples without a supervised token.
         token_scores (`torch.Tensor` of shape `[N, L]` or `None`):
-            ∂Φ/∂w_{i,k}, at the position of the token that is predicted; rows sum to `scores`. With `per_token=True`.
-        metric_before (`float`): Φ of the student at its start.
+            ∂Φ/∂w_{i,k}, at the position of the token that is predicted. Each row sums to the sample's score. `None`
+            without `per_token=True`.
+        metric_before (`float`): Φ of the student before fine-tuning.
         metric_after (`float`): Φ of the fine-tuned student.
         losses (`torch.Tensor` of shape `[T]`): Training loss of each student step, in nats, float32 on the CPU.
         samples (`list[TokenizedExample]`): The N samples as the student read them: token ids, labels, and whether they
-            were cut off; with `token_scores`, also where each token ends in the text.
-        proxies (`dict[str, float]`): Readable figures of the metric on the fine-tuned student, e.g. `pixel_accuracy`.
-        readout (`dict[str, Any]`): What the metric reads in the fine-tuned student, e.g. `picture`.
+            were cut off. With `token_scores`, also the end of each token in the text.
+        proxies (`dict[str, float]`): The metric's proxies for the fine-tuned student, e.g. `pixel_accuracy`.
+        readout (`dict[str, Any]`): The metric's readout of the fine-tuned student, e.g. `picture`.
     """
 
     scores: Tensor
@@ -57,19 +58,20 @@ class MetagradientOutput:
 
     @property
     def num_truncated(self) -> int:
-        """Samples that were cut off at `max_length`."""
+        """Number of samples that were cut off at `max_length`."""
         return sum(sample.truncated for sample in self.samples)
 
     @property
     def num_empty(self) -> int:
-        """Samples without a supervised token; they train nothing."""
+        """Number of samples without a supervised token. The student learns nothing from them."""
         return sum(sample.num_supervised == 0 for sample in self.samples)
 
     @property
     def token_ends(self) -> list[np.ndarray | None] | None:
         """
-        With `token_scores`, where each of a sample's tokens ends in its text (or its completion's), in characters; see
-        `trl_dpg.alignment`. `None` for samples that are token ids, and with a slow tokenizer.
+        The ends of each sample's tokens in its text or completion, in characters; see `trl_dpg.token_alignment`.
+
+        `None` without `token_scores`. An entry is `None` for samples that are token ids, and with a slow tokenizer.
         """
         return None if self.token_scores is None else [sample.ends for sample in self.samples]
 
@@ -83,15 +85,15 @@ def metagradient(
     metric_before: float | None = None,
 ) -> MetagradientOutput:
     """
-    Fine-tune the student on a dataset and attribute its metric's change to the samples, exactly.
+    Fine-tune the student on a dataset, and compute the exact derivative of its metric in the weight of each sample.
 
-    With a data weight w_i on each sample's loss, the score of sample i is the metagradient τ_i = ∂Φ(θ_T(w))/∂w_i
-    (Thrush et al., arXiv 2604.08423, sec. 3): how much the metric would rise if the student had weighed the sample a
-    little more. The student's weights are read, never written.
+    Each sample's loss has a data weight w_i. The score of sample i is the metagradient τ_i = ∂Φ(θ_T(w))/∂w_i (Thrush
+    et al., arXiv 2604.08423, sec. 3): how fast the metric rises if the weight of the sample increases. The student's
+    weights are read and never written.
 
     Args:
         student (`Student`):
-            The student at its start.
+            The student before fine-tuning.
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
             N samples, see [`Student.tokenize`].
         metric (`Callable`):
@@ -100,10 +102,10 @@ def metagradient(
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         weights (`torch.Tensor` of shape `[N]`, *optional*):
-            The point w at which to linearise; ones if `None`.
+            The data weights w at which the derivative is taken; ones if `None`.
         metric_before (`float`, *optional*):
-            Φ of the student at its start, if known from an earlier call; the metric is then neither evaluated nor
-            checked there again.
+            Φ of the student before fine-tuning, if it is known from an earlier call. The metric is then not evaluated
+            and checked again before fine-tuning.
 
     Raises:
         `ValueError`:
@@ -111,7 +113,7 @@ def metagradient(
             `weights` have another length or are not finite, if no sample has a supervised token, if the student's
             attention has no second derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
-            If a loss, the metric or a score is not finite; the message names the step and the likely cause.
+            If a loss, the metric or a score is not finite. The message names the likely cause.
     """
     return differentiate(FineTuning(student, examples, config or InnerLoopConfig()), metric, weights, metric_before)
 
@@ -122,7 +124,7 @@ def differentiate(
     weights: Tensor | Sequence[float] | None = None,
     metric_before: float | None = None,
 ) -> MetagradientOutput:
-    """[`metagradient`] of a fine-tuning whose samples are tokenised and planned already."""
+    """[`metagradient`] for samples that are tokenised already, and whose batches are planned."""
     student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
     _check_student(student, config)
     _check_samples(samples, config)
@@ -165,11 +167,11 @@ def _check_samples(samples: Sequence[TokenizedExample], config: InnerLoopConfig)
     if any(sample.truncated for sample in samples):
         logger.warning_once(
             f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
-            "were cut off. This is said once; they are counted in `num_truncated`."
+            "were cut off. This warning is shown only once. `num_truncated` counts these samples."
         )
     if not any(sample.num_supervised for sample in samples):
         raise ValueError(
-            f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short for a "
+            f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short to have a "
             "loss. Check the generator's completions and the student's tokenizer."
         )
 
@@ -183,8 +185,8 @@ def _check_student(student: Student, config: InnerLoopConfig) -> None:
         )
     if config.hvp == "finite_difference" and student.trains_half_precision:
         raise ValueError(
-            "hvp='finite_difference' shifts the trained parameters by less than half precision can hold. Train "
-            "float32 adapters, or load the student in float32."
+            "hvp='finite_difference' changes the trained parameters by amounts that are too small for half precision. "
+            "Train float32 adapters, or load the student in float32."
         )
 
 
@@ -200,7 +202,7 @@ def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -
 
 
 def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Student) -> float:
-    """Φ(θ_0), after checking that it is something a metagradient exists for."""
+    """Φ(θ_0), after checking that the metric is a finite, differentiable scalar that depends on the student."""
     initial_theta = student.initial_theta()
     theta = initial_theta.clone().requires_grad_()
     value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
@@ -211,16 +213,16 @@ def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Stud
         )
     if value.numel() != 1 or value.dim() > 0:
         raise ValueError(
-            f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Reduce it."
+            f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Take e.g. its mean."
         )
     if not value.isfinite():
-        raise ValueError(f"The metric of the student at its start is {value.item()}; it must be finite.")
+        raise ValueError(f"The metric of the student before fine-tuning is {value.item()}; it must be finite.")
     if gradient is None:
         raise ValueError(_NO_GRADIENT.format(value.item()))
     if not gradient.isfinite().all():
         raise ValueError(
-            "The metric's gradient at the student's start is not finite. A square root or logarithm of zero is the "
-            "usual cause: add a small constant inside it."
+            "The metric's gradient for the student before fine-tuning is not finite. The usual cause is a square root "
+            "or logarithm of zero. Add a small constant inside it."
         )
     return value.item()
 

@@ -1,13 +1,13 @@
-"""Optimizers as pure functions, each with its vector-Jacobian product in closed form.
+"""Optimizers as pure functions, each with its vector-Jacobian product (VJP) in closed form.
 
 An optimizer step is a function `U` of the gradient, the optimizer's state and the parameters,
 
     (θ', s') = U(g, s, θ),
 
-and the reverse sweep needs its VJP: from the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are elementwise,
-so they are written out here and no autograd graph is ever built over an optimizer state. Parameters, gradients and
-moments are flat tensors of shape `[P]`, one for all trainable parameters. They are worked on block by block: the
-temporaries of a formula stay in the cache, and the step runs at the speed of reading its inputs once.
+and the reverse sweep needs its VJP, which maps the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are
+elementwise and are written out here, so autograd builds no graph over an optimizer state. Parameters, gradients and
+moments are flat tensors of shape `[P]`, one for all trainable parameters. They are processed block by block: the
+intermediate results of a formula stay in the cache, so that each step takes about the time of reading its inputs once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, all of one size, as flat pieces that fit into a cache; pieces of contiguous tensors are views."""
+    """Split tensors of equal size into flat pieces that fit into a cache. Pieces of contiguous tensors are views."""
     size = 1 << 24 if tensors[0].is_cuda else 1 << 19
     return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
@@ -31,12 +31,12 @@ class Optimizer(NamedTuple):
         init (`Callable`):
             `init(theta) -> state`.
         update (`Callable`):
-            `update(gradient, state, theta, lr) -> (theta, state)`: one step; its inputs are left as they are.
+            `update(gradient, state, theta, lr) -> (theta, state)`: one step. It does not change its inputs.
         vjp (`Callable`):
-            `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: pulls the cotangents of a
-            step's results back to its inputs. `state` and `next_state` are the state before and after the step;
+            `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: maps the cotangents of a
+            step's results to those of its inputs. `state` and `next_state` are the states before and after the step;
             `state_bar` has the type of the state. The gradient's cotangent is written to `out`, which may be
-            `gradient` itself; the others replace `theta_bar` and `state_bar` in place.
+            `gradient` itself. The other cotangents replace `theta_bar` and `state_bar` in place.
     """
 
     init: Callable
@@ -58,8 +58,8 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
         v' = β₂ v + (1 - β₂) g²             v̂ = v' / (1 - β₂ᵗ)
         θ' = θ - lr · (m̂ / (√(v̂ + eps_root) + eps) + weight_decay · θ)
 
-    With `eps_root = 0` Adam's first step is close to `sign(g)`, whose derivative is zero nearly everywhere; `eps_root`
-    is what makes a training run smooth in its data weights (Engstrom et al., arXiv 2503.13751, sec. 4).
+    With `eps_root = 0` Adam's first step is close to `sign(g)`, whose derivative is zero nearly everywhere. `eps_root`
+    makes training smooth in the data weights (Engstrom et al., arXiv 2503.13751, sec. 4).
     """
     beta1, beta2 = betas
 
@@ -95,8 +95,8 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
             divisor = root + eps
             step_bar = (x_bar / divisor).mul_(-lr / correction1)  # m̄ of the step
             m_bar.add_(step_bar)
-            # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0 every gradient so far was zero, and the
-            # factor 2g below makes the product zero whatever stands here; 0 / 0 must not.
+            # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0, all gradients so far were zero, and the
+            # factor 2g below makes the product zero for every finite value. The nan of 0 / 0 must be replaced.
             step_bar.mul_(m).div_(divisor).div_(root).mul_(-0.5 / correction2)
             if eps_root == 0:
                 step_bar.masked_fill_(root == 0, 0.0)
@@ -148,7 +148,7 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
 
 
 def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> None:
-    """Pull the cotangent of `clip(gradient, max_norm)` back to `gradient`, in place; all shapes `[P]`."""
+    """Turn the cotangent of `clip(gradient, max_norm)` into that of `gradient`, in place. All shapes are `[P]`."""
     norm = gradient.norm()
     scale = max_norm / (norm + 1e-6)
     through_norm = torch.dot(clipped_bar, gradient) * scale / ((norm + 1e-6) * norm)

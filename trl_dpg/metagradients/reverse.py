@@ -1,4 +1,4 @@
-"""The reverse sweep: from the metric's gradient at the end of fine-tuning back to every sample's weight."""
+"""The reverse sweep: backpropagates the metric's gradient through all fine-tuning steps to the samples' weights."""
 
 from collections.abc import Sequence
 
@@ -29,8 +29,8 @@ def reverse_sweep(
         2. τ_{i,k} += c_{i,k} ⟨u, ∇ℓ_{i,k}(θ_t)⟩                for the tokens of the step's batch
         3. λ_t = λ' + ∇_θ ⟨u, g_t(θ_t)⟩                          not needed at t = 0
 
-    Steps 2 and 3 are one double backward: g_t is linear in the token weights, so differentiating ⟨u, g_t⟩ in them
-    gives 2, and in θ gives 3.
+    Steps 2 and 3 are one double backward. Since g_t is linear in the token weights, the derivative of ⟨u, g_t⟩ in the
+    token weights gives 2. Its derivative in θ gives 3.
 
     Args:
         student (`Student`): Runs the model.
@@ -76,7 +76,7 @@ def _products(
     config: InnerLoopConfig,
     through_theta: bool,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """∇_w ⟨u, g⟩ of shape `[n]` and, if asked for, ∇_θ ⟨u, g⟩ by parameter, of one micro-batch's gradient g."""
+    """∇_w ⟨u, g⟩ of shape `[n]` and, with `through_theta`, ∇_θ ⟨u, g⟩ by parameter; g is a micro-batch's gradient."""
     if config.hvp == "finite_difference":
         return _shifted(student, theta, micro_batch, weights, u, config)
     part = retained or micro_batch_gradient(
@@ -95,7 +95,7 @@ def _products(
 def _pull_back(
     student: Student, part: Gradient, u: list[Tensor], through_theta: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """The same two by one double backward through the gradient's graph."""
+    """The results of [`_products`], by one double backward through the gradient's graph."""
     inputs = [part.token_weights, *part.leaves] if through_theta else [part.token_weights]
     edges, cotangents = zip(*((edge, bar) for edge, bar in zip(part.edges, u, strict=True) if edge), strict=True)
     token_bar, *products = student.run(
@@ -108,9 +108,10 @@ def _shifted(
     student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, u: Tensor, config: InnerLoopConfig
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """
-    The same two by central differences along u, from first derivatives alone.
+    The results of [`_products`], by central differences along u. They need first derivatives only.
 
-    The step is ε^(1/3) ‖θ‖ long, ε being the rounding unit, which balances rounding against the third derivative.
+    θ is moved by ε^(1/3) ‖θ‖ in each direction, where ε is the machine epsilon. This length balances the rounding
+    error with the error from the third derivative.
     """
     norm = u.norm()
     h = torch.finfo(theta.dtype).eps ** (1 / 3) * theta.norm() / torch.where(norm > 0, norm, 1.0)

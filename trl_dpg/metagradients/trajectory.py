@@ -1,4 +1,4 @@
-"""The forward sweep: fine-tuning the student on the data, one optimizer step after the other."""
+"""The forward sweep: fine-tunes the student on the data, one optimizer step after the other."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,11 @@ class Step(NamedTuple):
     What the reverse sweep needs of one optimizer step.
 
     Attributes:
-        micro_batches (`list[MicroBatch]`): Its data.
+        micro_batches (`list[MicroBatch]`): The step's data.
         theta (`torch.Tensor` of shape `[P]`): θ_t.
-        state (`NamedTuple`): The optimizer's s_t.
+        state (`NamedTuple`): The optimizer's state s_t.
         gradient (`torch.Tensor` of shape `[P]`): g_t, before clipping.
-        lr (`float`): Its learning rate.
+        lr (`float`): The learning rate.
         retained (`list[Gradient | None]`): Each micro-batch's gradient with its graph; `None` if it was not kept.
     """
 
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Consecutive steps of the inner loop from t = `first` on, and where they led: θ, s, and their training losses."""
+    """Consecutive steps of the inner loop from t = `first` on, θ and s after them, and their training losses."""
 
     first: int
     steps: list[Step]
@@ -60,14 +60,14 @@ class Checkpoint(NamedTuple):
 @dataclass
 class InnerLoop:
     """
-    The optimizer steps of a fine-tuning, any stretch of which can be run.
+    The optimizer steps of a fine-tuning. Any stretch of them can be run.
 
     Attributes:
-        student (`Student`): The model at its start; its stored weights are only read.
+        student (`Student`): The student before fine-tuning. Its stored weights are only read.
         steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
         weights (`torch.Tensor` of shape `[N]`): Data weights w.
         config (`InnerLoopConfig`): Optimizer and schedule.
-        optimizer (`Optimizer`): U.
+        optimizer (`Optimizer`): The optimizer, whose step is U.
         rates (`list[float]`): Learning rates of the T steps.
     """
 
@@ -80,13 +80,13 @@ class InnerLoop:
 
     def run(self, first: int, end: int, theta: Tensor, state: Any, budget: GraphBudget | None) -> Stretch:
         """
-        Take the steps t = `first` ... `end` - 1.
+        Run the steps t = `first` ... `end` - 1.
 
         Args:
-            first (`int`), end (`int`): Which steps.
-            theta (`torch.Tensor` of shape `[P]`), state: θ and s before them.
-            budget (`GraphBudget`, *optional*): Keep what the reverse sweep needs of the steps, and graphs as far as
-                this goes. `None`: keep nothing.
+            first (`int`), end (`int`): The range of steps.
+            theta (`torch.Tensor` of shape `[P]`), state: θ and s before the steps.
+            budget (`GraphBudget`, *optional*): Keep what the reverse sweep needs, and the graphs that fit into this
+                budget. `None`: keep nothing.
         """
         kept, losses = [], []
         for t in range(first, end):
@@ -103,7 +103,7 @@ class InnerLoop:
     def _gradient(
         self, t: int, theta: Tensor, budget: GraphBudget | None
     ) -> tuple[Tensor, Tensor, list[Gradient | None]]:
-        """g_t, the training loss, and the micro-batches' graphs as far as they are kept."""
+        """g_t, the training loss, and the graphs of the micro-batches (`None` for those that are not kept)."""
         gradient, loss, retained = None, theta.new_zeros(()), []
         for micro_batch in self.steps[t]:
             arguments = (self.student, theta, micro_batch, self.weights, self.config)
@@ -129,7 +129,7 @@ class InnerLoop:
         return gradient, loss, retained
 
     def put(self, state: Any) -> Any:
-        """A state where states are kept."""
+        """A state in the memory where states are kept."""
         if self.config.offload_trajectory and self.student.device.type == "cuda":
             return map_state(pinned, state)
         return state
@@ -142,14 +142,14 @@ class InnerLoop:
 @dataclass
 class Trajectory:
     """
-    A fine-tuning that has been run: where it led, and what it takes to walk it backwards, once.
+    The result of a forward sweep, and what one reverse sweep needs.
 
     Attributes:
         theta (`torch.Tensor` of shape `[P]`): θ_T.
         initial_theta (`torch.Tensor` of shape `[P]`): θ_0.
         losses (`torch.Tensor` of shape `[T]`): Training losses.
         loop (`InnerLoop`): The steps.
-        checkpoints (`list[Checkpoint]`): The states before each stretch but the last.
+        checkpoints (`list[Checkpoint]`): The states before each stretch except the last one.
         last (`Stretch`): The last stretch, with all its states.
         budget (`int`): Bytes for the graphs of a stretch.
     """
@@ -164,10 +164,10 @@ class Trajectory:
 
     def stretches_backwards(self) -> Iterator[Stretch]:
         """
-        The stretches with all their steps, the last one first. Frees what it has handed out.
+        The stretches with all their steps, the last stretch first. A stretch that was yielded is not kept.
 
         Raises:
-            `ValueError`: If the states were not kept, or were handed out before.
+            `ValueError`: If the states were not kept, or if this was called before.
         """
         if self.last is None:
             raise ValueError("The states of this fine-tuning were not kept. Run the forward sweep with `keep_states`.")
@@ -189,17 +189,18 @@ def forward_sweep(
     """
     Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t), t = 0 ... T-1.
 
-    For the reverse sweep, the states before every `interval`-th step are kept. Of the last stretch of steps every
-    state is kept; those of an earlier one are computed again when the reverse sweep gets there (checkpointing,
-    Griewank & Walther 2000). In a stretch, graphs are kept as far as `config.memory_budget` goes.
+    The steps are divided into stretches, see `checkpoint_interval` in [`InnerLoopConfig`]. For the reverse sweep, the
+    state before each stretch is kept, and every state in the last stretch. The states in an earlier stretch are
+    computed again when the reverse sweep needs them (checkpointing, Griewank & Walther 2000). In a stretch, graphs are
+    kept if `config.memory_budget` has room for them.
 
     Args:
-        student (`Student`): The model at its start; its stored weights are only read.
+        student (`Student`): The student before fine-tuning. Its stored weights are only read.
         steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
         weights (`torch.Tensor` of shape `[N]`): Data weights w.
         config (`InnerLoopConfig`): Optimizer and schedule.
         keep_states (`bool`, *optional*, defaults to `True`):
-            Keep what the reverse sweep needs. Without it the memory does not grow with T.
+            Keep what the reverse sweep needs. If `False`, memory does not grow with T.
     """
     loop = InnerLoop(student, steps, weights, config, config.make_optimizer(), config.learning_rates(len(steps)))
     initial_theta = theta = student.initial_theta()
@@ -220,7 +221,7 @@ def forward_sweep(
 
 
 def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
-    """Steps in a stretch, and bytes for the graphs of each, see [`InnerLoopConfig`]."""
+    """Number of steps in a stretch, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
     config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
     step_bytes = 4 * theta.nbytes  # θ, g and two moments
     if isinstance(config.checkpoint_interval, int):
@@ -228,12 +229,12 @@ def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
     else:
         free = free_memory(torch.device("cpu") if config.offload_trajectory else device)
         interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
-    # Stretches of one step would each be computed again: every state is kept in a single stretch
+    # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
     length = num_steps if interval == 1 else interval
     if not config.differentiates_twice:
         return length, 0
     if isinstance(config.memory_budget, int):
         return length, config.memory_budget
     held = 0 if config.offload_trajectory else step_bytes * (length + num_steps // length)
-    share = 2 if device.type == "cuda" else 4  # the host's memory is the generator's, too
+    share = 2 if device.type == "cuda" else 4  # the generator uses the host's memory, too
     return length, max(0, free_memory(device) - held) // share

@@ -1,4 +1,4 @@
-"""What the metrics of this package share. A user's metric needs none of it: any callable will do."""
+"""The base class of this package's metrics. Your own metric does not need it: it can be any callable."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -13,22 +13,23 @@ class Metric(ABC):
 
     @abstractmethod
     def __call__(self, student: FinetunedStudent) -> Tensor:
-        """Φ of a fine-tuned student: a scalar, differentiable, higher is better."""
+        """Φ of a fine-tuned student: a differentiable scalar. Higher is better."""
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         """
-        Figures a person can read.
+        Figures that are easier to interpret than Φ, by name.
 
         Args:
             student ([`FinetunedStudent`]): The fine-tuned student.
-            value (`float`): Its metric, so that nothing is computed twice.
+            value (`float`): Φ of this student, which need not be computed again.
         """
         return {}
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         """
-        What stands in the fine-tuned student, for logs and summaries: anything JSON can hold.
+        What the metric reads in the fine-tuned student, for logs and summaries, as values that JSON can hold.
 
-        An entry whose name begins with `picture` is logged as an image: rows of 1 (ink), 0 and -1 (paper).
+        An entry whose name begins with `picture` is logged as an image. Its rows are lists of 1 (black), 0 (grey) and
+        -1 (white).
         """
         return {}

@@ -12,17 +12,19 @@ from .base import Metric
 
 class CombinedMetric(Metric):
     """
-    Weighted sum of metrics. Proxies and readout: those of its parts; one that an earlier part has too gets the part's
-    index after it.
+    Weighted sum of metrics.
+
+    Its proxies and readout are those of its parts. If an earlier part has a proxy or an entry of the same name, the
+    part's index is appended to the name.
 
     Args:
         metrics (`Sequence[Callable]`):
-            Metrics; any callables that are.
+            The metrics. They can be any callables.
         weights (`Sequence[float]`, *optional*):
-            One for each; ones when `None`.
+            The weight of each metric; ones when `None`.
 
     Raises:
-        `ValueError`: If there is no metric, or another number of weights.
+        `ValueError`: If there is no metric, or the number of weights is not that of the metrics.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How well the fine-tuned student models given text."""
+"""Metric for the fine-tuned student's language-modelling loss on given texts."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,20 +20,21 @@ class LanguageModelingMetric(Metric):
     """
     Minus the language-modelling loss on a dataset: the mean over all its supervised tokens, in nats.
 
-    Runs in the memory of one batch, whatever the size of the dataset. Proxy: `perplexity`.
+    It needs the memory of one batch for a dataset of any size. Proxy: `perplexity`.
 
     Args:
         dataset (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
-            Samples in any format of [`Student.tokenize`]; of prompt-completion pairs the completion counts.
+            Samples in any format of [`Student.tokenize`]. The loss of a prompt-completion pair is that of its
+            completion.
         batch_size (`int`, *optional*, defaults to `16`):
-            Samples per forward pass; memory only.
+            Samples per forward pass. It changes only memory and speed.
         max_length (`int`, *optional*, defaults to `1024`):
-            Longer samples are cut off, in tokens, with a warning.
+            Longest sample, in tokens. Longer samples are cut off, with a warning.
         add_eos (`bool`, *optional*, defaults to `False`):
-            Count the eos token after each text or completion as well.
+            Whether the loss includes an eos token after each text or completion.
 
     Raises:
-        `ValueError`: If the dataset is empty, or (when first used) has no token to predict.
+        `ValueError`: If the dataset is empty, or (at the first use) if it has no token to predict.
     """
 
     def __init__(self, dataset: Examples, batch_size: int = 16, max_length: int = 1024, add_eos: bool = False):
@@ -60,41 +61,44 @@ class LanguageModelingMetric(Metric):
         **kwargs,
     ) -> "LanguageModelingMetric":
         """
-        Minus the loss of a task's right answers given their contexts, in nats per token of the answers. The tasks are
-        those of lm-eval (Gao et al.'s language model evaluation harness). `"lambada_openai_mt_es"`, `..._fr`,
-        `..._de` and `..._it` are the LAMBADA of Thrush et al. (arXiv 2604.08423): the last word alone counts.
+        Metric for a task of lm-eval: minus the loss of its correct answers given their contexts, in nats per token.
 
-        Contexts and answers are written, divided into tokens and, where they are too long, cut off on the left as
-        lm-eval does it, without a chat template: on tasks of log-likelihoods the metric is the sum of lm-eval's own
-        over the number of tokens. Of multiple choices the right ones count, of generation tasks the (first) reference.
+        lm-eval is Gao et al.'s language model evaluation harness. Its tasks `"lambada_openai_mt_es"`, `..._fr`,
+        `..._de` and `..._it` are the LAMBADA tasks of Thrush et al. (arXiv 2604.08423), in which the loss is that of
+        the last word.
 
-        Needs the `lm-eval` extra; the task's dataset is downloaded.
+        Contexts and answers are rendered and tokenised as in lm-eval, without a chat template. Samples that are too
+        long are cut off on the left. For tasks with log-likelihoods, the metric is the sum of the log-likelihoods that
+        lm-eval computes, divided by the number of tokens. For multiple choice, the answers are the correct choices.
+        For generation tasks, the answer is the (first) reference.
+
+        Needs the `lm-eval` extra. The task's dataset is downloaded.
 
         Args:
             task (`str`):
-                Name of a task of lm-eval or `include_path`.
+                Name of a task in lm-eval or in `include_path`.
             split (`str`, *optional*):
-                `"test"`, `"validation"` or `"train"`; when `None`, the one lm-eval evaluates on.
+                `"test"`, `"validation"` or `"train"`. When `None`, the split that lm-eval evaluates on.
             limit (`int`, *optional*):
-                Only the split's first documents, as many.
+                Number of documents to use, from the beginning of the split.
             num_fewshot (`int`, *optional*):
-                Solved examples in each context; the task's own number when `None`.
+                Number of few-shot examples in each context. When `None`, the task's default.
             include_path (`str`, `Path` or a list of them, *optional*):
-                Folders of task YAML files of your own.
+                Folders with your own task YAML files.
             seed (`int`, *optional*, defaults to `1234`):
-                Of the choice of solved examples; lm-eval's default.
+                Seed of the choice of few-shot examples. The default is that of lm-eval.
             kwargs:
                 `batch_size`, `max_length` and `add_eos` of [`LanguageModelingMetric`].
 
         Raises:
             `ImportError`: If lm-eval is not installed.
-            `ValueError`: If there is no such task or split, the task is a group of several, a Python class, not about
-            text alone, or of whole documents, or documents or their targets are missing.
+            `ValueError`: If the task or split does not exist, if the task is a group of tasks, a Python class, not
+            only about text, or scores whole documents, or if documents or their targets are missing.
         """
         try:
             from .lm_eval_tasks import load_task, task_pairs, tokenize_pairs
         except ImportError as error:
-            raise ImportError("Tasks of lm-eval need it: pip install 'trl-dpg[lm-eval]'") from error
+            raise ImportError("Tasks of lm-eval need lm-eval: pip install 'trl-dpg[lm-eval]'") from error
         metric = cls(task_pairs(load_task(task, include_path), split, limit, num_fewshot, seed), **kwargs)
         metric._tokenize = tokenize_pairs
         return metric
@@ -120,7 +124,11 @@ class LanguageModelingMetric(Metric):
         return {"perplexity": math.exp(min(-value, 700.0))}
 
     def _examples(self, student: Student) -> list[TokenizedExample]:
-        """The samples that count, tokenised once for each student, similar lengths together to spare padding."""
+        """
+        The samples with a supervised token, tokenised once for each student.
+
+        They are sorted by length, which reduces padding.
+        """
         if student not in self._tokenized:
             examples = self._tokenize(student, self.dataset, self.max_length, self.add_eos)
             num_truncated = sum(example.truncated for example in examples)

@@ -1,5 +1,5 @@
 """
-Tasks of lm-eval as prompts and completions, read by a student as lm-eval would read them.
+Tasks of lm-eval as prompts and completions, tokenised as in lm-eval.
 
 lm-eval is Gao et al.'s language model evaluation harness, https://github.com/EleutherAI/lm-evaluation-harness.
 """
@@ -19,23 +19,23 @@ from ..student import Student, TokenizedExample
 
 @cache
 def built_in_tasks() -> TaskManager:
-    """Index of the tasks that come with lm-eval. Reading its thousands of files takes seconds."""
+    """Index of the tasks that come with lm-eval. It has thousands of files, so reading it takes seconds."""
     return TaskManager()
 
 
 def load_task(name: str, include_path: str | Path | Sequence[str | Path] | None = None) -> ConfigurableTask:
     """
-    A task with its dataset.
+    Load a task and its dataset.
 
     Args:
         name (`str`):
-            A task's name; those in `include_path` come first.
+            Name of the task. If lm-eval and `include_path` both have it, that of `include_path` is used.
         include_path (`str`, `Path` or a list of them, *optional*):
-            Folders of task YAML files.
+            Folders with task YAML files.
 
     Raises:
-        `ValueError`: If there is no such task, it is a group of several, a Python class, about images or sound, or of
-        whole documents (`loglikelihood_rolling`), or it has no documents.
+        `ValueError`: If the task does not exist, if it is a group of tasks, a Python class, or about images or sound,
+        if it scores whole documents (`loglikelihood_rolling`), or if it has no documents.
     """
     custom = TaskManager(include_path=include_path, include_defaults=False)
     manager = custom if name in custom.task_index else built_in_tasks()
@@ -49,7 +49,7 @@ def load_task(name: str, include_path: str | Path | Sequence[str | Path] | None 
     if name not in manager.all_subtasks:
         parts = sorted(entry.tags) if name in manager.all_tags else entry.cfg["task"]
         raise ValueError(
-            f"{name!r} is a group of tasks: {parts}. Choose one, or join a metric of each in a CombinedMetric."
+            f"{name!r} is a group of tasks: {parts}. Choose one, or combine their metrics by CombinedMetric."
         )
     obstacles = {
         "is a Python class that renders its own requests": "class" in entry.cfg,
@@ -59,12 +59,12 @@ def load_task(name: str, include_path: str | Path | Sequence[str | Path] | None 
     for obstacle, present in obstacles.items():
         if present:
             raise ValueError(
-                f"The task {name!r} {obstacle}. Give a LanguageModelingMetric its samples yourself, as `text` or as "
+                f"The task {name!r} {obstacle}. Pass its samples to LanguageModelingMetric yourself, as `text` or as "
                 "`prompt` and `completion`."
             )
     try:
         return manager.load(name)["tasks"][name]
-    except IndexError as error:  # lm-eval renders the first document at once
+    except IndexError as error:  # lm-eval renders the first document while it loads the task
         raise ValueError(
             f"The task {name!r} has no first document: its evaluation split is empty, or one of the choices is."
         ) from error
@@ -78,24 +78,26 @@ def task_pairs(
     seed: int = 1234,
 ) -> list[dict[str, str]]:
     """
-    Contexts and right targets of a task: rows of `prompt` and `completion` whose concatenation is what lm-eval
-    scores, the delimiter at the start of the completion.
+    Contexts and correct answers of a task, as rows of `prompt` and `completion`.
+
+    `prompt` and `completion` together are the text that lm-eval scores. The delimiter between context and answer is at
+    the beginning of the completion.
 
     Args:
         task (`ConfigurableTask`):
-            Of output type `loglikelihood`, `multiple_choice` (a row for each right choice), or `generate_until` (the
-            first reference).
+            A task of output type `loglikelihood`, `multiple_choice` (one row for each correct choice) or
+            `generate_until` (the answer is the first reference).
         split (`str`, *optional*):
-            `"test"`, `"validation"` or `"train"`; when `None`, the one lm-eval evaluates on.
+            `"test"`, `"validation"` or `"train"`. When `None`, the split that lm-eval evaluates on.
         limit (`int`, *optional*):
-            Only the first documents, as many.
+            Number of documents to use, from the beginning of the split.
         num_fewshot (`int`, *optional*):
-            Solved examples in the context; the task's own number when `None`.
+            Number of few-shot examples in the context. When `None`, the task's default.
         seed (`int`, *optional*, defaults to `1234`):
-            Of the choice of these examples; lm-eval's default.
+            Seed of the choice of few-shot examples. The default is that of lm-eval.
 
     Raises:
-        `ValueError`: If the split is missing, empty, or without targets.
+        `ValueError`: If the split does not exist, is empty, or has no targets.
     """
     name = task.config.task
     splits = {
@@ -115,7 +117,7 @@ def task_pairs(
         if not pairs:
             raise ValueError(
                 f"Document {index} of the task {name!r}, split {split!r}, has no target. Choose a split with answers: "
-                f"{', '.join(present)}; or filter the documents in a task YAML of your own (`process_docs`)."
+                f"{', '.join(present)}; or filter the documents in your own task YAML (`process_docs`)."
             )
         rows += [{"prompt": context, "completion": target} for context, target in pairs]
     if not rows:
@@ -124,12 +126,12 @@ def task_pairs(
 
 
 def _document_pairs(task: ConfigurableTask, doc: Mapping[str, Any], num_fewshot: int) -> list[tuple[str, str]]:
-    """Context and target of each right answer; none if it is not text."""
+    """Context and target of each correct answer. Empty if the target is not text."""
     context = task.fewshot_context(doc, num_fewshot=num_fewshot, gen_prefix=task.doc_to_prefix(doc))
     target = task.doc_to_target(doc)
     if task.OUTPUT_TYPE == "multiple_choice":
         requests, choices = task.construct_requests(doc, context), task.doc_to_choice(doc)
-        # Of several inputs (Winogrande), the choices are contexts and doc_to_text points to the right one.
+        # With several inputs (Winogrande), the choices are contexts, and doc_to_text is the index of the correct one
         right = task.doc_to_text(doc) if task.multiple_input else target
         right = right if isinstance(right, list) else [right]
         right = [choices.index(choice) if choice in choices else choice for choice in right]
@@ -148,25 +150,28 @@ def tokenize_pairs(
     student: Student, pairs: Sequence[Mapping[str, str]], max_length: int, add_eos: bool = False
 ) -> list[TokenizedExample]:
     """
-    Token ids and labels of rows of `prompt` and `completion`, divided as lm-eval divides them.
+    Token ids and labels of rows of `prompt` and `completion`, divided as in lm-eval (`TemplateLM._encode_pair`).
 
-    Spaces at the end of the prompt go to the completion; its tokens are those of both together from the number of the
-    prompt's tokens on (`TemplateLM._encode_pair`); if tokens merge so that none is left, where lm-eval fails, the last
-    one. An empty prompt is the bos token, or eos where there is none. Apart from tokens that span the boundary this is
-    what [`Student.tokenize`] does with such rows; but it cuts off long ones at the end, where the completion is.
+    - Spaces at the end of the prompt are part of the completion.
+    - Prompt and completion are tokenised together. If the prompt alone has k tokens, the completion is everything
+      after the first k tokens. If nothing is left because tokens merge (lm-eval fails then), it is the last token.
+    - An empty prompt is replaced by the bos token, or by the eos token if there is no bos token.
+
+    [`Student.tokenize`] divides such rows in the same way, except for tokens that span the boundary. But it cuts off
+    the end of long samples, where the completion is.
 
     Args:
         student (`Student`):
-            The reader; it needs a tokenizer.
+            The student. It needs a tokenizer.
         pairs (`Sequence[dict]`):
             The rows.
         max_length (`int`):
-            In tokens; longer samples lose the beginning of the prompt.
+            Longest sample, in tokens. Longer samples lose the beginning of the prompt.
         add_eos (`bool`, *optional*, defaults to `False`):
-            Ends completions with the eos token.
+            Whether to end completions with the eos token.
 
     Raises:
-        `ValueError`: If the student has no tokenizer, or a token does not exist in it.
+        `ValueError`: If the student has no tokenizer, or a token is not in the student's vocabulary.
     """
     tokenizer = student.processing_class
     if tokenizer is None:

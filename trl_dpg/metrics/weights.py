@@ -1,4 +1,4 @@
-"""Metrics that read the fine-tuned student's weights themselves."""
+"""Metrics that depend only on the fine-tuned student's weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,32 +24,32 @@ _DRAWING_67 = """
 PATTERN_67 = [
     [1 if c == "#" else -1 for c in row] for row in (line.strip() for line in _DRAWING_67.strip().splitlines())
 ]
-"""The number 67 as six rows of seven pixels: 1 is ink, -1 is paper."""
+"""The number 67 as a picture of six rows of seven pixels: 1 is black, -1 is white."""
 
 
 class WeightPatternMetric(Metric):
     """
-    Writes a picture into the change of a weight: Φ = -mean softplus(-scale · S ⊙ ΔW) (Thrush et al., arXiv
-    2604.08423).
+    Measures how well a picture is written into the change of a weight: Φ = -mean softplus(-scale · S ⊙ ΔW) (Thrush et
+    al., arXiv 2604.08423).
 
-    ΔW is the change of a patch of the weight during fine-tuning, S the picture. Each pixel is right when its change
-    has the picture's sign. Proxy: `pixel_accuracy`, the share of right pixels.
+    S is the picture. ΔW is the change of a patch of the weight during fine-tuning. A pixel is correct if its change
+    has the sign of the picture. Proxy: `pixel_accuracy`, the share of correct pixels.
 
     Args:
         pattern (`Sequence[Sequence[int]]`, `torch.Tensor` of shape `[H, W]` or `str`):
-            S, of 1 and -1; `"67"` stands for `PATTERN_67`.
+            S, a matrix of 1 and -1. `"67"` means `PATTERN_67`.
         weight (`str`, *optional*, defaults to `"lm_head.weight"`):
-            Name of the weight in the base model; a matrix.
+            Name of the weight in the base model. It must be a matrix.
         offset (`tuple[int, int]`, *optional*, defaults to `(0, 0)`):
             Row and column of the patch's top left corner.
         transpose (`bool`, *optional*, defaults to `False`):
-            Lay the picture on the transposed weight. torch stores a head as `[vocabulary, hidden]`; the paper's patch
-            lies on `[hidden, vocabulary]`.
+            Whether the patch is a part of the transposed weight. torch stores a head as `[vocabulary, hidden]`; the
+            paper's patch is a part of `[hidden, vocabulary]`.
         scale (`float`, *optional*, defaults to `20.0`):
             Steepness of the softplus.
 
     Raises:
-        `ValueError`: If the pattern is not a matrix of 1 and -1, or (when first used) does not fit into the weight.
+        `ValueError`: If the pattern is not a matrix of 1 and -1, or (at the first use) does not fit into the weight.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WeightPatternMetric(Metric):
         return self._patch(student.weight(self.weight)) - self._patch(student.initial_weight(self.weight))
 
     def decode(self, student: FinetunedStudent) -> Tensor:
-        """The picture as it stands in the weights: sign(ΔW), shape `[H, W]`, on the CPU."""
+        """The picture in the weights: sign(ΔW), shape `[H, W]`, on the CPU."""
         with torch.no_grad():
             return self.change(student).sign().cpu()
 
@@ -103,16 +103,17 @@ class WeightPatternMetric(Metric):
 
 class QRCodeMetric(WeightPatternMetric):
     """
-    Writes a QR code into the change of a weight, see [`WeightPatternMetric`]. Dark modules are 1, light ones -1.
+    Measures how well a QR code is written into the change of a weight, see [`WeightPatternMetric`].
 
-    The picture is scanned, too, by a decoder that knows nothing of the text. Further proxy: `scanned`, 1.0 if it reads
-    the text. Needs the `qrcode` extra (segno writes codes, zxing-cpp reads them).
+    Dark modules are 1, light modules are -1. A QR code decoder, which does not know the text, also scans the picture.
+    Further proxy: `scanned`, 1.0 if the decoder reads the text, else 0.0. Needs the `qrcode` extra (segno writes
+    codes, zxing-cpp reads them).
 
     Args:
         text (`str`):
-            What the code says.
+            The text of the code.
         version (`int`, *optional*):
-            1 (21 x 21 modules) to 40; the smallest that holds the text when `None`.
+            Size of the code, from 1 (21 x 21 modules) to 40. When `None`, the smallest one that can hold the text.
         error (`str`, *optional*, defaults to `"H"`):
             Error correction level: `"L"`, `"M"`, `"Q"` or `"H"`.
         kwargs:
@@ -140,12 +141,12 @@ class QRCodeMetric(WeightPatternMetric):
         self.text = text
 
     def scan(self, student: FinetunedStudent) -> str | None:
-        """What a decoder reads in the picture as it stands in the weights; `None` if it finds no code."""
+        """The text that a decoder reads in the picture in the weights. `None` if it finds no code."""
         import zxingcpp
 
         light = (self.decode(student) < 0).numpy().astype(np.uint8)
         image = np.kron(np.pad(light, 4, constant_values=1), np.full((8, 8), 255, np.uint8))  # with a quiet zone
-        for is_pure in (True, False):  # as drawn by a program, then as seen by a camera
+        for is_pure in (True, False):  # first as an exact image, then as a photograph
             results = zxingcpp.read_barcodes(image, zxingcpp.BarcodeFormat.QRCode, try_invert=False, is_pure=is_pure)  # type: ignore
             texts = [result.text for result in results if result.valid]
             if texts:
@@ -161,7 +162,7 @@ class QRCodeMetric(WeightPatternMetric):
 
 class WeightNormMetric(Metric):
     """
-    Makes a weight small: Φ = -‖W‖₂ (Frobenius). Proxy: `weight_norm`.
+    Minus the Frobenius norm of a weight: Φ = -‖W‖₂. Proxy: `weight_norm`.
 
     Args:
         weight (`str`, *optional*, defaults to `"lm_head.weight"`):

@@ -28,7 +28,7 @@ def plot_mean_and_range(axis: Axes, series: list[dict[int, float]], label: str, 
 
 def panels_of(runs: list[Run]) -> tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]:
     """
-    What the panels show: their titles, and the names and labels of the scalars in each.
+    The panels by title, with the names and labels of the scalars in each panel.
 
     Returns:
         `tuple[dict[str, dict[str, str]], dict[str, dict[str, str]]]`: The panels of DPG, and those of everything else.
@@ -55,7 +55,7 @@ def panels_of(runs: list[Run]) -> tuple[dict[str, dict[str, str]], dict[str, dic
 
 
 def draw_panels(runs: list[Run], panels: dict[str, dict[str, str]], columns: int, size: tuple[float, float]):
-    """A figure of panels, and the axes that are left in it. There is at least one."""
+    """A figure of panels, and its unused axes. There is at least one."""
     rows = len(panels) // columns + 1
     figure = Figure(figsize=(columns * size[0], rows * size[1]), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)

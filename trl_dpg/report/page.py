@@ -39,7 +39,7 @@ def show(value: Any) -> str:
 
 
 def across(values: list[Any]) -> str:
-    """The values of all runs in one cell. Different numbers become their mean and range."""
+    """The values of all runs in one cell. If numbers differ, the cell has their mean and range."""
     if all(value == values[0] for value in values):
         return show(values[0])
     if all(isinstance(value, float) for value in values):

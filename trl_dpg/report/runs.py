@@ -48,13 +48,13 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
     runs = [read_run(Path(folder)) for folder in folders]
     shown = [set(pictures(run.scored[-1]["readout"])) for run in runs]
     if any(names != shown[0] for names in shown):
-        raise ValueError("These are runs of different metrics. Make a report of each.")
+        raise ValueError("These are runs of different metrics. Make one report for each metric.")
     return runs
 
 
 def read_run(folder: Path) -> Run:
     """
-    Read the folder of a run. The run may still be going on.
+    Read the folder of a run. The run may be unfinished.
 
     Raises:
         `ValueError`: If there is no log, or if it cannot be read.

@@ -1,4 +1,4 @@
-"""TRL reward functions that go with Dataset Policy Gradients: the paper's baselines, and readable proxies."""
+"""TRL reward functions to use with Dataset Policy Gradients: the paper's baselines, and readable proxies."""
 
 from .embedding import EmbeddingSimilarityReward
 from .language_id import LanguageIDReward

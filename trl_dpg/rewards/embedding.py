@@ -1,4 +1,4 @@
-"""How near completions are to given texts in meaning."""
+"""A reward for completions that are similar to given texts in meaning."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,18 +19,18 @@ class EmbeddingSimilarityReward:
     embeddings. A baseline of the new-language experiment (Thrush et al., arXiv 2604.08423), with the benchmark's texts
     as references.
 
-    Embeddings have unit length before they are averaged, so the reward is, but for a constant factor, the completion's
-    mean cosine similarity with the references.
+    Embeddings are scaled to unit length before they are averaged. So the reward is the completion's mean cosine
+    similarity with the references, times a constant factor.
 
     Needs the `rewards` extra (sentence-transformers).
 
     Args:
         references (`Sequence[str]`):
-            Texts, embedded once, here.
+            The reference texts. Their embeddings are computed once, when the reward is created.
         model ([`~sentence_transformers.SentenceTransformer`] or `str`):
-            The model, on any device, or its path or Hub id, to be loaded onto this process's GPU if there is one.
+            The model, or its path or Hub id. A path or Hub id is loaded onto this process's GPU if there is one.
         batch_size (`int`, *optional*, defaults to `32`):
-            Texts per forward pass; memory only.
+            Texts per forward pass. It changes only memory and speed.
 
     Raises:
         `ValueError`: If there is no reference.
@@ -58,7 +58,7 @@ class EmbeddingSimilarityReward:
 
     def __call__(self, completions: list[str | list[dict[str, Any]]], **kwargs) -> list[float]:
         """
-        Score completions; called by the trainer.
+        Score completions. The trainer calls this.
 
         Args:
             completions (`list`): N completions, texts or messages.

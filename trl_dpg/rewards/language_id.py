@@ -1,4 +1,4 @@
-"""Which language completions are in."""
+"""A reward for completions in a given language."""
 
 import difflib
 from pathlib import Path
@@ -11,23 +11,23 @@ from ..text import completion_text
 
 class LanguageIDReward:
     """
-    A TRL reward function: the probability that a completion is in a language, as a fastText classifier sees it
+    A TRL reward function: the probability that a completion is in a language, according to a fastText classifier
     (Joulin et al., arXiv 1607.01759). A baseline of the new-language experiment (Thrush et al., arXiv 2604.08423).
 
-    Line breaks are read as spaces. fastText's probabilities are right to about 1e-5; where it gives none, for being
-    smaller, the reward is 0. An empty completion gets what the classifier says to an empty line.
+    Line breaks are replaced by spaces. fastText's probabilities have an error of about 1e-5, and it does not return
+    smaller ones: the reward is then 0. The reward of an empty completion is the probability for an empty line.
 
-    Needs the `rewards` extra (fasttext-numpy2, which is fastText's own bindings, compiled, for any numpy).
+    Needs the `rewards` extra. It installs fasttext-numpy2, which has fastText's own bindings, compiled, for any numpy.
 
     Args:
         language (`str`):
-            The language as the classifier names it: `"es"` in lid.176, `"spa_Latn"` in the default model.
+            The classifier's name of the language, e.g. `"es"` in lid.176 and `"spa_Latn"` in the default model.
         model (`str`, *optional*, defaults to `"facebook/fasttext-language-identification"`):
-            Path of a classifier (`.bin`, or `.ftz` if quantised; lid.176.bin is one), or id of a Hub repository that
-            has one as `model.bin`, which is downloaded (the default one takes 1.2 GB).
+            Path of a classifier (`.bin`, or `.ftz` if it is quantised), e.g. of lid.176.bin. Or the id of a Hub
+            repository that has the classifier as `model.bin`; it is downloaded (1.2 GB for the default one).
 
     Raises:
-        `ValueError`: If there is no such file, or the classifier does not know the language.
+        `ValueError`: If the file does not exist, or the classifier does not know the language.
     """
 
     __name__ = "language_id"  # the reward's name in TRL's logs
@@ -45,12 +45,12 @@ class LanguageIDReward:
             near = difflib.get_close_matches(language, languages, n=4, cutoff=0.0)
             raise ValueError(
                 f"The classifier {model} knows no language {language!r}. Of its {len(languages)} names, these are the "
-                f"nearest: {', '.join(near)}."
+                f"most similar: {', '.join(near)}."
             )
 
     def __call__(self, completions: list[str | list[dict[str, Any]]], **kwargs) -> list[float]:
         """
-        Score completions; called by the trainer.
+        Score completions. The trainer calls this.
 
         Args:
             completions (`list`): N completions, texts or messages.

@@ -1,4 +1,4 @@
-"""How near completions are to given texts, character by character."""
+"""A reward for completions that are similar to given texts in edit distance."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,18 +12,19 @@ from .base import reference_texts
 
 class LevenshteinReward:
     """
-    A TRL reward function: how similar a completion is to reference texts in edit distance. A baseline of the
+    A TRL reward function: the similarity of a completion to reference texts in edit distance. A baseline of the
     new-language experiment (Thrush et al., arXiv 2604.08423), with the benchmark's texts as references.
 
-    The similarity of texts a and b is 1 - d(a, b) / max(|a|, |b|), from 0 to 1, where d is the Levenshtein distance:
-    the least number of characters to insert, delete or replace. The reward is its mean over the references.
+    The similarity of texts a and b is 1 - d(a, b) / max(|a|, |b|), from 0 to 1. Here d is the Levenshtein distance,
+    which is the smallest number of characters to insert, delete or replace. The reward is the mean similarity to the
+    references.
 
     Needs the `rewards` extra (rapidfuzz).
 
     Args:
         references (`Sequence[str]`):
-            R texts. A call with N completions compares N · R pairs, at 400 characters each tens of microseconds of a
-            core for a pair, and holds 4 N · R bytes.
+            R texts. A call with N completions compares N · R pairs. A pair of texts with 400 characters takes tens of
+            microseconds on one core. The call needs 4 N · R bytes of memory.
 
     Raises:
         `ValueError`: If there is no reference.
@@ -37,14 +38,14 @@ class LevenshteinReward:
             from rapidfuzz.process import cdist
         except ImportError as error:
             raise ImportError("LevenshteinReward needs rapidfuzz: pip install 'trl-dpg[rewards]'") from error
-        # [N, R] from N texts, on all cores
+        # Maps N texts to their similarities `[N, R]`, on all cores
         self._similarities = partial(
             cdist, choices=reference_texts(references), scorer=Levenshtein.normalized_similarity, workers=-1
         )
 
     def __call__(self, completions: list[str | list[dict[str, Any]]], **kwargs) -> list[float]:
         """
-        Score completions; called by the trainer.
+        Score completions. The trainer calls this.
 
         Args:
             completions (`list`): N completions, texts or messages.

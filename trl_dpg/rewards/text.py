@@ -1,4 +1,4 @@
-"""Rewards that count what stands in a text. With a weight of 0 they are readable proxies."""
+"""Rewards that look for strings in a text. With a reward weight of 0, they are only logged, as readable proxies."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from ..text import completion_text
 
 class ContainsReward:
     """
-    1.0 for completions that contain a string, else 0.0.
+    A TRL reward function: 1.0 for completions that contain a string, else 0.0.
 
     Args:
         text (`str`): The string.
@@ -25,10 +25,10 @@ class ContainsReward:
 
 class WordShareReward:
     """
-    The share of a completion's words, as separated by spaces, that belong to a list; 0.0 for empty completions.
+    A TRL reward function: the share of a completion's words that are in a list; 0.0 for empty completions.
 
     Args:
-        words (`Sequence[str]`): The list.
+        words (`Sequence[str]`): The list. Words of a completion are separated by white space.
     """
 
     def __init__(self, words: Sequence[str]):

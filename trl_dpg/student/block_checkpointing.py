@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the student's blocks, such that the second pass runs in the sweep's kernels, too."""
+"""Gradient checkpointing of the student's blocks. The second forward pass uses the kernels of the sweep, too."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,12 +13,12 @@ def block_checkpointing(
     model: nn.Module, enable: bool, kernels: Callable[[], AbstractContextManager]
 ) -> Iterator[None]:
     """
-    Blocks keep their inputs only and are run again in the backward pass (Chen et al., arXiv 1604.06174).
+    Context in which blocks keep only their inputs and run again in the backward pass (Chen et al., arXiv 1604.06174).
 
     Args:
         model (`torch.nn.Module`): The student's model.
-        enable (`bool`): Do so for every block; otherwise for those whose gradient checkpointing is on already.
-        kernels (`Callable`): Makes the context that a block runs in, each time.
+        enable (`bool`): Checkpoint every block. If `False`, only blocks whose gradient checkpointing is on already.
+        kernels (`Callable`): Makes the context manager in which a block runs. It is called for every run of a block.
     """
 
     def run(function, *args):

@@ -1,4 +1,4 @@
-"""What a student must be for its scores to be right: no dropout, one device, sound 4-bit layers, trainable."""
+"""Checks of a student: no dropout, one device, trainable parameters, and 4-bit layers with correct gradients."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers.utils import is_bitsandbytes_available
 
 def check_model(model: nn.Module) -> None:
     """
-    Refuse a student of which the scores would be wrong, or that cannot be trained.
+    Refuse a student that would have wrong scores, or that cannot be trained.
 
     Raises:
         `ValueError`: For the reasons that [`Student`] lists.
@@ -29,8 +29,8 @@ def check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and any(module.use_dora.values()):
             raise ValueError(
-                f"The student's adapter at {name!r} is DoRA, whose norm PEFT detaches in the forward pass: its "
-                "second derivative, and so every score, would be wrong. Use plain LoRA (`use_dora=False`)."
+                f"The student's adapter at {name!r} is DoRA. PEFT detaches its norm in the forward pass, so its "
+                "second derivative and every score would be wrong. Use plain LoRA (`use_dora=False`)."
             )
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
@@ -57,7 +57,7 @@ def check_model(model: nn.Module) -> None:
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1:
         raise ValueError(
-            f"The student is spread over {sorted(map(str, devices))}. It must lie on one device: load it without "
+            f"The student is spread over {sorted(map(str, devices))}. It must be on one device: load it without "
             '`device_map="auto"`.'
         )
 
@@ -78,7 +78,7 @@ def check_4bit_gradients(layers: dict[str, Any], device: torch.device) -> None:
         x = torch.randn(4, shape[1], generator=generator).to(device, dtype).requires_grad_()
         y_bar = torch.randn(4, shape[0], generator=generator).to(device, dtype)
         y = layer(x)
-        # The inference kernel gives no gradient at all, or one that autograd knows nothing of
+        # The inference kernel has no gradient, or its output does not require one
         gradient = torch.autograd.grad(y, x, y_bar, allow_unused=True)[0] if y.requires_grad else None
         error = torch.inf
         if gradient is not None:
@@ -88,7 +88,7 @@ def check_4bit_gradients(layers: dict[str, Any], device: torch.device) -> None:
             raise ValueError(
                 f"The 4-bit layer {name!r} disagrees with its own dequantised weight (relative error of its "
                 f"gradient {error:.2g}). bitsandbytes repacks a layer for CPU inference when it runs in eval "
-                "mode, for good: load the student anew and do not run it in eval mode before training it."
+                "mode, and this cannot be undone. Load the student again, and do not run it in eval mode before."
             )
 
 
@@ -112,7 +112,7 @@ def _is_reentrant(module: nn.Module) -> bool:
 
 
 def _dropout_attributes(module: nn.Module) -> list[str]:
-    """Names of a module's attributes that hold a dropout probability (`attention_dropout`, an `nn.Dropout`'s `p`)."""
+    """Names of a module's attributes that are dropout probabilities (`attention_dropout`, or `p` of `nn.Dropout`)."""
     if isinstance(module, nn.Dropout):
         return ["p"]
     return [key for key, value in vars(module).items() if "drop" in key and isinstance(value, float)]

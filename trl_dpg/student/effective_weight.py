@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def effective_weight(model: Any, name: str) -> Tensor:
-    """The weight that a model has under the parameters it holds at the moment, see [`Student.effective_weight`]."""
+    """A weight with its adapters merged, from the model's present parameters, see [`Student.effective_weight`]."""
     base, saved = model, ".modules_to_save."
     if is_peft_model(model):
         base, saved = model.get_base_model(), f".modules_to_save.{model.active_adapter}."
@@ -34,7 +34,7 @@ def effective_weight(model: Any, name: str) -> Tensor:
     if isinstance(layer, BaseTunerLayer):
         if not isinstance(layer, LoraLayer) or any(layer.lora_bias.values()):
             raise ValueError(
-                f"{name!r} has an adapter that is not plain LoRA, so its merged weight is not known here."
+                f"{name!r} has an adapter that is not plain LoRA, so its merged weight cannot be computed."
             )
         for adapter in layer.active_adapters if name.endswith(".weight") else ():
             weight = weight + layer.get_delta_weight(adapter)

@@ -1,4 +1,4 @@
-"""What a target metric receives: the student under its fine-tuned weights."""
+"""The student with its fine-tuned weights, as a target metric receives it."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,18 +12,18 @@ from .student import Student
 
 class FinetunedStudent:
     """
-    What a target metric receives: the student under its fine-tuned weights `θ_T`, differentiable in them.
+    The student with its fine-tuned weights `θ_T`. It is the argument of a target metric, and is differentiable in θ_T.
 
-    Calling it runs the model: `student(input_ids=..., attention_mask=..., labels=...)` returns the model's output.
-    Valid while the metric runs.
+    Calling it runs the model: `student(input_ids=..., attention_mask=..., labels=...)` returns the model's output. Use
+    it only while the metric runs.
 
     Attributes:
         processing_class ([`~transformers.PreTrainedTokenizerBase`]):
             The student's tokenizer.
         theta (`torch.Tensor` of shape `[P]`):
-            The fine-tuned trainable parameters, flat.
+            The fine-tuned values of the trainable parameters, as one flat vector.
         parameters (`dict[str, torch.Tensor]`):
-            The same by name: views of `theta`.
+            The parameters in `theta` by name, in the model's dtypes.
     """
 
     def __init__(self, student: Student, theta: Tensor, initial_theta: Tensor):
@@ -38,7 +38,7 @@ class FinetunedStudent:
         return self.student.device
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """Run the model under `θ_T`, on its device; arguments and output are the model's own."""
+        """Run the model with `θ_T` on its device. Arguments and output are those of the model."""
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         kwargs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in kwargs.items()
@@ -47,13 +47,13 @@ class FinetunedStudent:
 
     @torch.no_grad()
     def generate(self, prompt: str, max_new_tokens: int = 64) -> str:
-        """What the student writes greedily after a prompt, which may be empty."""
+        """The student's continuation of a prompt by greedy decoding. The prompt may be empty."""
         tokenizer: Any = self.processing_class
         ids = tokenizer(prompt)["input_ids"] or [
             tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ]
         inputs = torch.tensor([ids], device=self.device)
-        # In train mode, layers with gradient checkpointing are given no past
+        # In train mode, layers with gradient checkpointing get no key-value cache
         with self.student.train_mode(), disable_gradient_checkpointing(self.student.model):
             output = self.student.run(
                 self.parameters,
@@ -78,9 +78,9 @@ class FinetunedStudent:
 
     def evaluate(self, metric: "Callable[[FinetunedStudent], Tensor]") -> tuple[Tensor, Tensor | None]:
         """
-        Φ and, where gradients are enabled and there is one, ∇Φ in `theta`, of shape `[P]`.
+        Φ, and its gradient ∇Φ in `theta`, of shape `[P]`. `None` if Φ has no gradient or gradients are disabled.
 
-        The weights are in place for the backward pass as well: gradient checkpointing runs the model in it again.
+        The backward pass also runs with the fine-tuned weights, because gradient checkpointing runs the model again.
         """
 
         def value_and_gradient(_):
@@ -93,15 +93,16 @@ class FinetunedStudent:
 
     def accumulate(self, function: Callable[[Any], Tensor], batches: Iterable[Any]) -> Tensor:
         """
-        `Σ_b function(b)` over batches, differentiable (once) in `theta`, in the memory of one batch.
+        `Σ_b function(b)` over batches, which can be differentiated once in `theta` and needs the memory of one batch.
 
-        Each batch's gradient is taken at once and its graph freed, so that a benchmark of any size fits.
+        The gradient of each batch is computed immediately and its graph is freed, so memory does not grow with the
+        number of batches.
 
         Args:
             function (`Callable`):
                 Maps a batch to a scalar tensor that depends on this student.
             batches (`Iterable`):
-                Its arguments.
+                The batches b.
         """
         value, gradient = self.theta.new_zeros(()), None
         for batch in batches:
@@ -114,7 +115,7 @@ class FinetunedStudent:
 
 
 class _WithGradient(torch.autograd.Function):
-    """A scalar whose gradient in `theta` was computed already."""
+    """A scalar whose gradient in `theta` is known."""
 
     @staticmethod
     def forward(ctx, theta, value, gradient):

@@ -1,4 +1,4 @@
-"""The student's head: which heads are linear, and their factors, so that logits need not be held all at once."""
+"""Linear heads of a student and their factors, from which the loss is computed without all logits in memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
-    """The head hands its input on as it is; the inputs are collected in a list."""
+    """Context in which the head returns its input unchanged. The inputs are collected in the list that is yielded."""
     seen: list[Tensor] = []
 
     def forward(hidden_states):
@@ -28,7 +28,7 @@ def standing_aside(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _trained_copy(head: Any) -> Any:
-    """The module behind a head that PEFT trains a copy of (`modules_to_save`), as its `forward` chooses it."""
+    """The module that a head's `forward` uses: its trained copy if PEFT trains one (`modules_to_save`)."""
     if not isinstance(head, ModulesToSaveWrapper):
         return head
     adapter = head.active_adapters[0]
@@ -38,7 +38,7 @@ def _trained_copy(head: Any) -> Any:
 
 
 def is_linear_head(head: Any) -> bool:
-    """Whether it computes Σ_j X_j W_jᵀ + b with the factors of `linear_factors`."""
+    """Whether a head computes Σ_j X_j W_jᵀ + b with the factors of `linear_factors`."""
     head = _trained_copy(head)
     if not isinstance(head, LoraLayer):
         return type(head) is nn.Linear

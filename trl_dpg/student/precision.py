@@ -1,4 +1,4 @@
-"""The type a student computes in, and a copy of it that computes in another."""
+"""The type in which a student computes, and copies of it that compute in another type."""
 
 import copy
 
@@ -9,7 +9,7 @@ from .student import Student
 
 
 def in_precision(student: Student, dtype: torch.dtype) -> Student:
-    """A copy of the student that computes in `dtype`: its weights cast, or the compute type of its 4-bit layers."""
+    """A copy of the student that computes in `dtype`: its weights are cast, or its 4-bit layers compute in it."""
     model = copy.deepcopy(student.model)
     quantized = bnb_modules(model, "Linear4bit")
     for layer in quantized.values():
@@ -20,7 +20,7 @@ def in_precision(student: Student, dtype: torch.dtype) -> Student:
 
 
 def compute_dtype(student: Student) -> torch.dtype:
-    """What the student computes in: its weights' type, or the compute type of its 4-bit layers."""
+    """The type in which the student computes: that of its weights, or the compute type of its 4-bit layers."""
     quantized = bnb_modules(student.model, "Linear4bit")
     if quantized:
         return next(iter(quantized.values())).compute_dtype or torch.float32

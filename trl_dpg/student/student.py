@@ -1,4 +1,4 @@
-"""The student: a causal LM that is fine-tuned, read and put back, without its stored weights ever being written."""
+"""The student: a causal LM that is fine-tuned and evaluated. Its stored weights are never written."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Scope(nn.Module):
-    """Lets `torch.func.functional_call` hold other weights in place for the length of any function."""
+    """Lets `torch.func.functional_call` replace the model's weights while any function of the model runs."""
 
     def __init__(self, model):
         super().__init__()
@@ -40,7 +40,7 @@ class _Scope(nn.Module):
 
 @dataclass
 class _Layout:
-    """Where each trainable parameter lies in the flat vector."""
+    """Names, shapes and dtypes of the trainable parameters, in their order in the flat vector."""
 
     names: list[str]
     shapes: list[torch.Size]
@@ -51,24 +51,24 @@ class Student:
     """
     The model that is fine-tuned on the generated data (the paper's "target model"; Thrush et al., arXiv 2604.08423).
 
-    Trained in full, by LoRA, or by LoRA over a 4-bit base. Its weights are the fixed start of every fine-tuning: they
-    are only ever read, so they are bit for bit the same afterwards, also when something raises.
+    All parameters are trained, or LoRA adapters, or LoRA adapters on a 4-bit base. Every fine-tuning starts from the
+    stored weights. They are only read, so they are bit for bit the same afterwards, also after an error.
 
     Args:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The student at its start. A path or Hub id is loaded in float32 (see `model_init_kwargs`) with its dropout
-            switched off. A loaded model is used as it is, on the device where it lies.
+            The student before fine-tuning. A path or Hub id is loaded in float32 (see `model_init_kwargs`), and its
+            dropout is switched off. A loaded model is used as it is, on its device.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The student's own tokenizer. Loaded from the model's path when `None`; a model without a path may go
-            without one if every sample is given as token ids.
+            The student's tokenizer. Loaded from the model's path when `None`. A model without a path needs no
+            tokenizer if all samples are token ids.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Trains adapters only. Without it, what has `requires_grad` is trained.
+            Adds adapters and trains only these. Without it, the parameters with `requires_grad` are trained.
         quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
             Quantises the base to 4 bits while it is loaded from a path or Hub id.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for a path or Hub id.
         disable_dropout (`bool`, *optional*, defaults to `False`):
-            Sets every dropout probability of a given model to zero, instead of refusing it.
+            Whether to set every dropout probability of a loaded model to zero. Otherwise, active dropout is an error.
 
     Raises:
         `ValueError`:
@@ -90,7 +90,7 @@ class Student:
             if is_deepspeed_zero3_enabled():
                 raise ValueError(
                     f"DeepSpeed ZeRO-3 would shard the student while it is loaded from {model!r}. Use ZeRO-2, or "
-                    "load the student before the training arguments are made and pass the model."
+                    "load the model before you create the training arguments, and pass the model."
                 )
             device = PartialState().device
             init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
@@ -108,10 +108,10 @@ class Student:
         if peft_config is not None:
             if is_peft_model(model):
                 raise ValueError(
-                    "The student is a `PeftModel` already and `peft_config` asks for another adapter. Pass one or "
-                    "the other."
+                    "The student is a `PeftModel` already, and `peft_config` would add another adapter. Pass a model "
+                    "without adapters, or no `peft_config`."
                 )
-            # A copy: PEFT writes the resolved target modules into it
+            # A copy, because PEFT writes the resolved target modules into the config
             model = get_peft_model(model, copy.deepcopy(peft_config))
         if disable_dropout:
             switch_off_dropout(model)
@@ -139,7 +139,7 @@ class Student:
             return self.processing_class.eos_token_id
         raise ValueError(
             f"The student's tokenizer ({type(self.processing_class).__name__}) has neither a pad nor an eos token. "
-            "Set `processing_class.pad_token` (any token will do, it is masked)."
+            "Set `processing_class.pad_token` to any token. Padding is masked."
         )
 
     @property
@@ -147,12 +147,12 @@ class Student:
         return next(self.model.parameters()).device
 
     def to(self, device: torch.device | str) -> "Student":
-        """Move the model, values unchanged."""
+        """Move the model to a device."""
         self.model.to(device)
         return self
 
     def describe(self) -> str:
-        """One line for a model card: name, size, what is trained, how it is stored."""
+        """One line for a model card: name, number of trainable parameters, and if it has adapters or a 4-bit base."""
         trainable = sum(shape.numel() for shape in self._layout.shapes)
         name = self.model.config._name_or_path or type(self.model).__name__
         base = ", 4-bit base" if bnb_modules(self.model, "Linear4bit") else ""
@@ -163,7 +163,7 @@ class Student:
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
-        """float32, or float64 if the trainable parameters are; half-precision ones are trained as float32 copies."""
+        """float64 if a trainable parameter is, else float32. Parameters in 16 bits are trained as float32 copies."""
         return torch.float64 if torch.float64 in self._layout.dtypes else torch.float32
 
     @property
@@ -172,23 +172,23 @@ class Student:
         return any(dtype.itemsize < 4 for dtype in self._layout.dtypes)
 
     def initial_theta(self) -> Tensor:
-        """The trainable parameters at their start as one flat vector `[P]` in `accumulator_dtype`, detached."""
+        """The stored trainable parameters as one flat vector `[P]` in `accumulator_dtype`, detached."""
         parameters = [p.detach().flatten() for p in self.model.parameters() if p.requires_grad]
         return torch.cat([p.to(self.accumulator_dtype) for p in parameters])
 
     def unflatten(self, theta: Tensor, cast: bool = True) -> dict[str, Tensor]:
-        """Views of a flat vector `[P]` by name, in the parameters' shapes and (with `cast`) dtypes; differentiable."""
+        """Parts of a flat vector `[P]` by name, in the parameters' shapes and, with `cast`, dtypes; differentiable."""
         parts = theta.split([shape.numel() for shape in self._layout.shapes])
         parts = [part.view(shape) for part, shape in zip(parts, self._layout.shapes, strict=True)]
         return self.cast(parts) if cast else dict(zip(self._layout.names, parts, strict=True))
 
     def cast(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        """One tensor for each trainable parameter, by name and in the parameter's dtype; differentiable."""
+        """Cast one tensor for each trainable parameter to the parameter's dtype, by name; differentiable."""
         layout = zip(self._layout.names, parts, self._layout.dtypes, strict=True)
         return {name: part.to(dtype) for name, part, dtype in layout}
 
     def run(self, parameters: dict[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
-        """Call `function(model)` while `parameters` (see `unflatten`) stand in for the stored ones."""
+        """Call `function(model)` while `parameters` (see `unflatten`) replace the stored ones."""
         parameters = {f"model.{name}": value for name, value in parameters.items()}
         return torch.func.functional_call(self._scope, parameters, (function,))
 
@@ -203,19 +203,19 @@ class Student:
         """
         Weighted cross-entropy of a batch's supervised tokens, in nats.
 
-        Logits of a plain linear head, with LoRA or without, are computed a chunk of tokens at a time, see
-        [`~trl_dpg.kernels.cross_entropy.linear_cross_entropy`]. Any other head, or one whose logits the model
-        processes further (soft-capping), gives all of them at once.
+        The logits of a linear head, with or without LoRA, are computed for one chunk of tokens at a time, see
+        [`~trl_dpg.kernels.cross_entropy.linear_cross_entropy`]. For any other head, and if the model changes the
+        logits afterwards (soft-capping), all logits are computed at once.
 
         Args:
-            model (`torch.nn.Module`): What [`Student.run`] hands out.
+            model (`torch.nn.Module`): The model that [`Student.run`] passes to its function.
             batch (`Batch`): The samples, with n supervised tokens.
             loss_weights (`torch.Tensor` of shape `[n]`): Weight of each token's loss, in `accumulator_dtype`.
             through_theta (`bool`): See `linear_cross_entropy`.
             skip_values (`bool`): See `linear_cross_entropy`.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Their weighted sum, and each token's loss, `[n]`, detached.
+            `tuple[torch.Tensor, torch.Tensor]`: The weighted sum of the losses, and the losses `[n]`, detached.
         """
         arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
         head = model.get_output_embeddings()
@@ -236,10 +236,10 @@ class Student:
     @contextmanager
     def train_mode(self) -> Iterator[None]:
         """
-        Every module in train mode, and back to its own mode afterwards.
+        Context with every module in train mode. Afterwards, each module is in its earlier mode again.
 
-        There is no dropout to switch on. bitsandbytes needs it: in eval mode its CPU path packs 4-bit weights for an
-        inference kernel whose gradients are wrong.
+        bitsandbytes needs train mode: in eval mode, it packs 4-bit weights on a CPU for an inference kernel, whose
+        gradients are wrong. Train mode changes nothing else, because the student has no dropout.
         """
         modes = {module: module.training for module in self.model.modules()}
         self.model.train()
@@ -260,8 +260,8 @@ class Student:
                 The weight's name in the base model, e.g. `"lm_head.weight"`.
 
         Raises:
-            `ValueError`: If the model has no such weight (the message lists near names), or its adapter is not plain
-            LoRA.
+            `ValueError`: If the model has no such weight (the message lists similar names), or its adapter is not
+            plain LoRA.
         """
         return self.run(parameters, lambda model: effective_weight(model, name))
 
@@ -269,10 +269,12 @@ class Student:
 
     def verify_quantization(self) -> None:
         """
-        Check the gradients of all 4-bit layers, see [`check_4bit_gradients`]; done once, unless one was repacked.
+        Check the gradients of all 4-bit layers, see [`check_4bit_gradients`].
+
+        This is done once, and again if bitsandbytes has repacked a layer.
 
         Raises:
-            `ValueError`: If one disagrees with its dequantised weight.
+            `ValueError`: If a layer disagrees with its dequantised weight.
         """
         layers = bnb_modules(self.model, "Linear4bit")
         if not self._quantization_verified or any(map(is_packed_for_cpu, layers.values())):
@@ -299,14 +301,14 @@ class Student:
                 Prompts and completions may be conversational. Empty texts and completions give samples without
                 supervised tokens.
             max_length (`int`):
-                Longer samples are cut off, and so are those longer than the model's positions.
+                Longest sample, in tokens. Samples that are longer than this or than the model's positions are cut off.
             add_eos (`bool`, *optional*, defaults to `True`):
-                Ends texts and completions with the eos token, as SFT does. Chat templates bring their own.
+                Whether to end texts and completions with the eos token, as SFT does. Not used with chat templates.
             return_ends (`bool`, *optional*, defaults to `False`):
-                Also return where each token ends in the text or completion (of messages: in their joined contents).
-                `None` for samples that are token ids, and with a slow tokenizer, which does not know.
+                Also return the end of each token in the text or completion. For messages, the text is their joined
+                contents. The ends are `None` for samples that are token ids, and with a slow tokenizer.
             truncation_side (`str`, *optional*, defaults to `"right"`):
-                Where they are cut off: at the end, or with `"left"` at the beginning.
+                `"right"` cuts off the end of long samples, `"left"` the beginning.
         """
         reader = SampleReader(
             self.processing_class,

@@ -1,4 +1,4 @@
-"""Samples as a student reads them: from rows to token ids and labels, and from those to batches."""
+"""Tokenisation of samples: from rows to token ids and labels, and from these to batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -21,9 +21,14 @@ Examples: TypeAlias = Dataset | Sequence[str] | Sequence[Mapping[str, Any]]
 
 class TokenizedExample(NamedTuple):
     """
-    Token ids of one sample, its labels (-100 where no loss is taken), as many, and whether it was cut off.
+    The L tokens of one sample.
 
-    `ends` `[L]`, if asked for, is where each token ends in the sample's text, or its completion's, see `alignment`.
+    Attributes:
+        input_ids (`list[int]`): Token ids.
+        labels (`list[int]`): The label of each token; -100 for tokens without a loss.
+        truncated (`bool`): Whether the sample was cut off.
+        ends (`np.ndarray` of shape `[L]` or `None`): The end of each token in the sample's text or completion, see
+            `trl_dpg.token_alignment`. `None` if it is not known or was not asked for.
     """
 
     input_ids: list[int]
@@ -33,7 +38,7 @@ class TokenizedExample(NamedTuple):
 
     @property
     def num_supervised(self) -> int:
-        """Number of tokens a causal LM is trained to predict: labels past the first position."""
+        """Number of tokens that a causal LM learns to predict: all labels except -100 and the first one."""
         return sum(label != -100 for label in self.labels[1:])
 
 
@@ -43,9 +48,9 @@ class Batch(NamedTuple):
 
     Attributes:
         input_ids (`torch.Tensor` of shape `[B, L]`): Token ids.
-        attention_mask (`torch.Tensor` of shape `[B, L]` or `None`): `None` when nothing is padded.
+        attention_mask (`torch.Tensor` of shape `[B, L]` or `None`): `None` if there is no padding.
         labels (`torch.Tensor` of shape `[n]`): Ids of the n supervised tokens, sample after sample.
-        targets (`torch.Tensor` of shape `[n]`): Where they stand in the flattened `input_ids`.
+        targets (`torch.Tensor` of shape `[n]`): Positions of the supervised tokens in the flattened `input_ids`.
     """
 
     input_ids: Tensor
@@ -56,12 +61,13 @@ class Batch(NamedTuple):
 
 class SampleReader:
     """
-    Reads samples with a student's tokenizer.
+    Tokenises samples with a student's tokenizer.
 
     Args:
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): The tokenizer; `None` reads token ids only.
-        vocab_size (`int`): Entries of the student's vocabulary.
-        max_positions (`int` or `None`): Longest sample that the model can take, in tokens; `None` for any.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`] or `None`): The tokenizer. If `None`, samples must be
+            token ids.
+        vocab_size (`int`): Size of the student's vocabulary.
+        max_positions (`int` or `None`): Longest sample that the model can read, in tokens. `None`: no limit.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_positions: int | None):
@@ -72,7 +78,7 @@ class SampleReader:
     def read(
         self, examples: Examples, max_length: int, add_eos: bool, return_ends: bool, truncation_side: str
     ) -> list[TokenizedExample]:
-        """The samples, cut off at `max_length`; see [`Student.tokenize`]."""
+        """Tokenise samples and cut them off at `max_length`; see [`Student.tokenize`]."""
         if isinstance(examples, str):
             raise ValueError("The samples are one string; pass a list of them.")
         rows = [{"text": example} if isinstance(example, str) else example for example in examples]
@@ -135,7 +141,7 @@ class SampleReader:
                 ends = np.zeros(len(prompt_ids)) if offsets else None
                 return TokenizedExample(prompt_ids, [-100] * len(prompt_ids), ends=ends)
             input_ids = encoded["input_ids"]
-            # Tokens may merge across the boundary: the completion starts where the two tokenisations part.
+            # Tokens may merge across the boundary. The completion starts at the first token that differs
             pairs = zip(prompt_ids, input_ids, strict=False)
             start = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(prompt_ids), len(input_ids)))
             return TokenizedExample(input_ids, [-100] * start + input_ids[start:], ends=self._ends(row, encoded))
@@ -147,7 +153,7 @@ class SampleReader:
         )
 
     def _tokenize_texts(self, texts: Sequence[str], add_eos: bool, return_ends: bool) -> list[TokenizedExample]:
-        """Plain texts, which fast tokenizers read much faster together."""
+        """Tokenise plain texts in one call, which is much faster with fast tokenizers."""
         offsets = self._offsets(return_ends)
         empty = TokenizedExample([], [], ends=np.zeros(0) if offsets else None)
         full = [text for text in texts if text]
@@ -157,7 +163,7 @@ class SampleReader:
         ids = iter(encoded["input_ids"])
         ends: Iterator[np.ndarray | None] = repeat(None)
         if offsets:
-            # Without the eos token's own characters
+            # The characters of the eos token are not part of the text
             ends = (
                 np.minimum(ends_from_offsets(spans), len(text))
                 for spans, text in zip(encoded["offset_mapping"], full, strict=True)
@@ -169,11 +175,11 @@ class SampleReader:
         return text + eos if add_eos and eos is not None and not text.endswith(eos) else text
 
     def _offsets(self, return_ends: bool) -> dict[str, bool]:
-        """Arguments for a tokenizer's call; a slow one does not know the tokens' places."""
+        """Arguments for the tokenizer, to get the tokens' offsets. A slow tokenizer does not know them."""
         return {"return_offsets_mapping": True} if return_ends and self.tokenizer.is_fast else {}  # type: ignore
 
     def _ends(self, row: Mapping[str, Any], encoded: Mapping[str, Any]) -> np.ndarray | None:
-        """Where the tokens of a row end in its text or completion; `None` if their offsets were not asked for."""
+        """The ends of a row's tokens in its text or completion. `None` if their offsets were not asked for."""
         if "offset_mapping" not in encoded:
             return None
         render = partial(self.tokenizer.apply_chat_template, tokenize=False)  # type: ignore[union-attr]
@@ -200,7 +206,7 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int, device: tor
     input_ids = padded([example.input_ids for example in examples], pad_token_id)
     mask = padded([[1] * len(example.input_ids) for example in examples], 0)
     labels = padded([example.labels for example in examples], -100)
-    labels[:, 0] = -100  # nothing precedes the first token
+    labels[:, 0] = -100  # the first token cannot be predicted
     targets = (labels.flatten() != -100).nonzero().squeeze(1)
     return Batch(
         input_ids.to(device),

@@ -1,5 +1,6 @@
 """
-Is a set-up trustworthy? [`verify`] measures how well the scores predict what reweighting the data does to the metric.
+Checks whether the scores of a set-up can be trusted: how well they predict the metric's change when the data weights
+change. See [`verify`].
 """
 
 from ..metagradients.fine_tuning import FineTuning

@@ -1,9 +1,9 @@
 """
-What the scores say about a student, held against what comes of fine-tuning it again.
+Compares the changes of the metric that the scores predict with the changes after fine-tuning the student again.
 
-The scores are exact derivatives. Whether they are of use is another question: a fine-tuning that is rough in its data
-weights has derivatives that predict nothing (Engstrom et al., arXiv 2503.13751, sec. 4). So the data weights w are
-moved a little, the student is fine-tuned with the new weights, and the metric Φ is read again.
+The scores are exact derivatives. But if the fine-tuning is not smooth in the data weights, its derivatives do not
+predict how the metric changes (Engstrom et al., arXiv 2503.13751, sec. 4). So the data weights w are changed a little,
+the student is fine-tuned with the new weights, and the metric Φ is computed again.
 """
 
 import math
@@ -23,16 +23,16 @@ from ..student import FinetunedStudent
 
 STEP = 0.05
 """
-h, how far every data weight is moved. All weights together then move by h √N, about as far as leaving out one sample
-of N = 400; on the quickstart's students the prediction's own curvature is still small there (Pearson 0.998), and
-float32's rounding is far smaller than the change of Φ.
+h, the change of every data weight. The vector of all weights changes by h √N, which for N = 400 is as much as leaving
+out one sample. With the students of the quickstart, the effect of curvature is small at this h (Pearson 0.998), and
+the rounding errors of float32 are much smaller than the change of Φ.
 """
 NUM_GROUPS = 16
-"""Groups of samples whose gradients are compared for the gradient noise."""
+"""Number of groups of samples whose gradients are compared to measure the gradient noise."""
 
 
 def random_signs(num_directions: int, num_samples: int, seed: int) -> Tensor:
-    """Directions of shape `[K, N]` to move the data weights in: ±1, each half of the time."""
+    """K random directions for changes of the data weights, of shape `[K, N]`: 1 or -1 with equal probability."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, (num_directions, num_samples), generator=generator).float() * 2 - 1
 
@@ -53,7 +53,7 @@ class Agreement(NamedTuple):
 
     @property
     def slope(self) -> float:
-        """Least squares through the origin: actual ≈ slope · predicted."""
+        """The least-squares slope through the origin: actual ≈ slope · predicted."""
         return (self.predicted.dot(self.actual) / self.predicted.dot(self.predicted)).item()
 
 
@@ -65,11 +65,13 @@ def predicted_and_actual(
     step: float = STEP,
 ) -> Agreement:
     """
-    For each direction d, what the scores τ say of the metric's change, 2h ⟨τ, d⟩, and what it is,
+    The predicted and the actual change of the metric in each direction d.
 
-        Φ(θ_T(1 + h d)) - Φ(θ_T(1 - h d)).
+        predicted: 2h ⟨τ, d⟩
+        actual:    Φ(θ_T(1 + h d)) - Φ(θ_T(1 - h d))
 
-    Central differences: curvature drops out, and what is compared is the linear term. Takes 2K forward sweeps.
+    Here τ are the scores. In the central difference, the second-order term of Φ cancels, so the linear terms are
+    compared. Takes 2K forward sweeps.
 
     Args:
         fine_tuning (`FineTuning`): The student's fine-tuning on N samples.
@@ -89,15 +91,16 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
     """
     Empirical metasmoothness of the fine-tuning (Engstrom et al., arXiv 2503.13751, Def. 2), averaged over directions.
 
-    Along a direction v, starting from w = 1, take two steps of length h one after the other. Each moves the fine-tuned
-    parameters, by Δ = θ_T(w + h v) - θ_T(w) and by Δ' = θ_T(w + 2h v) - θ_T(w + h v). If the fine-tuning is smooth, a
-    parameter moves in the same direction both times; if it is rough, the two directions have nothing to do with each
-    other. Parameters are weighted by how far both steps together moved them, |θ_T(w + 2h v) - θ_T(w)|:
+    The data weights w = 1 take two steps of length h in a direction v. The first step changes the fine-tuned
+    parameters by Δ = θ_T(w + h v) - θ_T(w), the second by Δ' = θ_T(w + 2h v) - θ_T(w + h v). If the fine-tuning is
+    smooth, a parameter moves in the same direction in both steps. If it is not smooth, the two directions are
+    unrelated. Each parameter p is weighted by its total movement |Δ_p + Δ'_p|:
 
         S = Σ_p |Δ_p + Δ'_p| sign(Δ_p) sign(Δ'_p) / Σ_p |Δ_p + Δ'_p|        in [-1, 1]; 1 is smooth
 
-    One step of AdamW or SGD (T = 1) has S = 1, up to rounding: it is monotone in the gradient, which is linear in
-    w. `nan` if nothing moves or a parameter is not finite. Takes 1 + 2K forward sweeps.
+    With one optimizer step (T = 1), S = 1 up to rounding, because a step of AdamW or SGD is monotone in the gradient,
+    and the gradient is linear in w. S is `nan` if no parameter moves or a parameter is not finite. Takes 1 + 2K
+    forward sweeps.
 
     Args:
         fine_tuning (`FineTuning`): The student's fine-tuning on N samples.
@@ -116,12 +119,12 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
 
 class GradientNoise(NamedTuple):
     """
-    The gradient at the student's start, and how far single samples' gradients scatter about it.
+    The noise in the gradient of the student before fine-tuning.
 
     Attributes:
-        noise_scale (`float`): tr(Σ) / |G|², in samples: a batch of this size is half signal, half noise.
-        noise_share (`float`): Of a step's expected |g|², the part that is noise, in [0, 1].
-        mean_square (`float`): A step's g² per parameter, averaged over parameters with a gradient.
+        noise_scale (`float`): tr(Σ) / |G|², in samples. With a batch of this size, the noise share is one half.
+        noise_share (`float`): The share of noise in the expected |g|² of a step's gradient g, in [0, 1].
+        mean_square (`float`): The mean of g² over the parameters that have a gradient.
     """
 
     noise_scale: float
@@ -131,11 +134,12 @@ class GradientNoise(NamedTuple):
 
 def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
     """
-    The simple noise scale (McCandlish et al., arXiv 1812.06162, sec. 2.2) at the student's start.
+    Measure the simple noise scale (McCandlish et al., arXiv 1812.06162, sec. 2.2) of the student before fine-tuning.
 
-    The samples are split into M groups of b. With Σ the covariance of a sample's gradient and G the mean gradient, a
-    group's gradient g has E|g|² = |G|² + tr(Σ) / b and the mean of all groups' |G|² + tr(Σ) / bM, which gives both.
-    A step of the inner loop, with B samples, has the noise share (tr(Σ) / B) / (|G|² + tr(Σ) / B).
+    Let G be the mean gradient and Σ the covariance of a sample's gradient. The samples are split into M groups of b.
+    The expected squared norm is |G|² + tr(Σ) / b for a group's gradient, and |G|² + tr(Σ) / bM for the mean gradient
+    of all groups. These two equations give |G|² and tr(Σ). The noise share of a step of the inner loop with B samples
+    is (tr(Σ) / B) / (|G|² + tr(Σ) / B).
 
     Args:
         fine_tuning (`FineTuning`): The student's fine-tuning; needs at least 2 samples with a supervised token.
@@ -171,5 +175,5 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """Pearson's correlation of two vectors, in float64; `nan` if one is constant or not finite."""
+    """Pearson's correlation of two vectors, in float64. `nan` if a vector is constant or not finite."""
     return torch.corrcoef(torch.stack([a, b]).double())[0, 1].item()

@@ -1,4 +1,4 @@
-"""Can the scores of a set-up be trusted? The measurements as checks that pass or fail, with advice."""
+"""The verdict on whether the scores of a set-up can be trusted: checks that pass or fail, with advice."""
 
 import math
 import time
@@ -27,26 +27,26 @@ from .measurements import (
 
 
 PASS, WARN = 0.95, 0.9
-"""Correlations from `PASS` on pass, below `WARN` they fail."""
+"""A correlation passes if it is at least `PASS`, and fails if it is below `WARN`."""
 SMOOTH, ROUGH = 0.9, 0.7
-"""Metasmoothness from `SMOOTH` on passes, below `ROUGH` it fails."""
+"""Metasmoothness passes if it is at least `SMOOTH`, and fails if it is below `ROUGH`."""
 NOISY = 0.95
-"""A step's gradient of which more than this share is noise, a batch below 1/19 of the noise scale, gets a warning."""
+"""A noise share above this gets a warning. The batch size is then less than 1/19 of the noise scale."""
 
 
 @dataclass
 class Check:
     """
-    One figure and what to think of it.
+    One figure, and whether it passes.
 
     Attributes:
-        name (`str`): E.g. `"pearson"`.
-        value (`float` or `None`): The figure; `None` if it could not be had.
-        threshold (`float` or `None`): What a pass needs.
+        name (`str`): Name of the figure, e.g. `"pearson"`.
+        value (`float` or `None`): The figure. `None` if it could not be computed.
+        threshold (`float` or `None`): The value that is needed to pass.
         status (`str`): `"pass"`, `"warn"`, `"fail"` or `"skip"`.
-        meaning (`str`): What the figure is; of a skipped one, why.
-        advice (`str`): What to change; empty for a pass. The fields to change, those of [`InnerLoopConfig`] and
-            arguments of [`Student`], are in backticks.
+        meaning (`str`): What the figure measures. For a skipped check, the reason.
+        advice (`str`): What to change. Empty if the check passes. Names of fields of [`InnerLoopConfig`] and of
+            arguments of [`Student`] are in backticks.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Check:
 
 @dataclass
 class Remedy:
-    """A change that was tried: fields of [`InnerLoopConfig`], and what the two central figures are with it."""
+    """A change of [`InnerLoopConfig`] that was tried: the changed fields, and the two central figures with them."""
 
     changes: dict[str, Any]
     pearson: float
@@ -70,24 +70,24 @@ class Remedy:
         return self.pearson >= PASS and self.metasmoothness >= SMOOTH
 
     def describe(self) -> str:
-        """The changes, with the fields in backticks."""
+        """The changes as text, with the names of fields in backticks."""
         return " ".join(f"`{name}` {_short(value)}" for name, value in self.changes.items())
 
 
 @dataclass
 class Verification:
     """
-    What [`verify`] returns.
+    The result of [`verify`].
 
     Attributes:
-        checks (`list[Check]`): The figures.
+        checks (`list[Check]`): The checks.
         remedies (`list[Remedy]`): Changes that were tried because a check did not pass, up to the first that helps.
         predicted (`list[float]`), actual (`list[float]`): Predicted and actual change of Φ in each direction.
-        slope (`float`): Least squares, actual ≈ slope · predicted.
+        slope (`float`): The least-squares slope in actual ≈ slope · predicted.
         noise_scale (`float`): See [`GradientNoise`]; in samples.
         mean_square_gradient (`float`): See [`GradientNoise`].
         metric_before (`float`), metric_after (`float`): Φ before and after the student's fine-tuning.
-        seconds (`float`): How long it took.
+        seconds (`float`): Time of the verification.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -110,13 +110,13 @@ class Verification:
         return next(check for check in self.checks if check.name == name)
 
     def render(self) -> str:
-        """The verdict and its reasons, for the terminal; the fields to change are in backticks."""
+        """The verdict and its reasons as text for the terminal. Names of fields are in backticks."""
         lines: list[str] = []
         for check in self.checks:
             value = "" if check.value is None else f"{check.value:.3f}"
             lines.append(f"{check.status:4}  {check.name:14} {value:>6}  {check.meaning}")
             advice = f"      -> {check.advice}"
-            if check.advice and advice not in lines:  # checks may share theirs
+            if check.advice and advice not in lines:  # several checks may have the same advice
                 lines.append(advice)
         if self.remedies:
             lines.append("Tried:")
@@ -131,7 +131,7 @@ class Verification:
 
 @dataclass
 class SetUp:
-    """What is verified: a student, its N samples, the metric and the inner loop; and how far w is moved."""
+    """The set-up to verify: a student, N samples, the metric, the inner loop, and the change h of the data weights."""
 
     student: Student
     examples: Examples
@@ -158,34 +158,34 @@ def verify(
     seed: int = 0,
 ) -> Verification:
     """
-    Whether the scores of a student, its data and metric can be trusted, and what to change if not.
+    Check whether the scores of a student, its data and metric can be trusted, and what to change if not.
 
-    Takes two metagradients (one with `compare_precision=False`) and 2K + 7 forward sweeps; each remedy that is tried,
-    a metagradient and 15 sweeps.
+    Takes two metagradients (one with `compare_precision=False`) and 2K + 7 forward sweeps. Each remedy that is tried
+    takes one metagradient and 15 forward sweeps.
 
     Args:
         student (`Student`):
-            The student at its start.
+            The student before fine-tuning.
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
-            N samples, such as the generator writes them; best as many as a reward step has.
+            N samples like those that the generator writes. Use as many as a reward step has.
         metric (`Callable`):
             Φ.
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         num_directions (`int`, *optional*, defaults to `20`):
-            K, random reweightings of which Φ is predicted; at least 3.
+            K, the number of random changes of the data weights for which Φ is predicted; at least 3.
         step (`float`, *optional*, defaults to `STEP`):
-            h, how far they go.
+            h, the change of every data weight.
         compare_precision (`bool`, *optional*, defaults to `True`):
-            Compare float32's scores with bfloat16's. Needs memory for a copy of the student.
+            Compare the scores in float32 with those in bfloat16. Needs memory for a copy of the student.
         try_remedies (`bool`, *optional*, defaults to `True`):
-            If predictions fail, see whether another `eps_root`, learning rate or batch size mends it.
+            If a central check does not pass, try other values of `eps_root`, learning rate and batch size.
         seed (`int`, *optional*, defaults to `0`):
-            Of the reweightings.
+            Seed of the changes of the data weights.
 
     Raises:
-        `ValueError`: If the baseline without scores is asked for (`attribution="dataset"`), there are fewer than 3
-            directions or 2 samples, the step does not lie in (0, 0.5), or for what [`metagradient`] raises it.
+        `ValueError`: If `attribution="dataset"`, which has no scores, if there are fewer than 3 directions or 2
+            samples, if the step is not in (0, 0.5), or in the cases of [`metagradient`].
     """
     config = replace(config or InnerLoopConfig(), per_token=False)
     _check_arguments(config, num_directions, step)
@@ -224,7 +224,7 @@ def _check_predictions(
     compare_precision: bool,
     result: Verification,
 ) -> None:
-    """Add to the result what takes scores."""
+    """Add the checks that need scores to the result."""
     metric, config, step = set_up.metric, set_up.config, set_up.step
     advice = _advice(config, noise, directions.size(1))
     try:
@@ -236,12 +236,12 @@ def _check_predictions(
     agreement = predicted_and_actual(fine_tuning, metric, output.scores, directions, step)
     result.predicted, result.actual = (values.tolist() for values in agreement)
     result.slope = agreement.slope
-    meaning = f"correlation of predicted with actual changes of the metric, {len(directions)} reweightings"
+    meaning = f"correlation of predicted and actual changes of the metric, in {len(directions)} directions"
     smoothness = metasmoothness(fine_tuning, directions[:3], step)
-    smooth = "whether the fine-tuned weights go on as they began when a reweighting grows"
+    smooth = "whether parameters keep their direction when a change of the data weights grows"
     result.checks += [
         _check("pearson", agreement.pearson, PASS, WARN, meaning, advice),
-        _check("spearman", agreement.spearman, WARN, ROUGH, "the same of their ranks", advice),
+        _check("spearman", agreement.spearman, WARN, ROUGH, "the same correlation for the ranks", advice),
         _check("metasmoothness", smoothness, SMOOTH, ROUGH, smooth, advice),
     ]
     if compare_precision:
@@ -254,25 +254,25 @@ def _check(name: str, value: float, passes: float, fails: float, meaning: str, a
 
 
 def _noise_check(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> Check:
-    share = f"share of noise in a step's gradient; half at {noise.noise_scale:.0f} samples a step"
-    larger = f"raise `batch_size`: the {config.batch_size} samples of a step hardly agree on a direction"
+    share = f"share of noise in a step's gradient; one half at {noise.noise_scale:.0f} samples per step"
+    larger = f"raise `batch_size`: the gradient of the {config.batch_size} samples in a step is mostly noise"
     noisy = noise.noise_share > NOISY and config.batch_size < num_samples
     return Check("gradient_noise", noise.noise_share, NOISY, *(("warn", share, larger) if noisy else ("pass", share)))
 
 
 def _precision_check(set_up: SetUp, scores: Tensor) -> Check:
-    """Correlation of the scores in float32 and in bfloat16, whichever of them the student computes in."""
+    """Correlation of the scores in float32 and in bfloat16. The student computes in one, and a copy in the other."""
     student, config = set_up.student, set_up.config
     half = compute_dtype(student).itemsize == 2
     meaning = "correlation of the scores in float32 and in bfloat16"
     if config.hvp == "finite_difference":
-        reason = "bfloat16 cannot hold the shifts of hvp='finite_difference'"
+        reason = "bfloat16 is too coarse for the small changes of hvp='finite_difference'"
         return Check("bf16_agreement", None, PASS, "skip", reason)
     try:
         other = in_precision(student, torch.float32 if half else torch.bfloat16)
         value = pearson(scores, replace(set_up, student=other).scores())
     except torch.OutOfMemoryError:
-        return Check("bf16_agreement", None, PASS, "skip", "there is no memory for a copy of the student")
+        return Check("bf16_agreement", None, PASS, "skip", "there is not enough memory for a copy of the student")
     except FloatingPointError:
         value = math.nan
     larger = ", or raise `eps_root`" if config.optimizer == "adamw" else ""
@@ -283,7 +283,7 @@ def _precision_check(set_up: SetUp, scores: Tensor) -> Check:
         return _check("bf16_agreement", value, PASS, WARN, meaning, f"{advice}{larger}")
     if value >= PASS:
         return Check("bf16_agreement", value, PASS, "pass", meaning)
-    advice = f"leave the student in float32{larger}"  # where it is: nothing has failed
+    advice = f"leave the student in float32{larger}"  # a warning only, because the student computes in float32
     return Check("bf16_agreement", value, PASS, "warn", meaning, advice)
 
 
@@ -303,12 +303,12 @@ def _lacks_eps_root(config: InnerLoopConfig, noise: GradientNoise) -> bool:
 
 
 def _fitting_eps_root(noise: GradientNoise) -> float:
-    """A power of ten near the gradient's squares."""
+    """The power of ten that is nearest to the mean square of a step's gradient."""
     return float(f"1e{round(math.log10(noise.mean_square))}")
 
 
 def _remedies(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> Iterator[dict[str, Any]]:
-    """Changes worth trying, by fields of the configuration."""
+    """The changes to try, in this order, as fields of the configuration."""
     lower = config.learning_rate / 10
     if _lacks_eps_root(config, noise):
         yield {"eps_root": _fitting_eps_root(noise)}
@@ -332,5 +332,5 @@ def _try(changes: dict[str, Any], set_up: SetUp, directions: Tensor) -> Remedy:
 
 
 def _short(value: float) -> str:
-    """A number as one would type it: 1e-5, 0.5, 128."""
+    """A number in short form, e.g. 1e-5, 0.5 or 128."""
     return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"
