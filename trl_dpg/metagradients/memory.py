@@ -50,8 +50,8 @@ class GraphBudget:
     """
     Memory that is left for the graphs of micro-batches.
 
-    The size of a graph is known once a graph of the same shape has been built. Before that it is estimated: the size of
-    the graph with the most similar number of tokens, scaled by the numbers of tokens. If a graph does not fit, the
+    The size of a graph is known once a graph of the same shape has been built. Before that it is estimated: the size
+    of the graph with the most similar number of tokens, scaled by the numbers of tokens. If a graph does not fit, the
     gradient is computed without one.
 
     Args:
