@@ -117,7 +117,7 @@ class DPGTrainer(GRPOTrainer):
             )
         student = _given_student(args, student)
         _check_prompts(args, train_dataset)
-        _check_apart(model, student)  # before adapters are added; these keep the parameters of the base
+        _check_apart(model, student)
         student = _load_student(
             args, student, student_processing_class, student_peft_config, student_quantization_config
         )
