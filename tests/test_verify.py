@@ -354,3 +354,16 @@ def test_verify_steps_without_scores_raise(kwargs, message):
 def test_bad_arguments_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         verify(**dict(student=Student(make_model()), examples=SAMPLES, metric=METRIC) | kwargs)
+
+
+def test_samples_that_are_all_the_same_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="all 4 samples are the same tokens"):
+        verify(make_student(), ["w1 w2 w3"] * 4, small_runs.METRIC, small_runs.CONFIG, num_directions=3)
+    make_student().model.save_pretrained(tmp_path)
+    small_runs.TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "w1 w2 w{k}"}}\n' for k in range(4)))
+    command = ["verify", "--dataset_name", str(tmp_path / "texts.jsonl"), "--student_max_length", "2"]
+    command += ["--student_model_name_or_path", str(tmp_path), "--metric", "weight_norm", "--student_batch_size", "4"]
+    with pytest.raises(SystemExit) as raised:
+        cli.main(command)
+    assert raised.value.code == 2 and "within --student_max_length = 2 tokens" in capsys.readouterr().err

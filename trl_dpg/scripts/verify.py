@@ -107,16 +107,19 @@ def main(script_args: VerifyArguments, student_args) -> None:
         examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
     print(f"Student: {student.describe()}; {len(examples)} samples.", flush=True)
-    result = verify(
-        student,
-        examples,
-        metric,
-        student_args.inner_loop_config(),
-        num_directions=script_args.num_directions,
-        compare_precision=script_args.compare_precision,
-        try_remedies=script_args.try_remedies,
-        seed=student_args.seed,
-    )
+    try:
+        result = verify(
+            student,
+            examples,
+            metric,
+            student_args.inner_loop_config(),
+            num_directions=script_args.num_directions,
+            compare_precision=script_args.compare_precision,
+            try_remedies=script_args.try_remedies,
+            seed=student_args.seed,
+        )
+    except ValueError as error:
+        raise UsageError(in_flags(str(error))) from error
     print(in_flags(result.render()))
     if script_args.output_dir is not None:
         path = Path(script_args.output_dir) / "verify.json"
