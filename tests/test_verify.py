@@ -254,9 +254,17 @@ def test_samples_of_a_file_are_taken_as_they_are(tmp_path):
     assert figures["num_samples"] == 4
 
 
+def test_samples_that_lack_the_columns_of_a_recipes_template_are_taken_as_they_are(tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("ab cd", "ef", "ghi j")))
+    data = ["--dataset_name", str(tmp_path / "texts.jsonl"), "--student_batch_size", "2"]
+    assert run(tmp_path, *data, "--prompt_template", "Rephrase: {article}")["num_samples"] == 3
+    assert "taken as they are" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt_template", ""], "--prompt_template is empty"),
         (["--num_directions", "2"], "--num_directions must be at least 3"),
         (["--num_samples", "1"], "--num_samples must be at least 2"),
         (["--attribution", "dataset"], "--attribution dataset computes no scores"),

@@ -131,6 +131,8 @@ class PromptArguments(CommandArguments):
     def __post_init__(self):
         super().__post_init__()
         at_least(1, max_prompt_tokens=self.max_prompt_tokens)
+        if self.prompt_template == "":
+            raise UsageError("--prompt_template is empty. Leave it out, or give a text such as 'Rephrase: {text}'.")
 
 
 @dataclass
