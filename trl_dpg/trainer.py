@@ -4,6 +4,7 @@ import json
 import os
 import textwrap
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,8 @@ class DPGTrainer(GRPOTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts, as for GRPO.
         reward_funcs (*optional*):
-            Further rewards beside DPG's. `args.reward_weights` then starts with DPG's weight.
+            Further rewards beside DPG's. `args.reward_weights` then starts with DPG's weight. If there is one weight
+            less, as in a script for GRPO, DPG's weight is 1.
         student_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the student; overrides the `student_lora_*` arguments.
         student_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -68,8 +70,9 @@ class DPGTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`:
-            If student or metric is missing, `args` is no [`DPGConfig`], student and generator share parameters, or
-            there are fewer prompts than a generation batch takes.
+            If student or metric is missing, the metric is not callable, `reward_weights` have another number, `args`
+            is no [`DPGConfig`], student and generator share parameters, or there are fewer prompts than a generation
+            batch takes.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -106,10 +109,7 @@ class DPGTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
-        if target_metric is None:
-            raise ValueError(
-                "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
-            )
+        metric = _checked_metric(target_metric)
         student = _given_student(args, student)
         _check_prompts(args, train_dataset)
         _check_apart(model, student)  # before adapters are added, which keep the base's parameters
@@ -117,10 +117,11 @@ class DPGTrainer(GRPOTrainer):
             args, student, student_processing_class, student_peft_config, student_quantization_config
         )
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        args = _with_reward_weights(args, len(further))
         self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
             student,
-            target_metric,
+            metric,
             args.inner_loop_config(),
             cross_group_batching=args.cross_group_batching,
             num_generations=args.num_generations,
@@ -215,6 +216,41 @@ def _given_student(args, student):
     if student is None:
         raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
     return student
+
+
+def _checked_metric(metric) -> Callable[[FinetunedStudent], Tensor]:
+    if metric is None:
+        raise ValueError(
+            "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
+        )
+    if isinstance(metric, str):
+        raise ValueError(
+            f"`target_metric` is the text {metric!r}. Names of metrics are for recipes and commands, which give a "
+            "metric its arguments. Pass the metric itself, e.g. trl_dpg.metrics.LanguageModelingMetric(texts)."
+        )
+    if isinstance(metric, list | tuple):
+        raise ValueError(
+            f"`target_metric` is a {type(metric).__name__}, but the student has one metric. Pass the weighted sum: "
+            "trl_dpg.metrics.CombinedMetric(metrics, weights)."
+        )
+    if isinstance(metric, type):
+        raise ValueError(f"`target_metric` is the class {metric.__name__}. Pass an instance, with its arguments.")
+    return metric
+
+
+def _with_reward_weights(args: DPGConfig, num_further: int) -> DPGConfig:
+    """The arguments with a weight for each reward: DPG's, then those of the further ones."""
+    weights = args.reward_weights
+    if weights is None or len(weights) == 1 + num_further:
+        return args
+    if len(weights) != num_further:
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} weights for {1 + num_further} rewards: DPG's comes first, then "
+            f"those of the {num_further} `reward_funcs`. Without DPG's, which is then 1, give {num_further}."
+        )
+    args = copy(args)
+    args.reward_weights = [1.0, *weights]
+    return args
 
 
 def _check_prompts(args: DPGConfig, train_dataset) -> None:
