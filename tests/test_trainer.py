@@ -154,6 +154,17 @@ def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
     assert "`LlamaForCausalLM`" in card and '"learning_rate": 0.001' in card
 
 
+def test_the_model_card_links_nothing_that_is_local(tmp_path):
+    trainer = make_trainer(dpg_config(tmp_path / "spanish"))
+    (tmp_path / "texts.jsonl").write_text("{}")
+    for dataset_name in (str(tmp_path / "texts.jsonl"), f"{tmp_path}/*.jsonl", "someone/texts"):
+        trainer.create_model_card(dataset_name=dataset_name)
+        card = (tmp_path / "spanish" / "README.md").read_text()
+        assert "# Model Card for spanish\n" in card and "None" not in card.split("## Dataset Policy")[0]
+        assert ("huggingface.co/datasets" in card) == (dataset_name == "someone/texts")
+        assert str(tmp_path) not in card
+
+
 def test_a_checkpoints_card_shows_the_first_and_the_last_step_that_logged_a_figure(tmp_path):
     saving = dict(max_steps=4, verify_steps=2, save_strategy="steps", save_steps=2)
     logs = train_logs(make_trainer(dpg_config(tmp_path, **saving)))

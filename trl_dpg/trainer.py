@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
@@ -161,13 +163,24 @@ class DPGTrainer(GRPOTrainer):
                     logged.setdefault(name.removeprefix("dpg/"), []).append(value)
         return [(name, values[0], values[-1]) for name, values in logged.items()]
 
-    def create_model_card(self, *args, **kwargs):
-        """TRL's model card, and what the generator was trained for: metric, student and inner loop."""
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ):
+        """
+        TRL's model card, and what the generator was trained for: metric, student and inner loop.
+
+        The model is called as its output folder if `model_name` is not given. Models and datasets that are local files
+        are not linked to the Hub.
+        """
+        name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
+        super().create_model_card(name, dataset_name if _is_on_the_hub(dataset_name) else None, tags)
         if not self.is_world_process_zero():
             return
         path = os.path.join(self.args.output_dir, "README.md")
         card = ModelCard.load(path)
+        base = Path(self.model.config._name_or_path).name
+        card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a local model")
+        card.text = card.text.replace('model="None"', f'model="{name}"')
         student, metric = self.dpg_reward.student, self.dpg_reward.metric
         metric_name = type(metric).__name__ if not hasattr(metric, "__name__") else metric.__name__
         card.text += "\n" + textwrap.dedent("""
@@ -204,6 +217,17 @@ class DPGTrainer(GRPOTrainer):
             table += [["---"] * (1 + len(states)), *rows]
             card.text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
         card.save(path)
+
+
+def _is_on_the_hub(dataset_name: str | None) -> bool:
+    """Whether the name is an id of the Hub, and not that of a file or folder."""
+    if dataset_name is None or os.path.exists(dataset_name):
+        return False
+    try:
+        validate_repo_id(dataset_name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _given_student(args, student):
