@@ -102,5 +102,5 @@ def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> An
         return function(**kwargs)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise UsageError(f"--{flag} of {name!r}: {error}") from error
