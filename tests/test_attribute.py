@@ -403,3 +403,13 @@ def test_two_commands_do_not_write_one_journal(student_path, tmp_path, capsys):
     with FileLock(tmp_path / "out" / "attribution.lock"):
         assert "at work in --output_dir" in refuse(capsys, arguments(student_path, data, tmp_path / "out"))
     run(student_path, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["dpg_config.json", "dpg_log.jsonl", "checkpoint-20", "model.safetensors"])
+def test_the_folder_of_a_training_is_refused(name, student_path, tmp_path, capsys):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(4)])
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / name).write_text("{}")
+    assert f"holds a training run or a model ({name})" in refuse(capsys, arguments(student_path, data, run_dir))
+    assert [path.name for path in run_dir.iterdir()] == [name]

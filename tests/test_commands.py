@@ -2,9 +2,11 @@
 
 import base64
 import json
+import logging
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -72,7 +74,9 @@ def test_a_toy_worlds_recipe_serves_all_commands(tmp_path, capsys):
         + ["--num_samples", "24"]
     )
     few = ["--student_batch_size", "8", "--config", recipe]
-    cli.main(["evaluate", "--datasets", str(data / "train.parquet"), "--seeds", "0", *few])
+    evaluation = ["--datasets", str(data / "train.parquet"), "--seeds", "0", "--output_dir", str(tmp_path / "ev")]
+    cli.main(["evaluate", *evaluation, *few])
+    assert (tmp_path / "ev" / "evaluation.json").exists()
     cli.main(["attribute", "--dataset_name", str(data / "train.parquet"), "--output_dir", str(tmp_path / "at"), *few])
     assert (tmp_path / "at" / "scored.parquet").exists() and "metric before" in capsys.readouterr().out
 
@@ -187,6 +191,27 @@ def test_a_dataset_with_too_few_samples_is_named_with_the_flag(text, arguments, 
     assert raised.value.code == 2 and message.format(str(data)) in capsys.readouterr().err
 
 
+def test_evaluate_shows_one_bar_over_students_and_each_notice_once(world, tmp_path, capsys):
+    student = tmp_path / "student"
+    shutil.copytree(world / "student", student)
+    config = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(config | {"eos_token_id": 3}))  # transformers warns of it
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "lan len lin"}\n{"text": "ton tan"}\n' * 2)
+    data = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    more = ["--student_model_name_or_path", str(student), "--output_dir", str(tmp_path / "out")]
+    transformers_handler = logging.getLogger("transformers").handlers[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers_handler, "stream", sys.stderr)  # that which is captured
+        evaluate(world, "--datasets", *data, "--seeds", "0", "1", *more)
+    printed, errors = capsys.readouterr()
+    assert errors.count("The tokenizer has new PAD/BOS/EOS tokens") == 1
+    assert "4/4" in errors and "student" in errors
+    assert "Tokenizing" not in errors and "Loading weights" not in errors
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert f"| {data[0]} | 4 | {figures['before'][0]:.5g} | " in printed
+
+
 def test_each_seed_draws_its_own_samples(world, tmp_path):
     data, output = tmp_path / "data.jsonl", tmp_path / "figures.json"
     data.write_text("".join(f'{{"text": "{word} {word}"}}\n' for word in ("lan", "ba", "ton", "be", "lin", "do")))
@@ -280,6 +305,9 @@ def test_a_config_file_that_cannot_be_read_is_named(content, message, tmp_path, 
         (["generate", "--max_prompt_tokens", "0"], "--max_prompt_tokens must be at least 1"),
         (["quickstart", "--picture_steps", "0"], "--picture_steps must be at least 1"),
         (["env", "--verbose"], "unrecognized arguments: --verbose"),
+        (["verify", "--metric", "weight_norm", "--student_lr", "1e-3"], "unrecognized arguments: --student_lr 1e-3"),
+        (["dpg", "--metric", "weight_norm", "--student-lr", "1e-3"], "--student_learning_rate"),
+        (["verify", "--metric", "weight_norm", "--student_bath_size=1"], "Did you mean --student_batch_size"),
         (["env", "--config", "none.yaml"], "none.yaml"),
         (["fly"], "invalid choice: 'fly'"),
     ],

@@ -256,6 +256,29 @@ def test_prompts_may_be_a_mixture_of_datasets(tmp_path, monkeypatch):
     assert sorted(trained_on) == ["abcd", "abcd", "efgh", "efgh"]
 
 
+def test_a_recipe_combines_metrics(tmp_path):
+    own = yaml.safe_load((RECIPES / "pattern_67" / "mini.yaml").read_text())
+    part = {"metric": own["metric"], "metric_kwargs": own.get("metric_kwargs") or {}}
+    norm = {"metric": "weight_norm", "weight": 0.001}
+    own |= {"metric": "combined", "metric_kwargs": {"metrics": [part, norm]}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    curves = run(tmp_path / "own.yaml", tmp_path / "out", "--max_steps", "1", "--evaluate", "false")["curves"]
+    assert {"dpg/pixel_accuracy", "dpg/weight_norm"} <= set(curves)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ([], "combined needs `metrics`"),
+        ([{"metric": "weight_norm", "weights": 2}], "got {'metric': 'weight_norm', 'weights': 2}"),
+        ([{"metric": "weight_nrm"}], "Did you mean 'weight_norm'?"),
+    ],
+)
+def test_a_combined_metric_that_cannot_be_made_is_named(metrics, message):
+    with pytest.raises(registry.UsageError, match=re.escape(message)):
+        registry.named_metric("combined", {"metrics": metrics})
+
+
 # -- the honest test -------------------------------------------------------------------------------------------------
 
 

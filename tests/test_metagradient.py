@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -626,3 +629,39 @@ class _ExplodingGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, x_bar):
         return x_bar * torch.inf
+
+
+# -- samples that are the same ---------------------------------------------------------------------------------------
+
+
+SYSTEM = "w20 w21 w22 w23 w24 w25"
+
+
+def chat_student():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = f"{SYSTEM} {{% for message in messages %}}{{{{ message.content }}}} {{% endfor %}}"
+    return Student(make_model(), tokenizer)
+
+
+def test_samples_that_the_chat_templates_header_makes_the_same_raise():
+    rows = [{"messages": [{"role": "user", "content": f"w{k} w{k + 1}"}]} for k in range(4)]
+    config = InnerLoopConfig(batch_size=4, max_length=6)
+    with pytest.raises(ValueError, match=r"same 6 tokens within `max_length` = 6 .*chat template"):
+        metagradient(chat_student(), rows, METRIC, config)
+    assert metagradient(chat_student(), rows, METRIC, replace(config, max_length=8)).num_truncated == 0
+
+
+def test_prompts_that_fill_max_length_raise():
+    rows = [{"prompt": f"w1 w2 w3 w4 w{k}", "completion": " w5 w6"} for k in range(4)]
+    with pytest.raises(ValueError, match=r"token to learn from within `max_length` = 4 "):
+        metagradient(chat_student(), rows, METRIC, InnerLoopConfig(batch_size=4, max_length=4))
+
+
+def test_equal_texts_are_no_error_cut_off_or_not(monkeypatch):
+    said = []
+    logger = SimpleNamespace(warning_once=said.append)
+    monkeypatch.setattr(sys.modules["trl_dpg.metagradients.metagradient"], "logger", logger)
+    for max_length in (3, 1024):
+        out = metagradient(chat_student(), ["w1 w2 w3 w4"] * 4, METRIC, InnerLoopConfig(max_length=max_length))
+        assert torch.allclose(out.scores, out.scores[:1])
+        assert said.pop().startswith("All 4 samples are the same tokens")

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
+from datetime import datetime
 from html.parser import HTMLParser
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_a_bare_log_of_a_run_that_goes_on_is_enough(tmp_path):
     (folder / "dpg_log.jsonl").write_text(json.dumps(first) + '\n{"step": 2, "ep')
     path, text = make_report(folder)
     assert path == folder / "report" / "report.html"
-    assert "still running" in text and "picture" not in text and "Best and worst" not in text
+    assert "not finished; last log line" in text and "picture" not in text and "Best and worst" not in text
 
 
 def test_long_texts_and_long_runs_stay_below_five_megabytes(tmp_path):
@@ -219,3 +221,12 @@ def test_runs_of_different_metrics_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(["report", "--run_dir", *map(str, runs), "--output_dir", str(tmp_path / "report")])
     assert raised.value.code == 2 and "runs of different metrics" in capsys.readouterr().err
+
+
+def test_of_a_run_that_stopped_the_time_of_its_last_log_line_is_given(tmp_path):
+    log = write_run(tmp_path / "run") / "dpg_log.jsonl"
+    log.write_text("".join(line for line in log.open() if "train_runtime" not in line))
+    noon = datetime(2026, 1, 2, 12, 30).timestamp()
+    os.utime(log, (noon, noon))
+    text = make_report(tmp_path / "run")[1]
+    assert "not finished; last log line 2026-01-02 12:30" in text and "running" not in text

@@ -11,6 +11,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import toy
 from trl_dpg.rewards import EmbeddingSimilarityReward, LanguageIDReward, LevenshteinReward, language_id
+from trl_dpg.scripts.arguments import UsageError
+from trl_dpg.scripts.registry import make_rewards
 
 
 RNG = random.Random(0)
@@ -155,3 +157,15 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(package, make, mo
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'trl-dpg\[rewards\]'"):
         make()
+
+
+def test_language_id_without_a_network_is_a_usage_error_with_the_remedy():
+    """The tests run offline, and the default classifier is not on the disk."""
+    with pytest.raises(UsageError, match=r"--reward_kwargs of 'language_id': .*could not be downloaded.*as `model`"):
+        make_rewards(["language_id"], {"language_id": {"language": "spa_Latn"}})
+
+
+def test_an_extra_that_a_reward_lacks_is_a_usage_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fasttext", None)
+    with pytest.raises(UsageError, match=r"'language_id': .*trl-dpg\[rewards\]"):
+        make_rewards(["language_id"], {"language_id": {"language": "spa_Latn"}})

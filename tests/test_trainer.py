@@ -6,9 +6,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, TrlParser
 
-from tests.small_runs import TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.small_runs import TOKENIZER, TRAIN_METRIC, TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import DPGConfig, InnerLoopConfig, Student
+from trl_dpg.metrics import LanguageModelingMetric
 
 
 def train_logs(trainer):
@@ -44,6 +45,30 @@ def test_further_rewards_and_weights_go_beside_the_dpg_reward(tmp_path):
     (log,) = train_logs(trainer)
     expected = log["rewards/dpg/mean"] + 0.5 * log["rewards/length/mean"]
     assert log["reward"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_one_weight_less_is_for_the_further_rewards_and_another_number_raises(tmp_path):
+    def length(completions, **kwargs):
+        return [float(len(completion)) for completion in completions]
+
+    args = dpg_config(tmp_path, reward_weights=[0.5])
+    trainer = make_trainer(args, reward_funcs=length)
+    assert trainer.reward_weights.tolist() == [1.0, 0.5] and args.reward_weights == [0.5]
+    with pytest.raises(ValueError, match=r"3 weights for 2 rewards: DPG's comes first"):
+        make_trainer(dpg_config(tmp_path, reward_weights=[1.0, 1.0, 1.0]), reward_funcs=length)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("language_modeling", r"the text 'language_modeling'.*LanguageModelingMetric\(texts\)"),
+        ([TRAIN_METRIC, TRAIN_METRIC], r"is a list.*CombinedMetric\(metrics, weights\)"),
+        (LanguageModelingMetric, "the class LanguageModelingMetric. Pass an instance"),
+    ],
+)
+def test_what_is_no_metric_is_told_what_to_pass(metric, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(dpg_config(tmp_path), target_metric=metric)
 
 
 def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
@@ -127,6 +152,17 @@ def test_the_model_card_names_paper_metric_student_and_inner_loop(tmp_path):
     for part in ("2604.08423", "Synthetic Data for any Differentiable Target", "LanguageModelingMetric", "dpg"):
         assert part in card
     assert "`LlamaForCausalLM`" in card and '"learning_rate": 0.001' in card
+
+
+def test_the_model_card_links_nothing_that_is_local(tmp_path):
+    trainer = make_trainer(dpg_config(tmp_path / "spanish"))
+    (tmp_path / "texts.jsonl").write_text("{}")
+    for dataset_name in (str(tmp_path / "texts.jsonl"), f"{tmp_path}/*.jsonl", "someone/texts"):
+        trainer.create_model_card(dataset_name=dataset_name)
+        card = (tmp_path / "spanish" / "README.md").read_text()
+        assert "# Model Card for spanish\n" in card and "None" not in card.split("## Dataset Policy")[0]
+        assert ("huggingface.co/datasets" in card) == (dataset_name == "someone/texts")
+        assert str(tmp_path) not in card
 
 
 def test_a_checkpoints_card_shows_the_first_and_the_last_step_that_logged_a_figure(tmp_path):

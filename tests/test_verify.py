@@ -254,9 +254,17 @@ def test_samples_of_a_file_are_taken_as_they_are(tmp_path):
     assert figures["num_samples"] == 4
 
 
+def test_samples_that_lack_the_columns_of_a_recipes_template_are_taken_as_they_are(tmp_path, capsys):
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in ("ab cd", "ef", "ghi j")))
+    data = ["--dataset_name", str(tmp_path / "texts.jsonl"), "--student_batch_size", "2"]
+    assert run(tmp_path, *data, "--prompt_template", "Rephrase: {article}")["num_samples"] == 3
+    assert "taken as they are" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt_template", ""], "--prompt_template is empty"),
         (["--num_directions", "2"], "--num_directions must be at least 3"),
         (["--num_samples", "1"], "--num_samples must be at least 2"),
         (["--attribution", "dataset"], "--attribution dataset computes no scores"),
@@ -354,3 +362,16 @@ def test_verify_steps_without_scores_raise(kwargs, message):
 def test_bad_arguments_raise(kwargs, message):
     with pytest.raises(ValueError, match=message):
         verify(**dict(student=Student(make_model()), examples=SAMPLES, metric=METRIC) | kwargs)
+
+
+def test_samples_that_are_all_the_same_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="all 4 samples are the same tokens"):
+        verify(make_student(), ["w1 w2 w3"] * 4, small_runs.METRIC, small_runs.CONFIG, num_directions=3)
+    make_student().model.save_pretrained(tmp_path)
+    small_runs.TOKENIZER.save_pretrained(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "w1 w2 w{k}"}}\n' for k in range(4)))
+    command = ["verify", "--dataset_name", str(tmp_path / "texts.jsonl"), "--student_max_length", "2"]
+    command += ["--student_model_name_or_path", str(tmp_path), "--metric", "weight_norm", "--student_batch_size", "4"]
+    with pytest.raises(SystemExit) as raised:
+        cli.main(command)
+    assert raised.value.code == 2 and "within --student_max_length = 2 tokens" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from scipy.stats import t
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import SFTConfig, SFTTrainer
@@ -168,6 +169,7 @@ def compare_datasets(
     config: InnerLoopConfig,
     seeds: Sequence[int] = (0, 1, 2),
     num_samples: int | None = None,
+    progress: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """
     Fine-tune a fresh student for each seed and dataset, see [`evaluate_dataset`], and compare the datasets.
@@ -185,6 +187,8 @@ def compare_datasets(
             The seeds. A seed determines the samples, their order and the initial adapters.
         num_samples (`int`, *optional*):
             Samples to draw from each dataset; all of them by default.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar over the students.
 
     Returns:
         `Iterator[dict[str, Any]]`:
@@ -205,11 +209,12 @@ def compare_datasets(
                 f"num_samples is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
-    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, num_samples)
+    bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress)
+    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, num_samples, bar)
 
 
 def _compare_seed_by_seed(
-    load_student, datasets, empty, metric, config, seeds, num_samples
+    load_student, datasets, empty, metric, config, seeds, num_samples, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """The generator of [`compare_datasets`]. It is a function of its own so that the checks run at the call."""
     first, *_ = datasets
@@ -222,12 +227,14 @@ def _compare_seed_by_seed(
             if num_samples is not None:
                 dataset = dataset.shuffle(seed=seed).select(range(num_samples))
             runs[name].append(evaluate_dataset(load, dataset, metric, config, seed).figures())
+            bar.update()
         figures = {}
         for name, dataset in datasets.items():
             figures[name] = {"samples": num_samples or len(dataset), "empty": empty[name]} | summarize(runs[name])
             if name != first:
                 figures[name]["first_minus_this"] = paired_difference(runs[first], runs[name])
         yield {"seeds": list(seeds[: len(before)]), "before": list(before), "datasets": figures}
+    bar.close()
 
 
 def metric_at_start(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:

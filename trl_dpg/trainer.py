@@ -4,11 +4,14 @@ import json
 import os
 import textwrap
 from collections.abc import Callable
+from copy import copy
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
@@ -55,7 +58,8 @@ class DPGTrainer(GRPOTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
             Prompts, as for GRPO.
         reward_funcs (*optional*):
-            Rewards in addition to that of DPG. `args.reward_weights` then starts with the weight of DPG's reward.
+            Rewards in addition to that of DPG. `args.reward_weights` then starts with the weight of DPG's reward. If
+            there is one weight less, as in a script for GRPO, DPG's weight is 1.
         student_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the student; overrides the `student_lora_*` arguments.
         student_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -73,8 +77,9 @@ class DPGTrainer(GRPOTrainer):
 
     Raises:
         `ValueError`:
-            If the student or the metric is missing, if `args` is not a [`DPGConfig`], if student and generator share
-            parameters, or if there are fewer prompts than a generation batch needs.
+            If the student or the metric is missing, if the metric is not callable, if the number of `reward_weights`
+            is wrong, if `args` is not a [`DPGConfig`], if student and generator share parameters, or if there are fewer
+            prompts than a generation batch needs.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -111,10 +116,7 @@ class DPGTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
-        if target_metric is None:
-            raise ValueError(
-                "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
-            )
+        metric = _checked_metric(target_metric)
         student = _given_student(args, student)
         _check_prompts(args, train_dataset)
         _check_apart(model, student)
@@ -122,10 +124,11 @@ class DPGTrainer(GRPOTrainer):
             args, student, student_processing_class, student_peft_config, student_quantization_config
         )
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        args = _with_reward_weights(args, len(further))
         self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
             student,
-            target_metric,
+            metric,
             args.inner_loop_config(),
             cross_group_batching=args.cross_group_batching,
             num_generations=args.num_generations,
@@ -165,13 +168,24 @@ class DPGTrainer(GRPOTrainer):
                     logged.setdefault(name.removeprefix("dpg/"), []).append(value)
         return [(name, values[0], values[-1]) for name, values in logged.items()]
 
-    def create_model_card(self, *args, **kwargs):
-        """TRL's model card, with a section on the metric, the student, the inner loop and the results."""
-        super().create_model_card(*args, **kwargs)
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ):
+        """
+        TRL's model card, and what the generator was trained for: metric, student and inner loop.
+
+        The model is called as its output folder if `model_name` is not given. Models and datasets that are local files
+        are not linked to the Hub.
+        """
+        name = model_name or Path(self.args.hub_model_id or self.args.output_dir).name
+        super().create_model_card(name, dataset_name if _is_on_the_hub(dataset_name) else None, tags)
         if not self.is_world_process_zero():
             return
         path = os.path.join(self.args.output_dir, "README.md")
         card = ModelCard.load(path)
+        base = Path(self.model.config._name_or_path).name
+        card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a local model")
+        card.text = card.text.replace('model="None"', f'model="{name}"')
         student, metric = self.dpg_reward.student, self.dpg_reward.metric
         metric_name = type(metric).__name__ if not hasattr(metric, "__name__") else metric.__name__
         card.text += "\n" + textwrap.dedent("""
@@ -210,6 +224,17 @@ class DPGTrainer(GRPOTrainer):
         card.save(path)
 
 
+def _is_on_the_hub(dataset_name: str | None) -> bool:
+    """Whether the name is an id of the Hub, and not that of a file or folder."""
+    if dataset_name is None or os.path.exists(dataset_name):
+        return False
+    try:
+        validate_repo_id(dataset_name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def _given_student(args, student):
     """The student from the argument or, if it is `None`, from the configuration."""
     if not isinstance(args, DPGConfig):
@@ -220,6 +245,41 @@ def _given_student(args, student):
     if student is None:
         raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
     return student
+
+
+def _checked_metric(metric) -> Callable[[FinetunedStudent], Tensor]:
+    if metric is None:
+        raise ValueError(
+            "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
+        )
+    if isinstance(metric, str):
+        raise ValueError(
+            f"`target_metric` is the text {metric!r}. Names of metrics are for recipes and commands, which give a "
+            "metric its arguments. Pass the metric itself, e.g. trl_dpg.metrics.LanguageModelingMetric(texts)."
+        )
+    if isinstance(metric, list | tuple):
+        raise ValueError(
+            f"`target_metric` is a {type(metric).__name__}, but the student has one metric. Pass the weighted sum: "
+            "trl_dpg.metrics.CombinedMetric(metrics, weights)."
+        )
+    if isinstance(metric, type):
+        raise ValueError(f"`target_metric` is the class {metric.__name__}. Pass an instance, with its arguments.")
+    return metric
+
+
+def _with_reward_weights(args: DPGConfig, num_further: int) -> DPGConfig:
+    """The arguments with a weight for each reward: DPG's, then those of the further ones."""
+    weights = args.reward_weights
+    if weights is None or len(weights) == 1 + num_further:
+        return args
+    if len(weights) != num_further:
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} weights for {1 + num_further} rewards: DPG's comes first, then "
+            f"those of the {num_further} `reward_funcs`. Without DPG's, which is then 1, give {num_further}."
+        )
+    args = copy(args)
+    args.reward_weights = [1.0, *weights]
+    return args
 
 
 def _check_prompts(args: DPGConfig, train_dataset) -> None:

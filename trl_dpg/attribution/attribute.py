@@ -128,7 +128,7 @@ def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: 
         "metric_after": None,
     }
     token_scores = [[0.0] * length for length in record["num_tokens"]]
-    if any(sample.num_supervised for sample in fine_tuning.samples):
+    if any(sample.num_supervised or sample.truncated for sample in fine_tuning.samples):  # none after a cut: an error
         out = differentiate(fine_tuning, metric, metric_before=metric_before)
         record |= {"metric_before": out.metric_before, "metric_after": out.metric_after}
         record["scores"] = out.scores[chunk.scored].tolist()

@@ -26,15 +26,22 @@ class FineTuning:
         config (`InnerLoopConfig`): The inner loop.
 
     Attributes:
+        examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): The N samples as they were given.
         samples (`list[TokenizedExample]`): The N samples as the student reads them.
         steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
     """
 
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
-        self.student, self.config = student, config
+        self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
         with self.modes():
             self.steps = plan_steps(student, self.samples, config)
+
+    @property
+    def samples_are_identical(self) -> bool:
+        """Whether there are several samples, and all of them are the same tokens."""
+        first, *others = self.samples
+        return bool(others) and all(sample.input_ids == first.input_ids for sample in others)
 
     @contextmanager
     def modes(self) -> Iterator[None]:

@@ -110,8 +110,9 @@ def metagradient(
     Raises:
         `ValueError`:
             Before any training: if the metric is not a finite, differentiable scalar that depends on the student, if
-            `weights` have another length or are not finite, if no sample has a supervised token, if the student's
-            attention has no second derivative, or if its 4-bit layers disagree with their dequantised weights.
+            `weights` have another length or are not finite, if no sample has a supervised token, if different samples
+            are the same tokens because they were cut off, if the student's attention has no second derivative, or if
+            its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite. The message names the likely cause.
     """
@@ -127,7 +128,7 @@ def differentiate(
     """[`metagradient`] for samples that are tokenised already, and whose batches are planned."""
     student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
     _check_student(student, config)
-    _check_samples(samples, config)
+    check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution == "metagradient"
     with fine_tuning.modes():
@@ -163,17 +164,39 @@ def differentiate(
     )
 
 
-def _check_samples(samples: Sequence[TokenizedExample], config: InnerLoopConfig) -> None:
-    if any(sample.truncated for sample in samples):
+def check_samples(fine_tuning: FineTuning) -> None:
+    """Refuse samples that have nothing to learn from, or that max_length makes the same."""
+    samples, max_length = fine_tuning.samples, fine_tuning.config.max_length
+    truncated = any(sample.truncated for sample in samples)
+    if truncated:
         logger.warning_once(
-            f"Some samples are longer than max_length = {config.max_length} tokens (or the model's positions) and "
+            f"Some samples are longer than max_length = {max_length} tokens (or the model's positions) and "
             "were cut off. This warning is shown only once. `num_truncated` counts these samples."
         )
+    template = ", which the chat template's own tokens fill" if _are_conversations(fine_tuning.examples) else ""
+    cut = f"`max_length` = {max_length} tokens (or the model's positions){template}. Raise `max_length`."
     if not any(sample.num_supervised for sample in samples):
+        if truncated:
+            raise ValueError(f"None of the {len(samples)} samples has a token to learn from within {cut}")
         raise ValueError(
             f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short to have a "
             "loss. Check the generator's completions and the student's tokenizer."
         )
+    if any(sample.truncated and not sample.num_supervised for sample in samples):
+        logger.warning_once(
+            f"Some samples have no token to learn from within {cut} This is said once; they are counted in "
+            "`num_empty`."
+        )
+    if not fine_tuning.samples_are_identical:
+        return
+    if truncated and any(example != fine_tuning.examples[0] for example in fine_tuning.examples):
+        raise ValueError(f"All {len(samples)} samples are the same {len(samples[0].input_ids)} tokens within {cut}")
+    logger.warning_once(f"All {len(samples)} samples are the same tokens, so that no sample is better than another.")
+
+
+def _are_conversations(examples: Examples) -> bool:
+    row = examples[0]
+    return not isinstance(row, str) and ("messages" in row or isinstance(row.get("prompt"), list))
 
 
 def _check_student(student: Student, config: InnerLoopConfig) -> None:

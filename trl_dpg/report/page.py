@@ -132,7 +132,8 @@ def overview(runs: list[Run]) -> str:
             (line["scalars"]["train_runtime"] for line in run.lines if "train_runtime" in line["scalars"]), None
         )
         rows.append([escape(run.name), str(seed), steps, show(after[0]), show(after[-1])])
-        rows[-1].append("still running" if seconds is None else f"{seconds:.0f} s")
+        unfinished = f"not finished; last log line {run.last_logged:%Y-%m-%d %H:%M}"
+        rows[-1].append(unfinished if seconds is None else f"{seconds:.0f} s")
     return table(rows, ["run", "seed", "steps", "Φ at first", "Φ at last", "time"])
 
 

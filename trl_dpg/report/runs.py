@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Run:
         config (`dict`): `dpg_config.json`.
         summary (`dict`): `summary.json`.
         state (`dict`): `trainer_state.json`, of the folder or of the last checkpoint.
+        last_logged (`datetime`): When `dpg_log.jsonl` was last written to.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Run:
     config: dict[str, Any]
     summary: dict[str, Any]
     state: dict[str, Any]
+    last_logged: datetime
 
     def series(self, name: str, mode: str) -> dict[int, float]:
         """The values of a scalar by step, in `"train"` or `"eval"` mode."""
@@ -88,6 +91,7 @@ def read_run(folder: Path) -> Run:
         config=read(folder / CONFIG_NAME),
         summary=read(folder / "summary.json"),
         state=read(states[0]) if states else {},
+        last_logged=datetime.fromtimestamp(log.stat().st_mtime),
     )
 
 

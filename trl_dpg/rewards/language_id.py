@@ -27,7 +27,7 @@ class LanguageIDReward:
             repository that has the classifier as `model.bin`; it is downloaded (1.2 GB for the default one).
 
     Raises:
-        `ValueError`: If the file does not exist, or the classifier does not know the language.
+        `ValueError`: If there is no such file, it cannot be downloaded, or the classifier does not know the language.
     """
 
     __name__ = "language_id"  # the reward's name in TRL's logs
@@ -37,7 +37,15 @@ class LanguageIDReward:
             import fasttext
         except ImportError as error:
             raise ImportError("LanguageIDReward needs fastText: pip install 'trl-dpg[rewards]'") from error
-        path = model if Path(model).suffix in (".bin", ".ftz") else hf_hub_download(model, "model.bin")
+        path = model
+        if Path(model).suffix not in (".bin", ".ftz"):
+            try:
+                path = hf_hub_download(model, "model.bin")
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"The classifier {model!r} of the reward language_id could not be downloaded from the Hub. "
+                    "Download it where there is a network, or give a classifier's file as `model`, e.g. 'lid.176.bin'."
+                ) from error
         self.model = fasttext.load_model(path)
         self.label = f"__label__{language}"
         if self.label not in self.model.labels:

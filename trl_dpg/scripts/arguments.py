@@ -13,6 +13,7 @@ METRICS = {
     "weight_pattern": "trl_dpg.metrics.WeightPatternMetric",
     "qr_code": "trl_dpg.metrics.QRCodeMetric",
     "weight_norm": "trl_dpg.metrics.WeightNormMetric",
+    "combined": "trl_dpg.scripts.registry.combined",
 }
 REWARDS = {
     "contains": "trl_dpg.rewards.ContainsReward",
@@ -83,8 +84,9 @@ class MetricArguments(CommandArguments):
 
     Args:
         metric (`str`):
-            The target metric: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`, `"qr_code"`, `"weight_norm"`, or
-            a dotted import path. The path names a callable that maps the fine-tuned student to a scalar tensor. With
+            The target metric: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`, `"qr_code"`, `"weight_norm"`,
+            `"combined"` (of `metrics`: a list of entries with `metric`, `metric_kwargs` and `weight`), or a dotted
+            import path. The path names a callable that maps the fine-tuned student to a scalar tensor. With
             `metric_kwargs`, or if it names a class, the path names a callable that makes the metric.
         metric_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the metric. JSON on the command line.
@@ -131,6 +133,8 @@ class PromptArguments(CommandArguments):
     def __post_init__(self):
         super().__post_init__()
         at_least(1, max_prompt_tokens=self.max_prompt_tokens)
+        if self.prompt_template == "":
+            raise UsageError("--prompt_template is empty. Leave it out, or give a text such as 'Rephrase: {text}'.")
 
 
 @dataclass

@@ -29,6 +29,7 @@ from trl_dpg.attribution import Attribution, Journal, attribute
 from trl_dpg.attribution import plan_chunks as plan_chunks
 from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
+from trl_dpg.callbacks import CONFIG_NAME, LOG_NAME
 from trl_dpg.config import StudentArguments
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
@@ -47,6 +48,7 @@ MEMORY_ONLY = (  # settings that may change when a run is resumed
 )
 ROWS_PER_READ = 1000
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
+OF_A_TRAINING = (CONFIG_NAME, LOG_NAME, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors", "*.bin")
 FLAGS = {name: name for name in ("output_dir", "overwrite", "num_repeats")} | {"chunk_size": "dataset_chunk"}
 """What the library's arguments are called here, beside those of the student."""
 
@@ -194,6 +196,12 @@ def preview(row: dict[str, Any], student, width: int = 90) -> str:
 
 def check_folder(output_dir: Path) -> None:
     """Refuse the folder of another command."""
+    found = sorted(path.name for pattern in OF_A_TRAINING for path in output_dir.glob(pattern))
+    if found:
+        raise UsageError(
+            f"--output_dir {str(output_dir)!r} holds a training run or a model ({found[0]}). A recipe's `output_dir` "
+            "is that of its training. Choose another folder."
+        )
     if not (output_dir / "attribution.jsonl").exists() and (output_dir / "summary.json").exists():
         raise UsageError(
             f"--output_dir {str(output_dir)!r} has the summary.json of another command. Choose another folder."
@@ -220,10 +228,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
     try:
         size = chunk_size(script_args.dataset_chunk, config.batch_size)
         output_dir = make_folder("output_dir", script_args.output_dir)
+        check_folder(output_dir)
         with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
             check_student(student_args)
             dataset, samples = load_samples(script_args)
-        check_folder(output_dir)
         settings = run_settings(script_args, student_args, samples, size)
         with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
             if state.is_main_process and journal.is_new:

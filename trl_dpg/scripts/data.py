@@ -1,7 +1,10 @@
 """Loads the datasets and models that arguments name, and checks that they exist."""
 
 import glob
+import re
+from collections.abc import Collection
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError
@@ -39,6 +42,15 @@ def load_data(
     if not streaming and len(data) == 0:
         raise UsageError(f"--{flag}: {name!r} has no rows (split {split!r}).")
     return data
+
+
+def fits(template: str, columns: Collection[str]) -> bool:
+    """Whether a prompt's template takes all its fields from columns of this dataset."""
+    try:
+        fields = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise UsageError(f"--prompt_template cannot be read ({error}). Double the braces of the text.") from error
+    return {re.split(r"[.\[]", field)[0] for field in fields} <= set(columns)
 
 
 def make_prompts(dataset, arguments: PromptArguments, tokenizer):

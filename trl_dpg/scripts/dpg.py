@@ -106,9 +106,10 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
     from trl_dpg import DPGTrainer
 
     weights = training_args.reward_weights
-    if weights is not None and len(weights) != 1 + len(rewards):
+    if weights is not None and len(weights) not in (len(rewards), 1 + len(rewards)):
         raise UsageError(
-            f"--reward_weights has {len(weights)} weights for {1 + len(rewards)} rewards: DPG's, then --reward_funcs."
+            f"--reward_weights has {len(weights)} weights for {1 + len(rewards)} rewards: DPG's, then --reward_funcs. "
+            "DPG's may be left out; it is then 1."
         )
     path = model_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs(training_args, model_args))

@@ -9,15 +9,22 @@ the start of the adapters anew. Intervals are 95 % confidence intervals by Stude
 """
 
 import json
+import logging
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
 from ..evaluation import compare_datasets, interval
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import FORMATS, check_student, load_data, one_process
+from .data import FORMATS, check_student, load_data, make_folder, one_process
 from .registry import make_metric
 from .toy_world import toy_world
 
@@ -39,15 +46,20 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             Seeds. Each dataset has a student for each seed.
         num_samples (`int`, *optional*):
             Number of samples to draw from each dataset, so that all have the same size. Each seed draws them anew.
+        output_dir (`str`, *optional*):
+            Folder for `evaluation.json`, which has the figures. It is written after each seed.
         output_file (`str`, *optional*):
-            File for the figures, as JSON. It is written after each seed.
+            Another file for the figures, in the place of that one.
     """
 
     datasets: list[str] = field(default_factory=list, metadata={"help": "Files or Hub ids."})
     dataset_split: str = field(default="train", metadata={"help": "The split to read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each seed."})
     num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from each dataset."})
-    output_file: str | None = field(default=None, metadata={"help": "File for the figures, as JSON."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for evaluation.json."})
+    output_file: str | None = field(
+        default=None, metadata={"help": "File for the figures, as JSON, in the place of that in output_dir."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,6 +78,9 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
 def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
+    path = None if script_args.output_file is None else Path(script_args.output_file)
+    if path is None and script_args.output_dir is not None:
+        path = make_folder("output_dir", script_args.output_dir) / "evaluation.json"
     with toy_world(script_args, student_args.seed, student_args):
         check_student(student_args)
         metric = make_metric(script_args)
@@ -78,18 +93,51 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
                 student_args.inner_loop_config(),
                 script_args.seeds,
                 script_args.num_samples,
+                progress=True,
             )
         except ValueError as error:  # names the argument
             raise UsageError(f"--{error}") from error
-        for figures in comparison:
-            for name, row in figures["datasets"].items():
-                before, after = figures["before"][-1], row["metric"][-1]
-                print(f"seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}", flush=True)
-            if script_args.output_file is not None:
-                Path(script_args.output_file).parent.mkdir(parents=True, exist_ok=True)
-                Path(script_args.output_file).write_text(json.dumps(figures, indent=2))
+        with one_bar_and_each_notice_once():
+            for figures in comparison:
+                for name, row in figures["datasets"].items():
+                    before, after = figures["before"][-1], row["metric"][-1]
+                    tqdm.write(f"seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}")
+                    sys.stdout.flush()
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(json.dumps(figures, indent=2))
     print(render(figures))
+    if path is not None:
+        print(f"All figures: {path}")
     return figures
+
+
+@contextmanager
+def one_bar_and_each_notice_once() -> Iterator[None]:
+    """Without the bars of models and datasets; what transformers warns of for each student is said once."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in said
+        said.add(message)
+        return new
+
+    shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    handlers = [handler for name in ("", "transformers") for handler in logging.getLogger(name).handlers]
+    transformers_logging.disable_progress_bar()
+    disable_progress_bars()
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+        if shown[0]:
+            transformers_logging.enable_progress_bar()
+        if shown[1]:
+            enable_progress_bars()
 
 
 def load_datasets(script_args: EvaluateArguments) -> dict[str, Any]:
@@ -114,25 +162,29 @@ def plus_minus(figure: dict[str, Any]) -> str:
 
 def render(figures: dict[str, Any]) -> str:
     """The figures as a table for the terminal."""
+    before = f"{statistics.mean(figures['before']):.5g}"
     lines = [
         "",
-        f"metric before: {statistics.mean(figures['before']):.5g}; after, {len(figures['seeds'])} seeds, 95 %:",
+        f"{len(figures['seeds'])} seeds, 95 %; before: the student without any fine-tuning",
         "",
-        "| dataset | samples | metric | first minus this |",
-        "|---|---|---|---|",
+        "| dataset | samples | metric before | after | first minus this |",
+        "|---|---|---|---|---|",
     ]
     for name, row in figures["datasets"].items():
         difference = row.get("first_minus_this")
-        cells = [name, str(row["samples"]), plus_minus(row), plus_minus(difference) if difference else ""]
+        cells = [name, str(row["samples"]), before, plus_minus(row), plus_minus(difference) if difference else ""]
         lines.append(f"| {' | '.join(cells)} |")
+    same = []
     for name, row in figures["datasets"].items():
         if row["empty"]:
             lines.append(f"{name}: {row['empty']} empty samples were left out.")
         if row["half_width"] is not None and row["half_width"] < 1e-5 * abs(row["mean"]):
-            lines.append(
-                f"{name}: the seeds change nothing, because all samples are in one step. The interval is not "
-                "meaningful. Set --num_samples, so that each seed draws other samples."
-            )
+            same.append(name)
+    if same:
+        lines.append(
+            f"{', '.join(same)}: the seeds change nothing, because all samples are in one step. The interval is not "
+            "meaningful. Set --num_samples, so that each seed draws other samples."
+        )
     return "\n".join(lines)
 
 

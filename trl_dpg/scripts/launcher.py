@@ -1,6 +1,8 @@
 """Runs a command: parses its arguments, and starts it in this process or under `accelerate launch`."""
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable
 from subprocess import CalledProcessError
@@ -32,6 +34,7 @@ def run(
     """
     parser = make_parser(prog=f"trl-dpg {command}")
     parser.usage = "%(prog)s [--config recipe.yaml] [--argument value ...]"
+    parser.allow_abbrev = False  # --student_lr must not be read as --student_lr_scheduler_type
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
@@ -44,7 +47,7 @@ def run(
     except ValueError as error:  # from the checks of the arguments
         parser.error(str(error))
     if unknown and not may_launch:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)} (see {parser.prog} --help)")
+        parser.error(_unrecognized(parser, unknown))
     launch_arguments = _for_accelerate(parser, from_config, unknown) if from_config or unknown else []
     if launch_arguments and may_launch:
         _launch(parser, command, argv, unknown, launch_arguments)
@@ -89,8 +92,23 @@ def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unk
                 strangers += values[1:]
                 found[flag] = values[:1]
         if strangers:
-            parser.error(f"{message}: {' '.join(strangers)} (see {parser.prog} --help)")
+            parser.error(_unrecognized(parser, strangers, message))
     return [string for flag, values in found.items() for string in (flag, *values)]
+
+
+def _unrecognized(parser: argparse.ArgumentParser, strings: list[str], message: str = "unrecognized arguments") -> str:
+    """What is said of arguments that are not known: the flags that are nearest to them."""
+    known = [flag for flag in parser._option_string_actions if flag.startswith("--") and "-" not in flag[2:]]
+    near: dict[str, None] = {}
+    for flag, _ in _by_flag(strings):
+        name = flag[2:].replace("-", "_")
+        if flag.startswith("--") and name:
+            # Beginnings and initials of words: student_lr may stand for student_learning_rate
+            words = "".join(f"{re.escape(letter)}(?:[a-z]*_)?" for letter in name)
+            found = [option for option in known if re.match(words, option[2:])]
+            near |= dict.fromkeys(found[:4] or difflib.get_close_matches(f"--{name}", known, n=3))
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{message}: {' '.join(strings)} (see {parser.prog} --help).{hint}"
 
 
 def _by_flag(strings: list[str]) -> list[tuple[str, list[str]]]:

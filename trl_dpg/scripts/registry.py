@@ -47,9 +47,30 @@ def lm_eval(**kwargs):
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
+def combined(metrics: list[dict[str, Any]]):
+    """[`CombinedMetric`] of entries with `metric`, and perhaps `metric_kwargs` and `weight` (1 by default)."""
+    from trl_dpg.metrics import CombinedMetric
+
+    known = {"metric", "metric_kwargs", "weight"}
+    if not isinstance(metrics, list) or not metrics:
+        raise UsageError("--metric_kwargs: combined needs `metrics`, a list of metrics.")
+    for entry in metrics:
+        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - known:
+            raise UsageError(
+                f"--metric_kwargs: an entry of combined's `metrics` has `metric` and perhaps `metric_kwargs` and "
+                f"`weight`, got {entry!r}."
+            )
+    parts = [named_metric(str(entry["metric"]), entry.get("metric_kwargs")) for entry in metrics]
+    return CombinedMetric(parts, [float(entry.get("weight", 1)) for entry in metrics])
+
+
 def make_metric(arguments: MetricArguments):
     """The target metric that the arguments name."""
-    name, kwargs = str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs)
+    return named_metric(str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs))
+
+
+def named_metric(name: str, kwargs: dict[str, Any] | None) -> Any:
+    """The metric with a known name or a dotted import path."""
     metric = resolve(name, METRICS, "metric")
     if kwargs or name in METRICS or isinstance(metric, type):
         return call_with(metric, kwargs or {}, "metric_kwargs", name)
@@ -81,5 +102,5 @@ def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> An
         return function(**kwargs)
     except UsageError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError, ImportError) as error:
         raise UsageError(f"--{flag} of {name!r}: {error}") from error

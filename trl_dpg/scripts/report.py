@@ -7,7 +7,7 @@ Make an HTML report of a run, or of several that differ in their seeds.
 The report is one file that loads no other file. It has curves, the decoded picture over time, score histograms, the
 best and worst samples, settings and environment. The figures are also written beside it as PNGs. The report is made
 from `dpg_log.jsonl` (see docs/logging.md), and from `dpg_config.json`, `summary.json` and `trainer_state.json` if the
-run has them. The run may still be going on.
+run has them. The run need not be finished.
 """
 
 import sys

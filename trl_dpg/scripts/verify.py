@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import check_student, complete_prompts, make_folder, one_process, read_dataset, read_prompts
+from .data import check_student, complete_prompts, fits, make_folder, one_process, read_dataset, read_prompts
 from .flags import in_flags
 from .registry import make_metric
 from .toy_world import toy_world
@@ -29,7 +29,7 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
     Arguments of `trl-dpg verify`.
 
     The dataset has samples (`text`, `messages`, `input_ids`, or `prompt` and `completion`), or it has prompts (a
-    column `prompt`, or `prompt_template`), which the generator completes.
+    column `prompt`, or the columns of `prompt_template`), which the generator completes.
 
     Args:
         num_samples (`int`, *optional*):
@@ -76,14 +76,17 @@ class VerifyArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
 def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> list[Any]:
     """The dataset's samples or, if it has prompts, the generator's texts after them."""
     data = read_dataset(script_args)
-    columns = set(data.column_names)
-    of_prompts = script_args.prompt_template is not None or ("prompt" in columns and "completion" not in columns)
-    if not of_prompts:
-        if not columns & {"text", "messages", "input_ids", "completion"}:
+    columns, template = set(data.column_names), script_args.prompt_template
+    samples = columns & {"text", "messages", "input_ids", "completion"}
+    makes_prompts = template is not None and (not samples or fits(template, columns))
+    if not makes_prompts and ("prompt" not in columns or "completion" in columns):
+        if not samples:
             raise UsageError(
                 f"--dataset_name: {script_args.dataset_name!r} has the columns {sorted(columns)}; samples have "
                 "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
             )
+        if template is not None:
+            print(f"The samples are taken as they are: they have no columns for {template!r}.", flush=True)
         return list(data.select(range(min(num_samples, len(data)))))
     from trl_dpg.generation import prompt_completion_pairs
 
@@ -107,16 +110,19 @@ def main(script_args: VerifyArguments, student_args) -> None:
         examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
     print(f"Student: {student.describe()}; {len(examples)} samples.", flush=True)
-    result = verify(
-        student,
-        examples,
-        metric,
-        student_args.inner_loop_config(),
-        num_directions=script_args.num_directions,
-        compare_precision=script_args.compare_precision,
-        try_remedies=script_args.try_remedies,
-        seed=student_args.seed,
-    )
+    try:
+        result = verify(
+            student,
+            examples,
+            metric,
+            student_args.inner_loop_config(),
+            num_directions=script_args.num_directions,
+            compare_precision=script_args.compare_precision,
+            try_remedies=script_args.try_remedies,
+            seed=student_args.seed,
+        )
+    except ValueError as error:
+        raise UsageError(in_flags(str(error))) from error
     print(in_flags(result.render()))
     if script_args.output_dir is not None:
         path = Path(script_args.output_dir) / "verify.json"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..metagradients import InnerLoopConfig, metagradient
 from ..metagradients.fine_tuning import FineTuning
+from ..metagradients.metagradient import check_samples
 from ..student import Examples, FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype, in_precision
@@ -184,14 +185,15 @@ def verify(
             Seed of the changes of the data weights.
 
     Raises:
-        `ValueError`: If `attribution="dataset"`, which has no scores, if there are fewer than 3 directions or 2
-            samples, if the step is not in (0, 0.5), or in the cases of [`metagradient`].
+        `ValueError`: If the baseline without scores is asked for (`attribution="dataset"`), there are fewer than 3
+            directions or 2 samples, all samples are the same, the step does not lie in (0, 0.5), or for what
+            [`metagradient`] raises it.
     """
     config = replace(config or InnerLoopConfig(), per_token=False)
     _check_arguments(config, num_directions, step)
     started = time.perf_counter()
     set_up = SetUp(student, examples, metric, config, step)
-    fine_tuning = set_up.fine_tuning()
+    fine_tuning = _checked_fine_tuning(set_up)
     noise = gradient_noise(fine_tuning)
     directions = random_signs(num_directions, len(fine_tuning.samples), seed)
     result = Verification(noise_scale=noise.noise_scale, mean_square_gradient=noise.mean_square)
@@ -214,6 +216,17 @@ def _check_arguments(config: InnerLoopConfig, num_directions: int, step: float) 
         raise ValueError(f"A correlation needs at least 3 directions, got num_directions = {num_directions}.")
     if not 0 < step < 0.5:
         raise ValueError(f"step must lie between 0 and 0.5 (weights stay positive), got {step}.")
+
+
+def _checked_fine_tuning(set_up: SetUp) -> FineTuning:
+    fine_tuning = set_up.fine_tuning()
+    check_samples(fine_tuning)
+    if fine_tuning.samples_are_identical:
+        raise ValueError(
+            f"There is nothing to verify: all {len(fine_tuning.samples)} samples are the same tokens. Give samples "
+            "that differ, or check the generator's texts."
+        )
+    return fine_tuning
 
 
 def _check_predictions(
