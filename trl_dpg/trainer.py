@@ -78,8 +78,8 @@ class DPGTrainer(GRPOTrainer):
     Raises:
         `ValueError`:
             If the student or the metric is missing, if the metric is not callable, if the number of `reward_weights`
-            is wrong, if `args` is not a [`DPGConfig`], if student and generator share parameters, or if there are fewer
-            prompts than a generation batch needs.
+            is wrong, if `args` is not a [`DPGConfig`], if student and generator share parameters, or if there are
+            fewer prompts than a generation batch needs.
     """
 
     _tag_names = ["trl", "dpg"]
