@@ -195,7 +195,7 @@ def check_samples(fine_tuning: FineTuning) -> None:
 
 
 def _are_conversations(examples: Examples) -> bool:
-    row = examples[0]
+    row = next(iter(examples), "")
     return not isinstance(row, str) and ("messages" in row or isinstance(row.get("prompt"), list))
 
 
