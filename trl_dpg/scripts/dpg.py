@@ -36,6 +36,7 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
         "levenshtein": references,
         "embedding_similarity": references | {"model": str(world / "encoder")},
         "language_id": {"language": "B", "model": str(world / "language_id.bin")},
+        "target_language": {"language": (script_args.toy_world_kwargs or {}).get("language", "spa")},  # type: ignore
     }
     given: dict[str, dict] = script_args.reward_kwargs or {}  # type: ignore[assignment]
     script_args.reward_kwargs = given | {

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .arguments import WORLDS, ToyWorldArguments
+from .arguments import WORLDS, ToyWorldArguments, UsageError
 from .data import make_folder, process_state
 from .registry import call_with, resolve
 
@@ -44,7 +44,10 @@ def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: 
     if PartialState().is_main_process:
         make_folder("output_dir", world)
         kwargs = {"folder": world, "seed": seed} | (script_args.toy_world_kwargs or {})  # type: ignore[operator]
-        call_with(make, kwargs, "toy_world_kwargs", str(script_args.toy_world))
+        try:
+            call_with(make, kwargs, "toy_world_kwargs", str(script_args.toy_world))
+        except (ImportError, OSError) as error:
+            raise UsageError(f"--toy_world {script_args.toy_world}: {error}") from error
     PartialState().wait_for_everyone()
     stand_ins = {"model_name_or_path": "generator", "student_model_name_or_path": "student"}
     stand_ins |= {"dataset_name": "prompts.jsonl"}
