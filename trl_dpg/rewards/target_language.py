@@ -23,8 +23,8 @@ class TargetLanguageReward:
     """
     A TRL reward function: 1.0 for completions in a language, else 0.0. Its mean is the share of the language.
 
-    lingua chooses the most likely one of English, Spanish, German, French, Italian and Portuguese. A completion without
-    a word is in none of them. Its models come with its package, so that nothing is downloaded.
+    lingua chooses the most likely one of English, Spanish, German, French, Italian and Portuguese. A completion
+    without a word is in none of them. Its models come with its package, so that nothing is downloaded.
 
     Needs the `rewards` extra (lingua-language-detector).
 

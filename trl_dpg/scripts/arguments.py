@@ -260,8 +260,8 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     Args:
         reward_funcs (`list[str]`, *optional*):
             Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
-            `"language_id"`, `"target_language"`, or dotted import paths. `reward_weights` starts with DPG's weight. A reward with weight 0
-            is only logged.
+            `"language_id"`, `"target_language"`, or dotted import paths. `reward_weights` starts with DPG's weight. A
+            reward with weight 0 is only logged.
         reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
             Arguments of rewards, by their names in `reward_funcs`. JSON on the command line.
         evaluate (`bool`, *optional*, defaults to `True`):
