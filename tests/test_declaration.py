@@ -84,8 +84,9 @@ def test_the_world_has_parallel_texts_and_no_prompt_has_a_held_out_one(cache, tm
     assert len(benchmark) == 20 and len(held_out) == len(english) == NUM_ARTICLES + 1 - 20
     assert not set(benchmark) & set(held_out)
     assert [text.replace("deu", "eng") for text in held_out] == english
-    asked = [message["content"] for (message,) in prompts]
-    assert all(text.startswith("Rephrase this paragraph in other words.\n\neng: ") for text in asked)
+    assert all(message["content"] == declaration.INSTRUCTION for message, _ in prompts)
+    asked = [message["content"] for _, message in prompts]
+    assert all(text.startswith("eng: ") or text == "Second & last." for text in asked)
     assert not any(text in prompt for text in english for prompt in asked) and not any("deu" in text for text in asked)
     assert "co-operation" in asked[0] and not any("Now," in text for text in asked)
     for name in ("generator", "student"):

@@ -37,7 +37,7 @@ FILES = {"eng": "eng", "spa": "spa", "deu": "deu_1996", "fra": "fra", "ita": "it
 LANGUAGES = tuple(FILES)[1:]
 PREAMBLE = 0
 NUM_BENCHMARK = 20
-PROMPT = "Rephrase this paragraph in other words.\n\n{text}"
+INSTRUCTION = "Rephrase the paragraph in other words."
 
 Paragraphs = dict[tuple[int, int], str]  # (article, place in the article) → text; the preamble is article 0
 
@@ -81,10 +81,15 @@ def declaration_world(
     model = model_folder(cache)
     for name in ("generator", "student"):
         link(folder / name, model)
-    write(folder / "prompts.jsonl", "prompt", ([{"role": "user", "content": PROMPT.format(text=t)}] for t in asked))
+    write(folder / "prompts.jsonl", "prompt", (conversation(text) for text in asked))
     write(folder / "benchmark.jsonl", "text", (foreign[place] for place in benchmark))
     write(folder / "held_out.jsonl", "text", (foreign[place] for place in held_out))
     write(folder / "held_out_english.jsonl", "text", (english[place] for place in held_out))
+
+
+def conversation(text: str) -> list[dict[str, str]]:
+    """The prompt for a paragraph. The system's message takes the place of a longer one in the model's template."""
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
 
 
 def link(path: Path, target: Path) -> None:
