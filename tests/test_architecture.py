@@ -22,7 +22,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["attribution", "reward"],
     ["config", "generation", "evaluation", "live_table", "callbacks"],
-    ["trainer", "report", "toy"],
+    ["trainer", "report", "toy", "declaration"],
     ["scripts", "cli"],
 ]
 ORDER = {room: place for place, room in enumerate(room for layer in LAYERS for room in layer)}

@@ -21,7 +21,7 @@ from trl_dpg.scripts import dpg, registry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINI = sorted(RECIPES.glob("*/mini*.yaml"))
-FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI))
+FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI) - set(RECIPES.glob("*/smollm2.yaml")))
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "32", "--num_generations", "16"]
 SMALL += ["--student_batch_size", "16"]
 

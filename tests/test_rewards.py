@@ -10,7 +10,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tests.tiny import QUIET, make_model, make_tokenizer
 from trl_dpg import toy
-from trl_dpg.rewards import EmbeddingSimilarityReward, LanguageIDReward, LevenshteinReward, language_id
+from trl_dpg.rewards import (
+    EmbeddingSimilarityReward,
+    LanguageIDReward,
+    LevenshteinReward,
+    TargetLanguageReward,
+    language_id,
+)
 from trl_dpg.scripts.arguments import UsageError
 from trl_dpg.scripts.registry import make_rewards
 
@@ -151,6 +157,7 @@ def test_an_unknown_language_or_file_is_refused(classifier):
         ("rapidfuzz.process", lambda: LevenshteinReward(TEXTS_B)),
         ("sentence_transformers", lambda: EmbeddingSimilarityReward(TEXTS_B)),
         ("fasttext", lambda: LanguageIDReward("A")),
+        ("lingua", lambda: TargetLanguageReward("spa")),
     ],
 )
 def test_a_missing_package_is_named_with_the_extra_that_has_it(package, make, monkeypatch):
@@ -169,3 +176,26 @@ def test_an_extra_that_a_reward_lacks_is_a_usage_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "fasttext", None)
     with pytest.raises(UsageError, match=r"'language_id': .*trl-dpg\[rewards\]"):
         make_rewards(["language_id"], {"language_id": {"language": "spa_Latn"}})
+
+
+SENTENCES = {
+    "eng": "Everyone has the right to life, liberty and the security of person.",
+    "spa": "Toda persona tiene derecho a la vida, a la libertad y a la seguridad de su persona.",
+    "deu": "Jeder hat das Recht auf Leben, Freiheit und Sicherheit der Person.",
+    "fra": "Tout individu a droit à la vie, à la liberté et à la sûreté de sa personne.",
+    "ita": "Ogni individuo ha diritto alla vita, alla libertà ed alla sicurezza della propria persona.",
+    "por": "Todo o indivíduo tem direito à vida, à liberdade e à segurança pessoal.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_target_language_is_one_for_completions_in_the_language_alone(language):
+    reward = TargetLanguageReward(language)
+    assert reward(completions=list(SENTENCES.values())) == [float(name == language) for name in SENTENCES]
+    message = [{"role": "assistant", "content": SENTENCES[language]}]
+    assert reward(completions=[message, "", "1234"]) == [1.0, 0.0, 0.0]
+
+
+def test_target_language_names_the_languages_it_knows():
+    with pytest.raises(ValueError, match="must be one of eng, spa, deu, fra, ita, por, got 'klingon'"):
+        TargetLanguageReward("klingon")

@@ -3,7 +3,15 @@
 from .embedding import EmbeddingSimilarityReward
 from .language_id import LanguageIDReward
 from .levenshtein import LevenshteinReward
+from .target_language import TargetLanguageReward
 from .text import ContainsReward, WordShareReward
 
 
-__all__ = ["ContainsReward", "EmbeddingSimilarityReward", "LanguageIDReward", "LevenshteinReward", "WordShareReward"]
+__all__ = [
+    "ContainsReward",
+    "EmbeddingSimilarityReward",
+    "LanguageIDReward",
+    "LevenshteinReward",
+    "TargetLanguageReward",
+    "WordShareReward",
+]

@@ -21,11 +21,13 @@ REWARDS = {
     "levenshtein": "trl_dpg.rewards.LevenshteinReward",
     "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
     "language_id": "trl_dpg.rewards.LanguageIDReward",
+    "target_language": "trl_dpg.rewards.TargetLanguageReward",
 }
 WORLDS = {
     "characters": "trl_dpg.toy.characters_world",
     "languages": "trl_dpg.toy.languages_world",
     "strings": "trl_dpg.toy.strings_world",
+    "declaration": "trl_dpg.declaration.declaration_world",
 }
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -235,8 +237,9 @@ class ToyWorldArguments(CommandArguments):
 
     Args:
         toy_world (`str`, *optional*):
-            `"characters"`, `"languages"` or `"strings"`, see `trl_dpg.toy`. Its models and data are used for the
-            generator, the student, the dataset and the metric's dataset, if these are not given.
+            `"characters"`, `"languages"` or `"strings"`, see `trl_dpg.toy`; or `"declaration"`, a real model and real
+            texts, see `trl_dpg.declaration`. Its models and data are used for the generator, the student, the dataset
+            and the metric's dataset, if these are not given.
         toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the toy world. JSON on the command line.
     """
@@ -261,8 +264,8 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     Args:
         reward_funcs (`list[str]`, *optional*):
             Further rewards beside DPG's: `"contains"`, `"word_share"`, `"levenshtein"`, `"embedding_similarity"`,
-            `"language_id"`, or dotted import paths. `reward_weights` starts with DPG's weight. A reward with weight 0
-            is only logged.
+            `"language_id"`, `"target_language"`, or dotted import paths. `reward_weights` starts with DPG's weight. A
+            reward with weight 0 is only logged.
         reward_kwargs (`dict[str, dict[str, Any]]` or `str`, *optional*):
             Arguments of rewards, by their names in `reward_funcs`. JSON on the command line.
         evaluate (`bool`, *optional*, defaults to `True`):

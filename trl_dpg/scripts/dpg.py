@@ -7,6 +7,9 @@ Train a generator by Dataset Policy Gradients.
 After the training, fresh students are tested, unless `--evaluate false` is given. Stock SFTTrainer fine-tunes one on
 newly sampled texts of the trained generator, and one on texts of the untrained generator. All figures are written to
 `<output_dir>/summary.json`.
+
+`--resume_from_checkpoint auto` goes on from the last checkpoint in the output folder. If there is none, it starts
+anew.
 """
 
 import gc
@@ -36,6 +39,7 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
         "levenshtein": references,
         "embedding_similarity": references | {"model": str(world / "encoder")},
         "language_id": {"language": "B", "model": str(world / "language_id.bin")},
+        "target_language": {"language": (script_args.toy_world_kwargs or {}).get("language", "spa")},  # type: ignore
     }
     given: dict[str, dict] = script_args.reward_kwargs or {}  # type: ignore[assignment]
     script_args.reward_kwargs = given | {
@@ -66,7 +70,7 @@ def main(script_args, training_args, model_args, dataset_args):
         texts["untrained"] = sample(trainer, rows["prompt"])
 
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint(training_args))
     summary = training_figures(trainer, time.perf_counter() - started, script_args)
     trainer.save_model(training_args.output_dir)
     path = output_dir / "summary.json"
@@ -91,6 +95,15 @@ def main(script_args, training_args, model_args, dataset_args):
     del trainer  # DDP's reducer must be freed before the process group (gloo can wait for ever)
     gc.collect()
     accelerator.end_training()
+
+
+def checkpoint(training_args) -> str | None:
+    """The checkpoint to go on from. `"auto"` is the last one of the output folder, if there is one."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if training_args.resume_from_checkpoint == "auto":
+        return get_last_checkpoint(training_args.output_dir)
+    return training_args.resume_from_checkpoint
 
 
 def hub_kwargs(training_args, model_args) -> dict[str, Any]:
