@@ -401,7 +401,9 @@ def test_two_commands_do_not_write_one_journal(student_path, tmp_path, capsys):
     data = write(tmp_path / "samples.jsonl", [{"text": "w1 w2"}])
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out" / "attribution.lock"):
-        assert "at work in --output_dir" in refuse(capsys, arguments(student_path, data, tmp_path / "out"))
+        assert "--output_dir: Another attribution is at work" in refuse(
+            capsys, arguments(student_path, data, tmp_path / "out")
+        )
     run(student_path, data, tmp_path / "out")
 
 

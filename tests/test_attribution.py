@@ -1,17 +1,26 @@
 """`trl_dpg.attribute`: the library side of `trl-dpg attribute`."""
 
+import datetime
+import importlib
 import itertools
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from datasets import Dataset, load_dataset
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
 from trl_dpg.attribution import Journal, plan_chunks
-from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
+attribute_module = importlib.import_module("trl_dpg.attribution.attribute")  # the package has the function
 TEXTS = [f"w{k} w{(7 * k) % 12} w{(3 * k) % 5}" for k in range(21)]
 METRIC = LanguageModelingMetric(["w1 w2 w3", "w5 w4"])
 CONFIG = InnerLoopConfig(batch_size=4, learning_rate=1e-2, eps_root=1e-6)
@@ -36,23 +45,90 @@ def test_scores_are_the_metagradients_of_the_chunks_whatever_the_dataset_is(stud
     assert result.top(0.3).tolist() == sorted(np.argsort(-expected)[:6].tolist())
 
 
-def test_a_journal_is_continued_and_other_settings_are_refused(student, tmp_path):
+def counted(function, calls):
+    def call(*args):
+        calls.append(1)
+        return function(*args)
+
+    return call
+
+
+def test_a_journal_is_continued_and_other_settings_are_refused(student, tmp_path, monkeypatch):
     path = tmp_path / "attribution.jsonl"
     whole = attribute(student, TEXTS, METRIC, CONFIG, size=8, journal=path)
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-2]) + lines[-1][:20])
     calls = []
-
-    def counted(finetuned):
-        calls.append(1)
-        return METRIC(finetuned)
-
-    again = attribute(student, TEXTS, counted, CONFIG, size=8, journal=path)
+    monkeypatch.setattr(LanguageModelingMetric, "__call__", counted(LanguageModelingMetric.__call__, calls))
+    again = attribute(student, TEXTS, METRIC, CONFIG, size=8, journal=path)
     assert again.scores.tolist() == whole.scores.tolist() and again.rank_correlation == whole.rank_correlation
     assert len(calls) == 3  # at the start, and after each of two chunks
     other = InnerLoopConfig(batch_size=4, learning_rate=1e-3, eps_root=1e-6)
     with pytest.raises(ValueError, match=r"learning_rate \(was 0.01, is 0.001\)"):
         attribute(student, TEXTS, METRIC, other, size=8, journal=path)
+    memory = replace(CONFIG, micro_batch_size=1, memory_budget=0)
+    assert attribute(student, TEXTS, METRIC, memory, size=8, journal=path).scores.tolist() == whole.scores.tolist()
+
+
+def test_a_finished_journal_is_refused_with_other_texts_metric_or_student(student, tmp_path):
+    path = tmp_path / "attribution.jsonl"
+    attribute(student, TEXTS[:8], METRIC, CONFIG, size=4, journal=path)
+    other_metric, other_student = LanguageModelingMetric(["w9 w8"]), Student(make_model(seed=1), make_tokenizer())
+    for arguments, message in (
+        ((student, TEXTS[8:16], METRIC), "dataset_digest"),
+        ((student, TEXTS[:8], WeightNormMetric()), "metric .was 'LanguageModelingMetric'"),
+        ((student, TEXTS[:8], other_metric), "the student or the metric's data have changed"),
+        ((other_student, TEXTS[:8], METRIC), "the student or the metric's data have changed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribute(*arguments, CONFIG, size=4, journal=path)
+
+
+@pytest.mark.parametrize("content", ['{"text": "one line"}\n', '{"text": "a"}\n{"text": "b"}', "a,b\n1,2"])
+def test_a_file_that_is_no_journal_is_left_as_it_is(content, student, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="is not a journal of an attribution"):
+        attribute(student, TEXTS[:4], METRIC, CONFIG, journal=path)
+    assert path.read_text() == content
+
+
+def test_two_processes_wait_for_each_other_and_an_error_on_one_is_raised_on_both(tmp_path):
+    process = on_two_processes("tests.test_attribution", str(tmp_path))
+    assert process.returncode == 0, process.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first["scores"] == second["scores"] and len(first["scores"]) == 21
+    assert first["token_scores"] == second["token_scores"]
+    assert "failed on rank 1" in first["error"] and second["error"] == "no benchmark"
+    assert "has scores of other settings" in first["mismatch"] and "failed on rank 0" in second["mismatch"]
+    assert max(first["seconds"], second["seconds"]) < 10
+
+
+def on_a_rank(folder):
+    """With the accidents that a distributed run can have: one process is slow to read, or fails."""
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=30))
+    student = Student(make_model(), make_tokenizer())
+    rank, results, collect = state.process_index, {}, attribute_module.collect
+    attribute_module.collect = lambda *arguments: (time.sleep(rank), collect(*arguments))[1]
+    result = attribute(student, TEXTS, METRIC, replace(CONFIG, per_token=True), size=8)
+    results |= {"scores": result.scores.tolist(), "token_scores": result.token_scores.tolist()}
+
+    def failing(finetuned):
+        if rank == 1:
+            raise RuntimeError("no benchmark")
+        return METRIC(finetuned)
+
+    started = time.perf_counter()
+    path = folder / "attribution.jsonl"
+    for name, metric, config in (("error", failing, CONFIG), ("mismatch", METRIC, replace(CONFIG, learning_rate=1.0))):
+        try:
+            if name == "mismatch":
+                attribute(student, TEXTS, METRIC, CONFIG, size=8, journal=path)
+            attribute(student, TEXTS, metric, config, size=8, journal=None if name == "error" else path)
+        except (RuntimeError, ValueError) as error:
+            results[name] = str(error)
+    results["seconds"] = time.perf_counter() - started
+    (folder / f"{rank}.json").write_text(json.dumps(results))
 
 
 def test_a_journal_is_open_once(student, tmp_path):
@@ -80,11 +156,12 @@ def test_token_scores_sum_to_the_scores_and_are_written(student, tmp_path):
     [
         (dict(size=6), r"`chunk_size` \(6\) must be a multiple of `batch_size` \(4\)"),
         (dict(num_repeats=0), "num_repeats must be at least 1, got 0"),
+        (dict(dataset=[]), "The dataset has no samples"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, student):
     with pytest.raises(ValueError, match=message):
-        attribute(student, TEXTS, METRIC, CONFIG, **arguments)
+        attribute(**dict(student=student, dataset=TEXTS, metric=METRIC, config=CONFIG) | arguments)
 
 
 def test_empty_samples_score_zero_and_rank_nothing(student):
@@ -94,3 +171,7 @@ def test_empty_samples_score_zero_and_rank_nothing(student):
         result.top(0.5)
     with pytest.raises(ValueError, match="must be above 0 and at most 1, got 2"):
         result.top(2)
+
+
+if __name__ == "__main__":
+    on_a_rank(Path(sys.argv[1]))

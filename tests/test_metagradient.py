@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -665,3 +666,17 @@ def test_equal_texts_are_no_error_cut_off_or_not(monkeypatch):
         out = metagradient(chat_student(), ["w1 w2 w3 w4"] * 4, METRIC, InnerLoopConfig(max_length=max_length))
         assert torch.allclose(out.scores, out.scores[:1])
         assert said.pop().startswith("All 4 samples are the same tokens")
+
+
+def test_equal_tokens_with_other_labels_are_not_identical_samples():
+    ids = list(range(5, 15))
+    rows = [{"input_ids": ids, "labels": [-100] * k + ids[k:]} for k in (2, 5)]
+    out = metagradient(Student(make_model(scale=1.0)), rows, METRIC, InnerLoopConfig(max_length=8))
+    assert out.scores[0] != out.scores[1]
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_arrays_that_are_cut_to_the_same_tokens_are_refused(kind):
+    rows = [{"input_ids": kind([5, 6, 7, 8, 9, last])} for last in (10, 11)]
+    with pytest.raises(ValueError, match=r"are the same 4 tokens within `max_length` = 4"):
+        metagradient(Student(make_model(scale=1.0)), rows, METRIC, InnerLoopConfig(max_length=4))

@@ -41,6 +41,14 @@ def test_an_empty_completion_gets_reward_zero():
     assert rewards[-1] == 0 and all(reward != 0 for reward in rewards[:-1])
 
 
+def test_another_student_in_a_reward_has_its_own_start():
+    reward, logged = DPGReward(make_student(), METRIC, CONFIG), {}
+    reward(PROMPTS, TEXTS)
+    reward.student = Student(make_model(seed=3, scale=1.0), processing_class=TOKENIZER)
+    reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
+    assert logged["dpg/metric_before"] == metagradient(reward.student, TEXTS, METRIC, CONFIG).metric_before
+
+
 def test_conversational_completions_are_scored_by_their_text():
     reward = DPGReward(make_student(), METRIC, CONFIG)
     messages = [[{"role": "assistant", "content": text}] for text in TEXTS]

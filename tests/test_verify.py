@@ -375,3 +375,8 @@ def test_samples_that_are_all_the_same_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as raised:
         cli.main(command)
     assert raised.value.code == 2 and "within --student_max_length = 2 tokens" in capsys.readouterr().err
+
+
+def test_only_settings_become_flags():
+    assert in_flags("raise `eps_root`, do not use `detach`") == "raise --student_eps_root, do not use `detach`"
+    assert in_flags("`num_repeats` 3", {"num_repeats": "num_repeats"}) == "--num_repeats 3"

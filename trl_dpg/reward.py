@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig, MetagradientOutput
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
+from .ranks import from_all_ranks
 from .student import FinetunedStudent, Student
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, hand_over
@@ -185,8 +185,8 @@ class DPGReward:
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
         self._num_verifiable = 0  # calls with verify_steps > 0
-        # Versions of the student's weights, the metric, and its value with these weights
-        self._start: tuple[list[int], Callable, float] | None = None
+        # Student, the memory and versions of its weights, and metric; and the metric's value there
+        self._start: tuple[tuple, float] | None = None
 
     def __call__(
         self,
@@ -213,11 +213,11 @@ class DPGReward:
                 are 0 if all scores are equal.
         """
         started = time.perf_counter()
-        parts = _from_all_ranks(lambda: self._samples(prompts, completions, completion_ids))
+        parts = from_all_ranks(lambda: self._samples(prompts, completions, completion_ids), "The DPG reward")
         samples = [sample for part in parts for sample in part]
         places = self._split([sample.prompt for sample in samples])  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
-        shares = _from_all_ranks(lambda: self._score(datasets))
+        shares = from_all_ranks(lambda: self._score(datasets), "The DPG reward")
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
         scored = [everyones[index] for index in range(len(datasets))]
         self.last_batch = self._batch(samples, places, scored)
@@ -289,11 +289,11 @@ class DPGReward:
 
     def _score_dataset(self, samples: list[Sample], verify: bool) -> ScoredDataset:
         fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config)
-        versions = [parameter._version for parameter in self.student.model.parameters()]
-        known = self._start is not None and self._start[:2] == (versions, self.metric)
-        metric_before = self._start[2] if known else None  # type: ignore[index]
+        parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
+        start = (self.student, parameters, self.metric)
+        metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
         output = differentiate(fine_tuning, self.metric, metric_before=metric_before)
-        self._start = (versions, self.metric, output.metric_before)
+        self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
         verified = {}
@@ -366,20 +366,3 @@ def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
     """One list with the values of all datasets' samples, in the order of the batch."""
     by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
     return [by_place[place] for place in range(len(by_place))]
-
-
-def _from_all_ranks(function: Callable[[], T]) -> list[T]:
-    """The results of a function on all ranks. An error on one rank is raised on all, so that no rank waits forever."""
-    result: Any = None
-    error = None
-    try:
-        result = function()
-    except Exception as raised:
-        error = raised
-    answers = gather_object([(result, None if error is None else repr(error))])
-    if error is not None:
-        raise error
-    for rank, (_, message) in enumerate(answers):
-        if message is not None:
-            raise RuntimeError(f"The DPG reward failed on rank {rank}: {message}")
-    return [result for result, _ in answers]

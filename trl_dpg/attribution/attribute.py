@@ -4,22 +4,25 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
 from ..metagradients import InnerLoopConfig
+from ..metagradients.config import MEMORY_ONLY
 from ..metagradients.fine_tuning import FineTuning
-from ..metagradients.metagradient import differentiate
+from ..metagradients.metagradient import differentiate, metric_at_start
+from ..ranks import from_all_ranks
 from ..student import Examples, FinetunedStudent, Student
 from .chunks import Chunk, chunk_size, plan_chunks
-from .journal import Journal
+from .journal import Journal, digest
 from .result import Attribution, collect
 
 
@@ -57,8 +60,9 @@ def attribute(
         num_repeats (`int`, *optional*, defaults to `1`):
             Number of random orders in which all samples are scored. The score is the mean.
         journal (`Journal`, `str` or `Path`, *optional*):
-            A file from which an interrupted run continues. For a path, the journal's settings are `config`, `size` and
-            the number of samples. Pass an entered [`Journal`] to use other settings.
+            A file from which an interrupted run continues. For a path, the journal's settings are `config`, `size`,
+            the contents of the dataset, and what student and metric are called; Φ of the student before fine-tuning
+            is compared, too. Pass an entered [`Journal`] to use other settings.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
 
@@ -70,18 +74,38 @@ def attribute(
     size = chunk_size(size, config.batch_size)
     if num_repeats < 1:
         raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
+    if len(dataset) == 0:
+        raise ValueError("The dataset has no samples.")
     chunks = plan_chunks(len(dataset), size, config.seed, max(num_repeats, 2))
     chunks_per_repeat = len(chunks) // max(num_repeats, 2)
     if num_repeats == 1:  # one more chunk is scored in another order, for the rank correlation
         chunks = chunks[: chunks_per_repeat + (len(dataset) > config.batch_size)]
     with ExitStack() as stack:
-        if isinstance(journal, Journal):
-            opened = journal
-        else:
-            settings = {"chunk_size": size, "num_samples": len(dataset), **asdict(config)}
-            opened = stack.enter_context(Journal(journal or _shared_folder(stack) / "attribution.jsonl", settings))
+        opened: Any = journal
+        if not isinstance(journal, Journal):
+            path = journal or _shared_folder(stack) / "attribution.jsonl"
+            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
         _score(student, dataset, metric, config, chunks, opened, progress)
-        return collect(opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+        return _collect_together(opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+
+
+def _collect_together(*arguments) -> Attribution:
+    """[`collect`] on all processes. None goes on, and may delete the journal, before all have read it."""
+    results: list[Attribution] = []
+    from_all_ranks(lambda: results.append(collect(*arguments)), "Reading the journal")
+    return results[0]
+
+
+def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
+    """The settings on which the scores depend."""
+    return {
+        "metric": getattr(metric, "__name__", type(metric).__name__),
+        "student": student.describe(),
+        "chunk_size": size,
+        "num_samples": len(dataset),
+        "dataset_digest": digest(dataset),
+        **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},
+    }
 
 
 def _shared_folder(stack: ExitStack) -> Path:
@@ -98,19 +122,28 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
     initial = sum(sizes) - sum(sizes[k] for k in todo)
     show = progress and state.is_main_process
     metric_before = None
+    if any(value is not None for value in journal.done.values()):  # also if nothing is left to score
+        metric_before = from_all_ranks(lambda: metric_at_start(metric, student), "The metric")[0]
+        journal.check_start(metric_before)  # the same on all ranks
+
+    def score(mine: list[int], before: float | None) -> list[dict[str, Any]]:
+        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before)} for k in mine]
+
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show) as bar:
         for start in range(0, len(todo), state.num_processes):
-            records = []
-            for k in todo[start + state.process_index :][:1]:  # the chunk of this process, if one is left
-                record = _score_chunk(student, dataset, chunks[k], metric, config, metric_before)
-                metric_before = record["metric_before"] if metric_before is None else metric_before
-                journal.check_start(metric_before)
-                records.append({"chunk": k, **record})
-            for record in gather_object(records):
-                if state.is_main_process:
-                    journal.append(record)
-                bar.update(sizes[record["chunk"]])
-    state.wait_for_everyone()  # no process reads the journal before it is complete
+            own = todo[start + state.process_index :][:1]  # the chunk of this process, if one is left
+            parts = from_all_ranks(partial(score, own, metric_before), "Scoring a chunk")
+            records = [record for part in parts for record in part]
+            known = [record["metric_before"] for record in records if record["metric_before"] is not None]
+            metric_before = known[0] if metric_before is None and known else metric_before
+            from_all_ranks(partial(_append, journal, records), "Writing the journal")
+            bar.update(sum(sizes[record["chunk"]] for record in records))
+
+
+def _append(journal: Journal, records: list[dict[str, Any]]) -> None:
+    if PartialState().is_main_process:
+        for record in records:
+            journal.append(record)
 
 
 def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: float | None) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..metagradients.config import SettingsError
+
 
 SAMPLES_PER_CHUNK = 256
 
@@ -32,7 +34,7 @@ def chunk_size(size: int | None, batch_size: int) -> int:
     if size is None:
         return math.ceil(SAMPLES_PER_CHUNK / batch_size) * batch_size
     if size < 1 or size % batch_size:
-        raise ValueError(
+        raise SettingsError(
             f"`chunk_size` ({size}) must be a multiple of `batch_size` ({batch_size}), so that every sample has "
             f"the same weight in its batch. E.g. {max(size // batch_size, 1) * batch_size}."
         )

@@ -1,5 +1,6 @@
 """The journal of an attribution: a file with a line for each scored chunk, so that an interrupted run can continue."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,13 +9,44 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate import PartialState
+from datasets import Dataset
 from filelock import FileLock, Timeout
+
+from ..metagradients.config import SettingsError
+from ..ranks import from_all_ranks
+from ..student import Examples
+from ..student.tokenization import row_as_json
+
+
+LAYOUT = "trl-dpg attribution 1"
+"""Stands at the beginning of every journal."""
+ROWS_PER_READ = 1000
+
+
+def digest(dataset: Examples) -> str:
+    """A hash of a dataset's contents."""
+    sha = hashlib.sha256()
+    if not isinstance(dataset, Dataset):
+        for row in dataset:
+            sha.update(row_as_json(row).encode() + b"\n")
+        return sha.hexdigest()
+    for table in dataset.with_format("arrow").iter(ROWS_PER_READ):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        sha.update(sink.getvalue())
+    return sha.hexdigest()
+
+
+class JournalError(SettingsError):
+    """A journal that cannot be used for this run."""
 
 
 class Journal(AbstractContextManager):
     """
-    A JSON Lines file: the settings, then a record for each finished chunk. Use it as a context manager.
+    A JSON Lines file: its layout and the settings, then a record for each finished chunk. Use it as a context manager.
 
     Entering creates the file. If a file with the same settings exists, the journal continues it. Until the exit, no
     other run can open the journal. In a distributed run, the main process writes the file and all processes read it.
@@ -30,39 +62,44 @@ class Journal(AbstractContextManager):
         done (`dict[int, float | None]`): The chunks that were finished on entering, each with its `metric_before`.
 
     Raises:
-        `ValueError`: On entering, if another run has the journal open, or if it has scores of other settings.
+        `ValueError`: On entering, if another run has the journal open, if it has scores of other settings, or if the
+        file is no journal.
     """
 
     def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(settings, default=str))
+        self.settings = {"layout": LAYOUT} | json.loads(json.dumps(settings, default=str))
         self.overwrite = overwrite
         self.is_new = False
         self.done: dict[int, float | None] = {}
         self._lock = FileLock(self.path.with_suffix(".lock"))
 
     def __enter__(self) -> "Journal":
-        state = PartialState()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if state.is_main_process:
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout as error:
-                raise ValueError(
-                    f"Another attribution is at work in `output_dir` {str(self.path.parent)!r}. Choose another folder."
-                ) from error
-        try:
-            with state.main_process_first():
-                self._open()
-        except BaseException:
-            self._lock.release()
-            raise
+        main = PartialState().is_main_process
+        opened = from_all_ranks(lambda: self._open_locked() if main else None, "Opening the journal")
+        self.is_new, self.done = opened[0]  # type: ignore[misc]  # the main process is the first
         return self
 
     def __exit__(self, *exception) -> None:
         self._lock.release()
 
-    def _open(self) -> None:
+    def _open_locked(self) -> tuple[bool, dict[int, float | None]]:
+        """Whether the journal is new, and the chunks that are done."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise JournalError(
+                f"Another attribution is at work on the journal {str(self.path)!r}. Choose another one."
+            ) from error
+        try:
+            return self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _open(self) -> tuple[bool, dict[int, float | None]]:
+        self._check_layout()
         self.path.touch()
         with self.path.open("rb+") as file:  # remove an incomplete last line
             file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
@@ -70,21 +107,30 @@ class Journal(AbstractContextManager):
         found = next(lines, None)
         done = {line["chunk"]: line["metric_before"] for line in lines}
         if found == self.settings:
-            self.done = done
-            return
+            return False, done
         if found is not None and done and not self.overwrite:
             changes = ", ".join(
                 f"{name} (was {found.get(name)!r}, is {self.settings.get(name)!r})"
                 for name in {**self.settings, **found}
                 if self.settings.get(name) != found.get(name)
             )
-            raise ValueError(
-                f"`output_dir` {str(self.path.parent)!r} has scores of other settings: {changes}. Choose another "
-                "folder, or delete these scores with `overwrite`."
+            raise JournalError(
+                f"The journal {str(self.path)!r} has scores of other settings: {changes}. Choose another one, or "
+                "delete these scores with `overwrite`."
             )
-        self.is_new = True
         self.path.write_bytes(b"")
         self.append(self.settings)
+        return True, {}
+
+    def _check_layout(self) -> None:
+        """Refuse a file that is no journal, before anything is written to it."""
+        if not self.path.exists():
+            return
+        start = f'{{"layout": "{LAYOUT}"'.encode()
+        with self.path.open("rb") as file:
+            found = file.read(len(start))
+        if not start.startswith(found):  # an empty file, or a first line that was cut short, is one
+            raise JournalError(f"The file {str(self.path)!r} is not a journal of an attribution. Choose another one.")
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line. It is on the disk when this returns."""
@@ -110,10 +156,10 @@ class Journal(AbstractContextManager):
         """
         earlier = next((value for value in self.done.values() if value is not None), None)
         if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
-            raise ValueError(
-                f"The metric of the student before fine-tuning is {metric_before:.6g}, but was {earlier:.6g} in the "
-                f"earlier run in `output_dir` {str(self.path.parent)!r}: the student or the metric's data have "
-                "changed. Choose another folder, or delete the old scores with `overwrite`."
+            raise JournalError(
+                f"The metric of the student before fine-tuning is {metric_before:.6g}, but was {earlier:.6g} when the "
+                f"journal {str(self.path)!r} was written: the student or the metric's data have changed. Choose "
+                "another journal, or delete the old scores with `overwrite`."
             )
 
     def _lines(self) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
+from ..metagradients.config import SettingsError
 from .journal import Journal
 from .reliability import RELIABLE, rank_correlation, reliability, repeats_needed
 
@@ -76,7 +78,7 @@ class Attribution:
         if not 0 < share <= 1:
             raise ValueError(f"The share of samples to keep must be above 0 and at most 1, got {share}. E.g. 0.3.")
         if len(self.scores) > 1 and self.scores.min() == self.scores.max():
-            raise ValueError(
+            raise SettingsError(
                 f"all {len(self.scores)} scores are equal, so no sample is better than another. Does the student "
                 "learn (`learning_rate`)?"
             )
@@ -225,9 +227,8 @@ def collect(
 def _token_scores(journal: Journal, result: Attribution) -> np.ndarray:
     """All tokens' scores in the dataset's order, in a memory-mapped file that is deleted when the process ends."""
     offsets = result.token_offsets
-    file = journal.path.with_name("token_scores.tmp")
-    flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
-    file.unlink()
+    with TemporaryFile(dir=journal.path.parent) as file:  # one for each process
+        flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
     for record in journal.chunks(result.num_chunks):
         for row, values in zip(record["rows"], record["token_scores"], strict=True):
             flat[offsets[row] : offsets[row + 1]] += np.asarray(values, dtype=np.float32) / result.num_repeats

@@ -20,6 +20,20 @@ _SCHEDULES = (
 )
 
 
+MEMORY_ONLY = (
+    "micro_batch_size",
+    "memory_budget",
+    "gradient_checkpointing",
+    "checkpoint_interval",
+    "offload_trajectory",
+)
+"""Fields of [`InnerLoopConfig`] that change memory and time, and no scores."""
+
+
+class SettingsError(ValueError):
+    """Settings that do not fit the data, or an earlier run. Fields and arguments are in backticks in the message."""
+
+
 @dataclass
 class InnerLoopConfig:
     """
@@ -81,9 +95,9 @@ class InnerLoopConfig:
             Also return ∂Φ/∂w_{i,k}, the score of each token.
         memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
             Memory in bytes for graphs of the forward sweep. The reverse sweep does not compute a graph again if it was
-            kept. Every graph is measured, and freed if it does not fit. `"auto"`: half of a GPU's free memory, or a
-            quarter of the host's, so that memory is left for the generator's update. `0`: keep no graph. It does not
-            change the numbers.
+            kept. Graphs are measured, once for each shape, and freed if they do not fit. `"auto"`: half of a GPU's
+            free memory, or a quarter of the host's, so that memory is left for the generator's update. `0`: keep no
+            graph. It does not change the numbers.
         checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
             Steps between the states (parameters and moments) that are kept for the reverse sweep. The states in
             between are computed again, one stretch of steps at a time. `"auto"`: 1 (keep every state) if all states

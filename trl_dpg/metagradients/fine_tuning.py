@@ -13,6 +13,14 @@ from .config import InnerLoopConfig
 from .trajectory import Trajectory, forward_sweep
 
 
+@contextmanager
+def modes(student: Student) -> Iterator[None]:
+    """Layers in train mode, gradients on and autocast off, independent of the caller's modes."""
+    autocast = torch.autocast(student.device.type, enabled=False)
+    with student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
+        yield
+
+
 class FineTuning:
     """
     The student's fine-tuning on a dataset as a function of the data weights: w ↦ θ_T(w) and w ↦ Φ(θ_T(w)).
@@ -34,26 +42,21 @@ class FineTuning:
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
         self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
-        with self.modes():
+        with modes(self.student):
             self.steps = plan_steps(student, self.samples, config)
 
     @property
     def samples_are_identical(self) -> bool:
-        """Whether there are several samples, and all of them are the same tokens."""
+        """Whether there are several samples, and all of them are the same tokens with the same labels."""
         first, *others = self.samples
-        return bool(others) and all(sample.input_ids == first.input_ids for sample in others)
-
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Layers in train mode, gradients on and autocast off, independent of the caller's modes."""
-        autocast = torch.autocast(self.student.device.type, enabled=False)
-        with self.student.train_mode(), torch.inference_mode(False), torch.enable_grad(), autocast:
-            yield
+        return bool(others) and all(
+            (sample.input_ids, sample.labels) == (first.input_ids, first.labels) for sample in others
+        )
 
     @contextmanager
     def sweeping(self) -> Iterator[None]:
         """The modes, and the layers that both sweeps use."""
-        with self.modes():
+        with modes(self.student):
             if self.config.differentiates_twice:
                 with lean_layers(self.student.model):
                     yield
@@ -73,5 +76,5 @@ class FineTuning:
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""
         finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
-        with self.modes(), torch.no_grad():
+        with modes(self.student), torch.no_grad():
             return finetuned.evaluate(metric)[0].item()

@@ -12,8 +12,9 @@ from transformers.utils import logging
 
 from ..metrics.base import Metric
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
-from .config import InnerLoopConfig
-from .fine_tuning import FineTuning
+from ..student.tokenization import row_as_json
+from .config import InnerLoopConfig, SettingsError
+from .fine_tuning import FineTuning, modes
 from .reverse import reverse_sweep
 
 
@@ -131,10 +132,10 @@ def differentiate(
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution == "metagradient"
-    with fine_tuning.modes():
+    with modes(student):
         student.verify_quantization()
         if metric_before is None:
-            metric_before = _metric_at_start(metric, student)
+            metric_before = metric_at_start(metric, student)
         trajectory = fine_tuning.sweep(data_weights, keep_states=attribute)
         losses = trajectory.losses.float().cpu()
         _check_losses(losses, config)
@@ -177,7 +178,7 @@ def check_samples(fine_tuning: FineTuning) -> None:
     cut = f"`max_length` = {max_length} tokens (or the model's positions){template}. Raise `max_length`."
     if not any(sample.num_supervised for sample in samples):
         if truncated:
-            raise ValueError(f"None of the {len(samples)} samples has a token to learn from within {cut}")
+            raise SettingsError(f"None of the {len(samples)} samples has a token to learn from within {cut}")
         raise ValueError(
             f"None of the {len(samples)} samples has a token to learn from: all are empty, or too short to have a "
             "loss. Check the generator's completions and the student's tokenizer."
@@ -189,8 +190,8 @@ def check_samples(fine_tuning: FineTuning) -> None:
         )
     if not fine_tuning.samples_are_identical:
         return
-    if truncated and any(example != fine_tuning.examples[0] for example in fine_tuning.examples):
-        raise ValueError(f"All {len(samples)} samples are the same {len(samples[0].input_ids)} tokens within {cut}")
+    if truncated and len(set(map(row_as_json, fine_tuning.examples))) > 1:
+        raise SettingsError(f"All {len(samples)} samples are the same {len(samples[0].input_ids)} tokens within {cut}")
     logger.warning_once(f"All {len(samples)} samples are the same tokens, so that no sample is better than another.")
 
 
@@ -224,11 +225,13 @@ def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -
     return weights
 
 
-def _metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Student) -> float:
+def metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Student) -> float:
     """Φ(θ_0), after checking that the metric is a finite, differentiable scalar that depends on the student."""
-    initial_theta = student.initial_theta()
-    theta = initial_theta.clone().requires_grad_()
-    value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
+    with modes(student):
+        student.verify_quantization()
+        initial_theta = student.initial_theta()
+        theta = initial_theta.clone().requires_grad_()
+        value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
     if not isinstance(value, Tensor):
         raise ValueError(
             f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is "

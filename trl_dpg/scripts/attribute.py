@@ -18,7 +18,6 @@ Files in `output_dir`:
 - `attribution.lock`: keeps two commands from writing at once.
 """
 
-import hashlib
 import json
 import sys
 from dataclasses import asdict, dataclass, field
@@ -29,8 +28,11 @@ from trl_dpg.attribution import Attribution, Journal, attribute
 from trl_dpg.attribution import plan_chunks as plan_chunks
 from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
+from trl_dpg.attribution.journal import JournalError, digest
 from trl_dpg.callbacks import CONFIG_NAME, LOG_NAME
 from trl_dpg.config import StudentArguments
+from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
+from trl_dpg.metagradients.config import SettingsError
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import FORMATS, check_student, load_data, make_folder, process_state
@@ -39,17 +41,10 @@ from .registry import make_metric
 from .toy_world import toy_world
 
 
-MEMORY_ONLY = (  # settings that may change when a run is resumed
-    "student_micro_batch_size",
-    "student_memory_budget",
-    "student_gradient_checkpointing",
-    "student_checkpoint_interval",
-    "student_offload_trajectory",
-)
-ROWS_PER_READ = 1000
+MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
 OF_A_TRAINING = (CONFIG_NAME, LOG_NAME, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors", "*.bin")
-FLAGS = {name: name for name in ("output_dir", "overwrite", "num_repeats")} | {"chunk_size": "dataset_chunk"}
+FLAGS = {name: name for name in ("overwrite", "num_repeats")} | {"chunk_size": "dataset_chunk"}
 """What the library's arguments are called here, beside those of the student."""
 
 
@@ -168,19 +163,6 @@ def load_samples(script_args: AttributeArguments):
     return dataset, samples if text in (None, "text") else samples.rename_column(text, "text")
 
 
-def digest(dataset) -> str:
-    """A hash of a dataset's contents, read in passing."""
-    import pyarrow as pa
-
-    sha = hashlib.sha256()
-    for table in dataset.with_format("arrow").iter(ROWS_PER_READ):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        sha.update(sink.getvalue())
-    return sha.hexdigest()
-
-
 def preview(row: dict[str, Any], student, width: int = 90) -> str:
     """A sample on one line."""
     if "input_ids" in row:
@@ -245,9 +227,9 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             result = attribute(student, samples, metric, config, size, repeats, journal, progress=True)
             if state.is_main_process:
                 finish(script_args, result, dataset, samples, student, settings)
-    except UsageError:
-        raise
-    except ValueError as error:
+    except JournalError as error:
+        raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
+    except SettingsError as error:
         raise UsageError(in_flags(str(error), FLAGS)) from error
 
 
@@ -263,7 +245,7 @@ def finish(script_args: AttributeArguments, result: Attribution, dataset, sample
     if script_args.keep_top is not None:
         try:
             kept = result.top(script_args.keep_top)
-        except ValueError as error:
+        except SettingsError as error:
             raise UsageError(in_flags(f"--keep_top: {error}", FLAGS)) from error
         figures["num_kept"] = len(kept)
     shown = min(script_args.num_shown, len(samples))

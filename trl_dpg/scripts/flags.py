@@ -2,14 +2,19 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 
 
 def in_flags(text: str, own: Mapping[str, str] = {}) -> str:
     """
-    A message in which the names in backticks are flags: `eps_root` becomes --student_eps_root.
+    A message in which the settings in backticks are flags: `eps_root` becomes --student_eps_root.
 
     Args:
-        text (`str`): The message.
+        text (`str`): The message. Names in backticks that are no settings stay as they are.
         own (`Mapping[str, str]`, *optional*): Flags of names that are not the student's or the inner loop's.
     """
-    return re.sub("`(.+?)`", lambda match: f"--{own.get(match[1], f'student_{match[1]}')}", text)
+    from trl_dpg import InnerLoopConfig
+
+    names = [field.name for field in fields(InnerLoopConfig)] + ["model_init_kwargs", "bnb_4bit_compute_dtype"]
+    flags = {name: f"student_{name}" for name in names} | dict(own)
+    return re.sub(r"`(\w+)`", lambda match: f"--{flags[match[1]]}" if match[1] in flags else match[0], text)

@@ -96,6 +96,7 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
 
 
 def main(script_args: VerifyArguments, student_args) -> None:
+    from trl_dpg.metagradients.config import SettingsError
     from trl_dpg.verification import verify
 
     one_process("verify", "Start it without accelerate, or with --num_processes 1.")
@@ -121,7 +122,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
             try_remedies=script_args.try_remedies,
             seed=student_args.seed,
         )
-    except ValueError as error:
+    except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error
     print(in_flags(result.render()))
     if script_args.output_dir is not None:
