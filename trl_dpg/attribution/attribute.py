@@ -76,10 +76,7 @@ def attribute(
         raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
     if len(dataset) == 0:
         raise ValueError("The dataset has no samples.")
-    chunks = plan_chunks(len(dataset), size, config.seed, max(num_repeats, 2))
-    chunks_per_repeat = len(chunks) // max(num_repeats, 2)
-    if num_repeats == 1:  # one more chunk is scored in another order, for the rank correlation
-        chunks = chunks[: chunks_per_repeat + (len(dataset) > config.batch_size)]
+    chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
@@ -87,6 +84,15 @@ def attribute(
             opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
         _score(student, dataset, metric, config, chunks, opened, progress)
         return _collect_together(opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+
+
+def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig) -> tuple[list[Chunk], int]:
+    """The chunks, and how many of them a repeat has."""
+    chunks = plan_chunks(num_samples, size, config.seed, max(num_repeats, 2))
+    chunks_per_repeat = len(chunks) // max(num_repeats, 2)
+    if num_repeats == 1:  # one more chunk is scored in another order, for the rank correlation
+        chunks = chunks[: chunks_per_repeat + (num_samples > config.batch_size)]
+    return chunks, chunks_per_repeat
 
 
 def _collect_together(*arguments) -> Attribution:
