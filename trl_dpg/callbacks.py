@@ -11,6 +11,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .environment import device_name, environment
 from .live_table import LiveTable, table_columns
+from .metrics.base import metric_name
 from .reward import DPGReward, ScoredBatch
 
 
@@ -196,11 +197,10 @@ def run_config(args, reward: DPGReward) -> dict[str, Any]:
             `metric`, `student`, `inner_loop` and `environment` (versions, processes and device).
     """
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args)}
-    metric = reward.metric
     return {
         "settings": json.loads(args.to_json_string()),
         "changed": [name for name, default in defaults.items() if vars(args)[name] != default],
-        "metric": metric.__name__ if hasattr(metric, "__name__") else type(metric).__name__,
+        "metric": metric_name(reward.metric),
         "student": reward.student.describe(),
         "inner_loop": asdict(reward.inner_loop_config),
         "environment": environment() | {"processes": str(args.world_size), "device": device_name(args.device)},

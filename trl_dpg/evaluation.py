@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .generation import generate_texts, load_generator, prompt_completion_pairs
 from .metagradients import InnerLoopConfig
+from .metagradients.config import SettingsError
 from .metrics.base import Metric
 from .student import FinetunedStudent, Student
 from .text import completion_text
@@ -203,10 +204,10 @@ def compare_datasets(
     kept = {name: without_empty(dataset) for name, dataset in datasets.items()}
     for name, dataset in kept.items():
         if len(dataset) == 0:
-            raise ValueError(f"datasets: all {len(datasets[name])} samples of {name!r} are empty.")
+            raise SettingsError(f"`datasets`: all {len(datasets[name])} samples of {name!r} are empty.")
         if num_samples is not None and len(dataset) < num_samples:
-            raise ValueError(
-                f"num_samples is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
+            raise SettingsError(
+                f"`num_samples` is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
     bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress)
@@ -222,7 +223,7 @@ def _compare_seed_by_seed(
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in datasets}
     for seed in seeds:
         load = partial(load_student, seed)
-        before.append(metric_at_start(load(), metric))
+        before.append(metric_before(load(), metric))
         for name, dataset in datasets.items():
             if num_samples is not None:
                 dataset = dataset.shuffle(seed=seed).select(range(num_samples))
@@ -237,7 +238,7 @@ def _compare_seed_by_seed(
     bar.close()
 
 
-def metric_at_start(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+def metric_before(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
     """Φ of a student before any fine-tuning."""
     theta = student.initial_theta()
     with torch.no_grad(), student.train_mode():

@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 from .callbacks import DPGLoggingCallback
 from .config import DPGConfig
+from .metrics.base import metric_name
 from .reward import DPGReward
 from .student import FinetunedStudent, Student
 
@@ -186,8 +187,6 @@ class DPGTrainer(GRPOTrainer):
         base = Path(self.model.config._name_or_path).name
         card.text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`" if base else "a local model")
         card.text = card.text.replace('model="None"', f'model="{name}"')
-        student, metric = self.dpg_reward.student, self.dpg_reward.metric
-        metric_name = type(metric).__name__ if not hasattr(metric, "__name__") else metric.__name__
         card.text += "\n" + textwrap.dedent("""
             ## Dataset Policy Gradients
 
@@ -205,8 +204,8 @@ class DPGTrainer(GRPOTrainer):
             |---|---|---|
             {results}
             """).format(
-            metric=metric_name,
-            student=student.describe(),
+            metric=metric_name(self.dpg_reward.metric),
+            student=self.dpg_reward.student.describe(),
             inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
             results="\n".join(f"| {name} | {first:.5g} | {last:.5g} |" for name, first, last in self._results()),
         )

@@ -19,6 +19,7 @@ from ..metagradients import InnerLoopConfig
 from ..metagradients.config import MEMORY_ONLY
 from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.metagradient import differentiate, metric_at_start
+from ..metrics.base import metric_name
 from ..ranks import from_all_ranks
 from ..student import Examples, FinetunedStudent, Student
 from .chunks import Chunk, chunk_size, plan_chunks
@@ -105,7 +106,7 @@ def _collect_together(*arguments) -> Attribution:
 def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
-        "metric": getattr(metric, "__name__", type(metric).__name__),
+        "metric": metric_name(metric),
         "student": student.describe(),
         "chunk_size": size,
         "num_samples": len(dataset),

@@ -185,8 +185,8 @@ def check_samples(fine_tuning: FineTuning) -> None:
         )
     if any(sample.truncated and not sample.num_supervised for sample in samples):
         logger.warning_once(
-            f"Some samples have no token to learn from within {cut} This is said once; they are counted in "
-            "`num_empty`."
+            f"Some samples have no token to learn from within {cut} This warning is shown only once. `num_empty` "
+            "counts these samples."
         )
     if not fine_tuning.samples_are_identical:
         return

@@ -54,9 +54,10 @@ def reverse_sweep(
             state_bar = optimizer.vjp(u, state, next_state, step.lr, theta_bar, state_bar, out=u)
             if config.max_grad_norm is not None:
                 clip_vjp(gradient, config.max_grad_norm, u)
+            u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
                 part = step.retained.pop(0)
-                token_bar, products = _products(student, theta, micro_batch, part, weights, u, config, t > 0)
+                token_bar, products = _products(student, theta, micro_batch, part, weights, u, u_parts, config, t > 0)
                 del part  # frees its graph
                 if token_bar is not None:
                     token_scores[micro_batch.rows, micro_batch.columns] += token_bar
@@ -73,6 +74,7 @@ def _products(
     retained: Gradient | None,
     weights: Tensor,
     u: Tensor,
+    u_parts: list[Tensor],
     config: InnerLoopConfig,
     through_theta: bool,
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
@@ -89,7 +91,7 @@ def _products(
         through_theta=through_theta,
         skip_values=True,
     )
-    return _pull_back(student, part, list(student.unflatten(u, cast=False).values()), through_theta)
+    return _pull_back(student, part, u_parts, through_theta)
 
 
 def _pull_back(

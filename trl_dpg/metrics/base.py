@@ -1,11 +1,17 @@
 """The base class of this package's metrics. Your own metric does not need it: it can be any callable."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from ..student import FinetunedStudent
+
+
+def metric_name(metric: Callable[[FinetunedStudent], Tensor]) -> str:
+    """What a metric is called in logs, cards and journals: the name of a function, otherwise that of its class."""
+    return metric.__name__ if hasattr(metric, "__name__") else type(metric).__name__
 
 
 class Metric(ABC):

@@ -29,6 +29,8 @@ WORLDS = {
     "strings": "trl_dpg.toy.strings_world",
     "declaration": "trl_dpg.declaration.declaration_world",
 }
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Arguments of `generate` that are fields of [`~trl.GRPOConfig`], too."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -223,7 +225,7 @@ class GeneratorArguments(PromptArguments):
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate`."""
-        return {name: vars(self)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        return {name: vars(self)[name] for name in SAMPLING}
 
     def hub_kwargs(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` for the generator's files."""

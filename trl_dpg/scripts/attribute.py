@@ -4,18 +4,19 @@ Score the samples of an existing dataset by what they do for a metric of a stude
     trl-dpg attribute --dataset_name samples.jsonl --student_model_name_or_path gpt2 --metric language_modeling \
         --metric_kwargs '{"dataset": "benchmark.jsonl"}' --keep_top 0.3 --output_dir attribution
 
-The library side is [`trl_dpg.attribute`]. Several processes (`--num_processes`) share the chunks out.
+The library side is [`trl_dpg.attribute`]. With `--num_processes`, several processes share the chunks.
 
 Files in `output_dir`:
 
-- `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. The same command goes on where
-  it was stopped. One that is done only writes the files again, e.g. with another `keep_top`, or adds repeats.
-- `scored.parquet` (or `.jsonl`): the dataset in its order and with all its columns, and `dpg_score` (float32). With
+- `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. If the command was stopped, the
+  same command continues. If it was finished, the same command writes the files again, e.g. with another `keep_top`, or
+  adds repeats.
+- `scored.parquet` (or `.jsonl`): the dataset, in its order, with all its columns and `dpg_score` (float32). With
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
   `student_max_length`.
-- `top.parquet` (or `.jsonl`), with `keep_top`: the share of best rows, in the dataset's order.
+- `top.parquet` (or `.jsonl`), with `keep_top`: the best rows, in the dataset's order.
 - `summary.json`: counts, quantiles of the scores, the metric before and after, seconds (of all processes together).
-- `attribution.lock`: keeps two commands from writing at once.
+- `attribution.lock`: prevents two commands from writing at the same time.
 """
 
 import json
@@ -61,23 +62,23 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split, e.g. `"train[:10000]"`. Not a recipe's `dataset_train_split`, which is of its prompts.
         dataset_text_field (`str`, *optional*):
-            The column that holds the text. Without it: `input_ids` (with `labels`, if there), `messages`, `prompt` and
-            `completion`, or `text`, the first that the dataset has.
+            The column with the text. By default the first of these that the dataset has: `input_ids` (with `labels`,
+            if it has them), `messages`, `prompt` and `completion`, or `text`.
         dataset_chunk (`int`, *optional*):
-            Samples the student is fine-tuned on at a time, a multiple of `student_batch_size`. Without it, the
-            smallest from 256 on.
+            Number of samples that the student is fine-tuned on together, a multiple of `student_batch_size`. By
+            default the smallest multiple that is at least 256.
         num_repeats (`int`, *optional*, defaults to `1`):
-            Score all samples in as many random orders, and take the mean.
+            Number of random orders in which all samples are scored. The score is the mean.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
-            Where the results are written. With a recipe made for `trl-dpg dpg`, name another folder than its.
+            Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
             `"parquet"` or `"jsonl"`.
         keep_top (`float`, *optional*):
-            Also write this share of the samples, the best.
+            Also write the best samples, this share of all.
         num_shown (`int`, *optional*, defaults to `3`):
-            How many of the best and of the worst samples are printed.
+            Number of best samples, and of worst samples, to print.
         overwrite (`bool`, *optional*, defaults to `False`):
-            Throw away what an earlier run with other settings left in `output_dir`.
+            Delete the results of an earlier run with other settings in `output_dir`.
     """
 
     dataset_name: str | None = field(
@@ -88,29 +89,27 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
     dataset_text_field: str | None = field(
         default=None,
         metadata={
-            "help": "The column that holds the text. By default the first there is of `input_ids`, `messages`, "
+            "help": "Column with the text; by default the first that the dataset has of `input_ids`, `messages`, "
             "`prompt` and `completion`, `text`."
         },
     )
     dataset_chunk: int | None = field(
         default=None,
         metadata={
-            "help": "Samples the student is fine-tuned on at a time, a multiple of `student_batch_size`. By default "
-            f"the smallest from {SAMPLES_PER_CHUNK} on."
+            "help": "Samples that the student is fine-tuned on together, a multiple of `student_batch_size`; by "
+            f"default the smallest that is at least {SAMPLES_PER_CHUNK}."
         },
     )
     num_repeats: int = field(
-        default=1, metadata={"help": "Score all samples in as many random orders, and take the mean."}
+        default=1, metadata={"help": "Number of random orders in which all samples are scored; the score is the mean."}
     )
-    output_dir: str = field(default="attribution", metadata={"help": "Where the results are written."})
+    output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
-        default=None, metadata={"help": "Also write this share of the samples, the best, e.g. 0.3."}
+        default=None, metadata={"help": "Also write the best samples, this share of all, e.g. 0.3."}
     )
-    num_shown: int = field(default=3, metadata={"help": "How many of the best and worst samples are printed."})
-    overwrite: bool = field(
-        default=False, metadata={"help": "Throw away what a run with other settings left in `output_dir`."}
-    )
+    num_shown: int = field(default=3, metadata={"help": "Number of best, and of worst, samples to print."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the results of other settings in `output_dir`."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,7 +125,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
 
 @dataclass
 class AttributeStudentArguments(StudentArguments):
-    """[`StudentArguments`], the student among them."""
+    """[`StudentArguments`], with a check of `per_token`."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
+from .arguments import SAMPLING, DPGScriptArguments, UsageError, make_recipe_parser
 from .data import check_model, check_student, load_data, make_folder, make_prompts
 from .registry import make_metric, make_rewards
 from .toy_world import make_world, world_folder
@@ -206,7 +206,7 @@ def sample(trainer, prompts) -> list[str]:
         seed=args.seed,
         chat_template_kwargs=args.chat_template_kwargs,
         generation_kwargs=args.generation_kwargs,
-        **{name: vars(args)[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")},
+        **{name: vars(args)[name] for name in SAMPLING},
     )
 
 

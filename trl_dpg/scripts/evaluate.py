@@ -23,13 +23,19 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..evaluation import compare_datasets, interval
+from ..metagradients.config import SettingsError
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import FORMATS, check_student, load_data, make_folder, one_process
+from .flags import in_flags
 from .registry import make_metric
 from .toy_world import toy_world
 
 
 __all__ = ["EvaluateArguments", "interval", "main", "make_parser"]
+
+
+FLAGS = {name: name for name in ("datasets", "num_samples")}
+"""Arguments of the library that are flags of this command."""
 
 
 @dataclass
@@ -95,8 +101,8 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
                 script_args.num_samples,
                 progress=True,
             )
-        except ValueError as error:  # names the argument
-            raise UsageError(f"--{error}") from error
+        except SettingsError as error:
+            raise UsageError(in_flags(str(error), FLAGS)) from error
         with one_bar_and_each_notice_once():
             for figures in comparison:
                 for name, row in figures["datasets"].items():

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metagradients import InnerLoopConfig, metagradient
+from ..metagradients import InnerLoopConfig
 from ..metagradients.fine_tuning import FineTuning
-from ..metagradients.metagradient import check_samples
+from ..metagradients.metagradient import check_samples, differentiate
 from ..student import Examples, FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype, in_precision
@@ -140,9 +140,6 @@ class SetUp:
     config: InnerLoopConfig
     step: float
 
-    def scores(self) -> Tensor:
-        return metagradient(self.student, self.examples, self.metric, self.config).scores
-
     def fine_tuning(self) -> FineTuning:
         return FineTuning(self.student, self.examples, self.config)
 
@@ -241,7 +238,7 @@ def _check_predictions(
     metric, config, step = set_up.metric, set_up.config, set_up.step
     advice = _advice(config, noise, directions.size(1))
     try:
-        output = metagradient(set_up.student, set_up.examples, metric, config)
+        output = differentiate(fine_tuning, metric)
     except FloatingPointError as error:
         result.checks.append(Check("finite", None, None, "fail", str(error), advice))
         return
@@ -282,8 +279,8 @@ def _precision_check(set_up: SetUp, scores: Tensor) -> Check:
         reason = "bfloat16 is too coarse for the small changes of hvp='finite_difference'"
         return Check("bf16_agreement", None, PASS, "skip", reason)
     try:
-        other = in_precision(student, torch.float32 if half else torch.bfloat16)
-        value = pearson(scores, replace(set_up, student=other).scores())
+        other = replace(set_up, student=in_precision(student, torch.float32 if half else torch.bfloat16))
+        value = pearson(scores, differentiate(other.fine_tuning(), set_up.metric).scores)
     except torch.OutOfMemoryError:
         return Check("bf16_agreement", None, PASS, "skip", "there is not enough memory for a copy of the student")
     except FloatingPointError:
@@ -334,12 +331,11 @@ def _remedies(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -
 
 
 def _try(changes: dict[str, Any], set_up: SetUp, directions: Tensor) -> Remedy:
-    changed = replace(set_up, config=replace(set_up.config, **changes))
+    fine_tuning = replace(set_up, config=replace(set_up.config, **changes)).fine_tuning()
     try:
-        scores = changed.scores()
+        scores = differentiate(fine_tuning, set_up.metric).scores
     except FloatingPointError:
         return Remedy(changes, math.nan, math.nan)
-    fine_tuning = changed.fine_tuning()
     agreement = predicted_and_actual(fine_tuning, set_up.metric, scores, directions, set_up.step)
     return Remedy(changes, agreement.pearson, metasmoothness(fine_tuning, directions[:1], set_up.step))
 
