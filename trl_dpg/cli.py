@@ -14,7 +14,7 @@ COMMANDS = {
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "verify": "Test whether the scores of a set-up can be trusted.",
     "report": "Make an HTML report of a run.",
-    "quickstart": "Try the method on tiny models, without a network.",
+    "quickstart": "Try the method on tiny models, without a network; with --real, on SmolLM2.",
     "env": "Print versions and devices, for a bug report.",
 }
 

@@ -58,6 +58,11 @@ class Evaluation:
         """Φ and the proxies by name."""
         return {"metric": self.metric, **self.proxies}
 
+    def measure(self, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+        """Another metric of the fine-tuned student."""
+        with torch.no_grad(), self.finetuned.student.train_mode():
+            return metric(self.finetuned).item()
+
 
 def evaluate_dataset(
     load_student: Callable[[], Student],

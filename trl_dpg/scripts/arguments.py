@@ -272,6 +272,12 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
             Arguments of rewards, by their names in `reward_funcs`. JSON on the command line.
         evaluate (`bool`, *optional*, defaults to `True`):
             Test fresh students after the training. Only on one process.
+        num_fresh_students (`int`, *optional*, defaults to `1`):
+            Number of fresh students, for the trained generator and for the untrained one. Each has newly sampled texts
+            and a seed of its own. With several, intervals are given.
+        held_out_metrics (`dict[str, dict[str, Any]]` or `str`, *optional*):
+            Further metrics of the fresh students by names that you choose. Each entry has `metric` and perhaps
+            `metric_kwargs`. JSON on the command line.
         greedy_prompt (`str`, *optional*):
             A prompt that the fresh students complete greedily. It may be empty.
     """
@@ -284,6 +290,12 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
         default=None, metadata={"help": "Arguments of rewards by their names, as JSON."}
     )
     evaluate: bool = field(default=True, metadata={"help": "Test fresh students after the training."})
+    num_fresh_students: int = field(
+        default=1, metadata={"help": "Fresh students for each of the trained and the untrained generator."}
+    )
+    held_out_metrics: dict | str | None = field(
+        default=None, metadata={"help": "Further metrics of the fresh students, by your names for them, as JSON."}
+    )
     greedy_prompt: str | None = field(
         default=None, metadata={"help": "A prompt that the fresh students complete greedily."}
     )
@@ -291,6 +303,10 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     def __post_init__(self):
         super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
+        self.held_out_metrics = from_json("held_out_metrics", self.held_out_metrics)
+        if "metric" in (self.held_out_metrics or {}):
+            raise UsageError("--held_out_metrics: 'metric' is the name of the target metric. Choose another name.")
+        at_least(1, num_fresh_students=self.num_fresh_students)
 
 
 def make_recipe_parser(prog: str | None = None) -> TrlParser:

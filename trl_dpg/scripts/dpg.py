@@ -13,7 +13,6 @@ anew.
 """
 
 import gc
-import inspect
 import itertools
 import json
 import sys
@@ -21,10 +20,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .arguments import SAMPLING, DPGScriptArguments, UsageError, make_recipe_parser
+from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
 from .data import check_model, check_student, load_data, make_folder, make_prompts
-from .registry import make_metric, make_rewards
+from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
+from .registry import make_held_out_metrics, make_metric, make_rewards
 from .toy_world import make_world, world_folder
+
+
+__all__ = [
+    "checkpoint",
+    "judge",
+    "main",
+    "make_parser",
+    "make_toy_world",
+    "make_trainer",
+    "sample",
+    "training_figures",
+]
 
 
 def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -> None:
@@ -41,6 +53,10 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
         "language_id": {"language": "B", "model": str(world / "language_id.bin")},
         "target_language": {"language": (script_args.toy_world_kwargs or {}).get("language", "spa")},  # type: ignore
     }
+    for name, entry in (script_args.held_out_metrics or {}).items():  # type: ignore[union-attr]
+        kwargs = entry.setdefault("metric_kwargs", {})
+        if entry.get("metric") == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
+            kwargs["dataset"] = str(world / f"{name}.jsonl")
     given: dict[str, dict] = script_args.reward_kwargs or {}  # type: ignore[assignment]
     script_args.reward_kwargs = given | {
         name: defaults[name] | given.get(name, {}) for name in script_args.reward_funcs or [] if name in defaults
@@ -57,6 +73,7 @@ def main(script_args, training_args, model_args, dataset_args):
     check_student(training_args)
     output_dir = make_folder("output_dir", training_args.output_dir)
     metric = make_metric(script_args)
+    held_out = make_held_out_metrics(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
     if sys.stdout.isatty() and not training_args.log_completions:
@@ -64,10 +81,12 @@ def main(script_args, training_args, model_args, dataset_args):
     evaluate = script_args.evaluate and PartialState().num_processes == 1
     if script_args.evaluate and not evaluate:
         trainer.accelerator.print("Several processes: fresh students are not tested, see `trl-dpg evaluate`.")
-    texts: dict[str, list[str]] = {}
+    fresh = None
     if evaluate:
         rows = first_rows(trainer, training_args.generation_batch_size)
-        texts["untrained"] = sample(trainer, rows["prompt"])
+        number, greedy = script_args.num_fresh_students, script_args.greedy_prompt
+        fresh = FreshStudents(trainer, rows, metric, held_out, rewards, number, greedy)
+        fresh.sample(UNTRAINED)
 
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint(training_args))
@@ -76,20 +95,24 @@ def main(script_args, training_args, model_args, dataset_args):
     path = output_dir / "summary.json"
     if trainer.is_world_process_zero():
         write(path, summary)  # before the fresh students, which may fail
+        print(f"{summary['steps']} steps in {summary['seconds']:.0f} s", flush=True)
 
     try:
-        if evaluate:
-            texts["trained"] = sample(trainer, rows["prompt"])
-        for name, samples in texts.items():
-            summary[name] = judge(samples, rows, training_args, metric, rewards, script_args.greedy_prompt)
-            write(path, summary)
+        if fresh is not None:
+            fresh.sample(TRAINED)
+            fresh.judge()
     finally:
-        trainer.fresh_students = {name: summary[name] for name in texts if name in summary}
+        if fresh is not None:
+            write(path, summary | fresh.figures())
+            trainer.fresh_students = fresh.figures()
+            trainer.fresh_students.pop("fresh_students", None)
         trainer.create_model_card(dataset_name=script_args.dataset_name)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    if fresh is not None:
+        print(f"\n{fresh.render()}\n")
     if trainer.is_world_process_zero():
-        print(render(summary) + f"\nAll figures: {path}")
+        print(f"All figures: {path}")
     accelerator = trainer.accelerator
     accelerator.free_memory()
     del trainer  # DDP's reducer must be freed before the process group (gloo can wait for ever)
@@ -179,35 +202,20 @@ def show_live_table(trainer) -> None:
 
 
 def first_rows(trainer, number: int):
-    """The first rows of the trainer's dataset for evaluation, or for training if there is no evaluation."""
+    """
+    The first rows of the trainer's dataset for evaluation, or for training if there is no evaluation.
+
+    A dataset with fewer rows is repeated, as in the training.
+    """
     from datasets import Dataset
 
     dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
-    return Dataset.from_list(list(itertools.islice(dataset, number)))
+    return Dataset.from_list(list(itertools.islice(itertools.cycle(dataset), number)))
 
 
 def write(path: Path, figures: dict[str, Any]) -> None:
     """Write figures as JSON."""
     path.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
-
-
-def sample(trainer, prompts) -> list[str]:
-    """Completions, sampled with the settings of the trainer."""
-    from trl_dpg.generation import generate_texts
-
-    args = trainer.args
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model.train()  # as in training; eval mode would pack a 4-bit model for inference, which cannot be undone
-    return generate_texts(
-        model,
-        trainer.processing_class,
-        prompts,
-        args.max_completion_length,
-        seed=args.seed,
-        chat_template_kwargs=args.chat_template_kwargs,
-        generation_kwargs=args.generation_kwargs,
-        **{name: vars(args)[name] for name in SAMPLING},
-    )
 
 
 def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:
@@ -228,53 +236,6 @@ def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:
         },
         "curves": curves,
     }
-
-
-def judge(texts: list[str], rows, args, metric, rewards: list, greedy_prompt: str | None = None) -> dict[str, Any]:
-    """
-    Test a fresh student on texts, and compute the further rewards of the texts.
-
-    Args:
-        texts (`list[str]`): Completions.
-        rows ([`~datasets.Dataset`]): The row of the prompts' dataset for each text.
-        args ([`DPGConfig`]): The student and its fine-tuning.
-        metric (`Callable`): Φ.
-        rewards (`list`): Reward functions. Asynchronous functions and reward models are left out.
-        greedy_prompt (`str`, *optional*): A prompt that the student completes greedily.
-    """
-    from datasets import Dataset
-
-    from trl_dpg.evaluation import evaluate_dataset
-    from trl_dpg.generation import prompt_completion_pairs
-    from trl_dpg.metrics import Metric
-
-    pairs = prompt_completion_pairs(rows["prompt"], texts)
-    data: Any = Dataset.from_list(pairs) if args.train_on == "prompt_completion" else texts
-    result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
-    figures: dict[str, Any] = result.figures()
-    columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
-    for reward in rewards:
-        if callable(reward) and not inspect.iscoroutinefunction(reward):
-            completions = [pair["completion"] for pair in pairs]
-            values = reward(prompts=list(rows["prompt"]), completions=completions, **columns)
-            values = [value for value in values if value is not None]
-            figures[reward.__name__] = sum(values) / max(len(values), 1)
-    if isinstance(metric, Metric):
-        figures |= metric.readout(result.finetuned)
-    if greedy_prompt is not None:
-        figures["greedy"] = result.finetuned.generate(greedy_prompt)
-    return figures | {"samples": texts[:8]}
-
-
-def render(summary: dict[str, Any]) -> str:
-    """The main figures as lines for the terminal."""
-    lines = [f"{summary['steps']} steps in {summary['seconds']:.0f} s"]
-    for name in ("untrained", "trained"):
-        if name in summary:
-            figures = {k: v for k, v in summary[name].items() if isinstance(v, float | str)}
-            shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v!r}" for k, v in figures.items())
-            lines.append(f"fresh student on the {name} generator's texts: {shown}")
-    return "\n".join(lines)
 
 
 def make_parser(prog: str | None = None):

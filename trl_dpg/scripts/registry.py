@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from .arguments import METRICS, REWARDS, MetricArguments, UsageError, from_json
+from .arguments import METRICS, REWARDS, DPGScriptArguments, MetricArguments, UsageError, from_json
 from .data import load_data
 
 
@@ -51,11 +51,10 @@ def combined(metrics: list[dict[str, Any]]):
     """[`CombinedMetric`] of entries with `metric`, and perhaps `metric_kwargs` and `weight` (1 by default)."""
     from trl_dpg.metrics import CombinedMetric
 
-    known = {"metric", "metric_kwargs", "weight"}
     if not isinstance(metrics, list) or not metrics:
         raise UsageError("--metric_kwargs: combined needs `metrics`, a list of metrics.")
     for entry in metrics:
-        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - known:
+        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs", "weight"}:
             raise UsageError(
                 f"--metric_kwargs: an entry of combined's `metrics` has `metric` and perhaps `metric_kwargs` and "
                 f"`weight`, got {entry!r}."
@@ -69,11 +68,23 @@ def make_metric(arguments: MetricArguments):
     return named_metric(str(arguments.metric), from_json("metric_kwargs", arguments.metric_kwargs))
 
 
-def named_metric(name: str, kwargs: dict[str, Any] | None) -> Any:
-    """The metric with a known name or a dotted import path."""
-    metric = resolve(name, METRICS, "metric")
+def make_held_out_metrics(arguments: DPGScriptArguments) -> dict[str, Any]:
+    """The metrics of the fresh students by name."""
+    flag, metrics = "held_out_metrics", {}
+    for name, entry in (arguments.held_out_metrics or {}).items():  # type: ignore[union-attr]
+        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
+            raise UsageError(f"--{flag}: {name!r} has `metric` and perhaps `metric_kwargs`, got {entry!r}.")
+        metrics[name] = named_metric(str(entry["metric"]), entry.get("metric_kwargs"), flag, flag)
+    return metrics
+
+
+def named_metric(
+    name: str, kwargs: dict[str, Any] | None, flag: str = "metric", kwargs_flag: str = "metric_kwargs"
+) -> Any:
+    """The metric with a known name or a dotted import path. Errors name the flags."""
+    metric = resolve(name, METRICS, flag)
     if kwargs or name in METRICS or isinstance(metric, type):
-        return call_with(metric, kwargs or {}, "metric_kwargs", name)
+        return call_with(metric, kwargs or {}, kwargs_flag, name)
     return metric
 
 
