@@ -1,12 +1,14 @@
 """
-The paper's five experiments in miniature: does the method do what it claims, and which part of it does?
+The paper's experiments at a small size: does the method do what it claims, and which part of it does?
 
 Every cell of the matrix (experiment x way of making the reward x seed) is a run of `trl-dpg dpg` with a recipe of
-`recipes/` and a few flags, in a process of its own. A finished cell is not run again. Ends with a table
-(`results.json`, `results.md`) and a figure for each experiment.
+`recipes/` and a few flags, in a process of its own. A finished cell is not run again, and an interrupted one with the
+real model goes on from its last checkpoint. Ends with a table (`results.json`, `results.md`) and a figure for each
+experiment.
 
-    python benchmarks/paper.py                                       # all of it: hours on two cores
+    python benchmarks/paper.py                                       # the miniatures: hours on two cores
     python benchmarks/paper.py --experiments pattern_67 --seeds 0 1 2 --jobs 2
+    python benchmarks/paper.py --real --output-dir runs/paper_real   # SmolLM2: a day on two cores
 """
 
 import argparse
@@ -26,7 +28,9 @@ from trl_dpg.generation import generate_texts
 from trl_dpg.scripts import dpg
 from trl_dpg.scripts.data import load_data
 from trl_dpg.scripts.fresh_students import judge
-from trl_dpg.scripts.registry import make_metric, make_rewards
+from trl_dpg.scripts.quickstart_real import NAMES
+from trl_dpg.scripts.quickstart_real import plot as plot_real
+from trl_dpg.scripts.registry import make_held_out_metrics, make_metric, make_rewards
 
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -39,6 +43,9 @@ FIGURES = {
     "new_language": "word_share",
     "uuid": "contains",
 }
+MINI = tuple(FIGURES)
+REAL = {NAMES[language].lower(): language for language in NAMES}  # the new language with SmolLM2
+FIGURES |= dict.fromkeys(REAL, "target_language")
 TITLES = {
     "adamw": "AdamW metagradients",
     "sgd": "SGD metagradients",
@@ -47,10 +54,14 @@ TITLES = {
     "levenshtein": "Levenshtein similarity",
     "embedding_similarity": "embedding similarity",
     "language_id": "language id",
+    "target_language": "language id",
 }
 # Four datasets, each of one completion of every prompt, as in the paper
 SEPARATE = ["--cross_group_batching", "false", "--num_generations", "4"]
-SGD_RATES = {"new_language": "3"}  # elsewhere 0.3: of 0.3, 3 and 30 the largest with which fine-tuning is stable
+SGD_RATES = {
+    "new_language": "3",
+    "spanish": "3",
+}  # elsewhere 0.3: of 0.3, 3 and 30 the largest with which fine-tuning is stable
 WAYS = {
     experiment: {
         "adamw": [],
@@ -58,8 +69,9 @@ WAYS = {
         "separate": SEPARATE,
         "naive": [*SEPARATE, "--attribution", "dataset"],
     }
-    for experiment in FIGURES
+    for experiment in (*MINI, "spanish")
 }
+WAYS |= {experiment: {"adamw": []} for experiment in REAL if experiment != "spanish"}
 # As many student steps as with all completions in one dataset
 BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 32, "uuid": 16}
 for experiment, batch_size in BATCH_SIZES.items():
@@ -71,43 +83,61 @@ for reward in ("levenshtein", "embedding_similarity", "language_id"):
         *("--reward_funcs", "word_share", reward, "--reward_weights", "0", "0", "1"),
         *("--toy_world_kwargs", '{"reward_models": true}'),
     ]
+WAYS["spanish"]["levenshtein"] = [
+    *("--reward_funcs", "target_language", "levenshtein", "--reward_weights", "0", "0", "1")
+]
+WAYS["spanish"]["target_language"] = ["--reward_weights", "0", "1"]
+
+
+def recipe(experiment: str) -> list[str]:
+    """The flags that name an experiment's recipe."""
+    if experiment not in REAL:
+        return ["--config", str(RECIPES / experiment / "mini.yaml")]
+    flags = ["--config", str(RECIPES / "new_language" / "smollm2.yaml"), "--resume_from_checkpoint", "auto"]
+    return [*flags, "--toy_world_kwargs", json.dumps({"language": REAL[experiment]})]
 
 
 def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
     if (folder / "summary.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "trl_dpg.scripts.dpg", "--config", str(RECIPES / experiment / "mini.yaml")]
+    command = [sys.executable, "-m", "trl_dpg.scripts.dpg", *recipe(experiment), "--evaluate", str(way == "adamw")]
     command += ["--output_dir", str(folder), "--seed", str(seed), *WAYS[experiment][way]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("a") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     state = f"{time.perf_counter() - started:.0f} s" if code == 0 else f"FAILED, see {folder / 'log.txt'}"
     print(f"{experiment} / {way} / seed {seed}: {state}", flush=True)
 
 
-def judge_cell(folder: Path, experiment: str, seed: int) -> None:
+def judge_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
     """
     Fresh students on newly sampled texts, fine-tuned as the recipe says, whatever the way.
 
-    The run's own evaluation uses the student of the way (SGD, or more and smaller steps), which does not compare.
+    A run of another way has no evaluation of its own: it would use the student of the way (SGD, or more and smaller
+    steps), which does not compare.
     """
     if not (folder / "summary.json").exists() or (folder / "evaluation.json").exists():
         return
+    figures = json.loads((folder / "summary.json").read_text())
+    if way == "adamw":
+        (folder / "evaluation.json").write_text(json.dumps({name: figures[name] for name in ("untrained", "trained")}))
+        return
     torch.set_num_threads(1)
-    arguments = ["--config", str(RECIPES / experiment / "mini.yaml"), "--output_dir", str(folder), "--seed", str(seed)]
+    arguments = [*recipe(experiment), "--output_dir", str(folder), "--seed", str(seed)]
     script_args, args, model_args, _ = dpg.make_parser().parse_args_and_config(args=arguments)
     dpg.make_toy_world(script_args, args, model_args)
-    metric = make_metric(script_args)
+    metric, held_out = make_metric(script_args), make_held_out_metrics(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
-    rows = load_data(script_args.dataset_name).select(range(args.generation_batch_size))
+    data = load_data(script_args.dataset_name)
+    rows = data.select([k % len(data) for k in range(args.generation_batch_size)])
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     figures = {}
     for name, path in (("untrained", model_args.model_name_or_path), ("trained", folder)):
         generator = AutoModelForCausalLM.from_pretrained(path)
         texts = generate_texts(generator, tokenizer, rows["prompt"], args.max_completion_length, seed=seed)
-        figures[name] = judge(texts, rows, args, metric, rewards, script_args.greedy_prompt)
+        figures[name] = judge(texts, rows, args, metric, rewards, script_args.greedy_prompt, held_out)
     (folder / "evaluation.json").write_text(json.dumps(figures, indent=2, ensure_ascii=False))
 
 
@@ -133,16 +163,15 @@ def spread(values: list[float], digits: int = 3) -> str:
 def table(results: dict) -> str:
     lines = []
     for experiment, ways in results.items():
-        figure = FIGURES[experiment]
-        lines += [
-            f"### {experiment}",
-            "",
-            f"| reward | seeds | {figure}, untrained | {figure}, trained | Φ, untrained | Φ, trained | seconds |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        keys = {FIGURES[experiment]: FIGURES[experiment], "metric": "Φ"}
+        if experiment in REAL:
+            keys |= {"held_out": "Φ, held-out texts", "held_out_english": "Φ, English"}
+        columns = [f"{title}, {texts}" for title in keys.values() for texts in ("untrained", "trained")]
+        columns = ["reward", "seeds", *columns, "seconds"]
+        lines += [f"### {experiment}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for way, runs in ways.items():
             cells = [TITLES[way], str(len(runs))]
-            for key in (figure, "metric"):
+            for key in keys:
                 cells += [spread([run[texts][key] for run in runs]) for texts in ("untrained", "trained")]
             cells.append(spread([run["seconds"] for run in runs], 0))
             lines.append(f"| {' | '.join(cells)} |")
@@ -218,19 +247,20 @@ def curve_of(run: dict, key: str) -> list[float]:
 
 
 def main(args):
+    experiments = args.experiments or (REAL if args.real else MINI)
     output_dir = Path(args.output_dir)
     cells = [
         (output_dir / experiment / way / str(seed), experiment, way, seed)
         for seed in args.seeds
-        for experiment in args.experiments
+        for experiment in experiments
         for way in WAYS[experiment]
         if args.ways is None or way in args.ways
     ]
     if not args.tables_only:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda cell: run_cell(*cell), cells))
-    for folder, experiment, _, seed in cells:
-        judge_cell(folder, experiment, seed)
+    for cell in cells:
+        judge_cell(*cell)
     results = collect(output_dir)
     figures = {
         experiment: {
@@ -243,13 +273,19 @@ def main(args):
     (output_dir / "results.md").write_text(table(results))
     plot(results, output_dir)
     overview(results, output_dir)
+    real = {language: results[name]["adamw"] for name, language in REAL.items() if "adamw" in results.get(name, {})}
+    if real:
+        plot_real(real, output_dir / "real.png")
     print(table(results))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", default="runs/paper")
-    parser.add_argument("--experiments", nargs="+", default=list(FIGURES), choices=list(FIGURES))
+    parser.add_argument("--experiments", nargs="+", choices=list(FIGURES))
+    parser.add_argument(
+        "--real", action="store_true", help="all languages with SmolLM2, in the place of the miniatures"
+    )
     parser.add_argument("--ways", nargs="+", choices=list(TITLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
