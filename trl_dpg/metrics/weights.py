@@ -122,9 +122,9 @@ class WeightPatternMetric(Metric):
         tokens = tokenizer.convert_ids_to_tokens(rows[:8]) if tokenizer and is_of_tokens else rows[:8]
         logger.warning(
             f"The student's fine-tuning moves {len(rows)} of the {height} rows of {self.weight!r} under the pattern "
-            f"by no more than rounding, so that their pixels cannot be read: {tokens}. A head's row moves if its token "
-            "is in the samples or is likely. Choose rows of tokens that the generator writes. In this batch, the rows "
-            f"at `offset` {offset} moved most."
+            f"by no more than rounding, so that their pixels cannot be read: {tokens}. A head's row moves if its "
+            "token is in the samples or is likely. Choose rows of tokens that the generator writes. In this batch, "
+            f"the rows at `offset` {offset} moved most."
         )
 
     def _patch(self, weight: Tensor) -> Tensor:
