@@ -1,6 +1,7 @@
 """Metrics: their formulas, proxies and refusals."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -68,6 +69,37 @@ def test_language_modeling_counts_the_completion_alone_and_eos_only_if_asked():
     assert LanguageModelingMetric(pair)(student).item() == pytest.approx(last_word, rel=1e-5)
     with_eos = LanguageModelingMetric(pair, add_eos=True)(student).item()
     assert with_eos == pytest.approx((last_word + eos) / 2, rel=1e-5)
+
+
+def unlikely_from(first):
+    """A model with a tied head in which the tokens from `first` on are never likely."""
+    model = make_model("gpt2")
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = 10.0
+        model.transformer.wte.weight[first:, 0] = -10.0  # the logits are those of others minus 100
+    assert model.lm_head.weight is model.transformer.wte.weight
+    return model
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_pattern_on_rows_that_fine_tuning_leaves_alone_is_warned_of_once(transpose, monkeypatch):
+    monkeypatch.setattr("trl_dpg.metrics.weights.logger.warning", lambda text: warnings.append(text))
+    warnings: list[str] = []
+    student = Student(unlikely_from(40), make_tokenizer())
+    samples = [{"input_ids": [(7 * i + j * j) % 20 + 5 for j in range(12)]} for i in range(8)]  # tokens 5 to 24
+    pattern, offset = [[1, -1, 1], [-1, 1, 1]], (3, 38) if transpose else (39, 4)
+    metric = WeightPatternMetric(pattern, offset=offset, transpose=transpose)
+    for _ in range(2):
+        metagradient(student, samples, metric, InnerLoopConfig(batch_size=8, eps_root=1e-7))
+    (warning,) = warnings
+    assert f"moves 1 of the {3 if transpose else 2} rows of 'lm_head.weight'" in warning
+    assert str(student.processing_class.convert_ids_to_tokens([40])) in warning
+    (start,) = map(int, re.findall(r"`offset` \[3, (\d+)\]" if transpose else r"`offset` \[(\d+), 4\]", warning))
+    assert start < 25
+
+    lively = WeightPatternMetric(pattern, offset=(3, start) if transpose else (start, 4), transpose=transpose)
+    metagradient(student, samples, lively, InnerLoopConfig(batch_size=8, eps_root=1e-7))
+    assert len(warnings) == 1
 
 
 def test_weight_pattern_is_the_papers_formula():

@@ -36,6 +36,22 @@ def test_the_generator_trains_and_the_student_does_not(tmp_path):
     assert all(torch.equal(p, student[name]) for name, p in trainer.dpg_reward.student.model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        (dict(max_steps=50), True),
+        (dict(max_steps=50, learning_rate=1e-5), False),
+        (dict(max_steps=201), False),
+        (dict(max_steps=-1), False),
+    ],
+)
+def test_a_short_run_with_the_default_learning_rate_is_warned_of(settings, warned, tmp_path, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr("trl_dpg.trainer.logger.warning", warnings.append)
+    make_trainer(dpg_config(tmp_path, **settings))
+    assert [("50 steps" in text, "5e-05" in text, "1e-3" in text) for text in warnings] == [(True,) * 3] * warned
+
+
 def test_further_rewards_and_weights_go_beside_the_dpg_reward(tmp_path):
     def length(completions, **kwargs):
         return [float(len(completion)) for completion in completions]

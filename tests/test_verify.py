@@ -1,5 +1,6 @@
 """`trl_dpg.verification`, `trl-dpg verify`, and `verify_steps` in training."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -236,6 +237,17 @@ def test_a_recipe_of_dpg_is_verified_on_texts_of_its_generator(tmp_path, capsys)
     assert figures["trustworthy"] and figures["num_samples"] == 32
     assert {check["name"]: check["status"] for check in figures["checks"]}["pearson"] == "pass"
     assert "This set-up is trustworthy" in capsys.readouterr().out
+
+
+def test_a_4bit_students_metric_is_compared_with_float32(tmp_path, capsys):
+    recipe = RECIPE.parents[1] / "new_language" / "mini.yaml"
+    small = ["--num_samples", "32", "--student_batch_size", "32", "--num_directions", "3"]
+    quick = ["--try_remedies", "false", "--compare_precision", "false", "--student_learning_rate", "1e-4"]
+    with contextlib.suppress(SystemExit):
+        cli.main(["verify", "--config", str(recipe), "--output_dir", str(tmp_path), *small, *quick])
+    checks = {check["name"]: check for check in json.loads((tmp_path / "verify.json").read_text())["checks"]}
+    assert checks["quantization"]["status"] == "warn" and abs(checks["quantization"]["value"]) > 1e-3
+    assert "--student_load_in_4bit" in capsys.readouterr().out
 
 
 def test_a_broken_set_up_ends_with_status_1(tmp_path):

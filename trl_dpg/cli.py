@@ -15,6 +15,8 @@ COMMANDS = {
     "verify": "Test whether the scores of a set-up can be trusted.",
     "report": "Make an HTML report of a run.",
     "quickstart": "Try the method on tiny models, without a network; with --real, on SmolLM2.",
+    "metrics": "List the metrics and their arguments.",
+    "rewards": "List the further rewards and their arguments.",
     "env": "Print versions and devices, for a bug report.",
 }
 

@@ -38,6 +38,8 @@ class StudentArguments:
             Type in which the 4-bit layers compute. `"bfloat16"` is faster on GPUs, but its scores are less accurate.
         student_use_bnb_nested_quant (`bool`, *optional*, defaults to `False`):
             Quantise the quantisation constants, too.
+        student_bnb_4bit_skip_modules (`list[str]`, *optional*):
+            Modules of the base that are not quantised, e.g. `["v_proj", "down_proj"]`. The head never is.
         student_use_peft (`bool`, *optional*, defaults to `False`):
             Train LoRA adapters instead of all parameters.
         student_lora_r (`int`, *optional*, defaults to `16`):
@@ -127,6 +129,9 @@ class StudentArguments:
     )
     student_use_bnb_nested_quant: bool = field(
         default=False, metadata={"help": "Quantise the student's quantisation constants, too."}
+    )
+    student_bnb_4bit_skip_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the student that are not quantised, e.g. v_proj down_proj."}
     )
     student_use_peft: bool = field(
         default=False, metadata={"help": "Train LoRA adapters of the student instead of all its parameters."}
@@ -257,8 +262,10 @@ class StudentArguments:
         """The configuration of the student's 4-bit quantisation, or `None`."""
         if not self.student_load_in_4bit:
             return None
+        skipped = self.student_bnb_4bit_skip_modules
         return BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=None if skipped is None else [*skipped, "lm_head"],
             bnb_4bit_quant_type=self.student_bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=self.student_bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=self.student_use_bnb_nested_quant,

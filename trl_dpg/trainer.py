@@ -15,7 +15,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
-from trl import GRPOTrainer
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
 
 from .callbacks import DPGLoggingCallback
 from .config import DPGConfig
@@ -27,6 +28,12 @@ from .student import FinetunedStudent, Student
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import BitsAndBytesConfig
+
+
+logger = logging.get_logger(__name__)
+
+SHORT_RUN = 200
+"""Up to this number of steps, GRPO's default learning rate gets a warning."""
 
 
 class DPGTrainer(GRPOTrainer):
@@ -117,6 +124,7 @@ class DPGTrainer(GRPOTrainer):
         if args is None:
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
+        _advise_on_learning_rate(args)
         metric = _checked_metric(target_metric)
         student = _given_student(args, student)
         _check_prompts(args, train_dataset)
@@ -264,6 +272,17 @@ def _checked_metric(metric) -> Callable[[FinetunedStudent], Tensor]:
     if isinstance(metric, type):
         raise ValueError(f"`target_metric` is the class {metric.__name__}. Pass an instance, with its arguments.")
     return metric
+
+
+def _advise_on_learning_rate(args) -> None:
+    """Warn if a short run has GRPO's own learning rate. AdamW moves a weight by about this rate in a step."""
+    rate = args.learning_rate
+    if 0 < args.max_steps <= SHORT_RUN and rate == GRPOConfig.learning_rate:
+        logger.warning(
+            f"`learning_rate` is GRPO's default of {rate:g}. In {args.max_steps} steps it moves no weight of the "
+            f"generator by more than about {args.max_steps * rate:g}, which changes next to nothing. For up to "
+            f"{SHORT_RUN} steps, the recipes use 1e-3 to 2e-3: small models in full, SmolLM2-135M by LoRA."
+        )
 
 
 def _with_reward_weights(args: DPGConfig, num_further: int) -> DPGConfig:

@@ -7,10 +7,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
 
 from ..student import FinetunedStudent
 from .base import Metric
 
+
+logger = logging.get_logger(__name__)
 
 _DRAWING_67 = """
     ### ###
@@ -69,6 +72,7 @@ class WeightPatternMetric(Metric):
         self.offset = offset
         self.transpose = transpose
         self.scale = scale
+        self._still_rows_checked = False
 
     def change(self, student: FinetunedStudent) -> Tensor:
         """ΔW of the patch, shape `[H, W]`."""
@@ -84,10 +88,44 @@ class WeightPatternMetric(Metric):
         return -F.softplus(-self.scale * self.pattern.to(change) * change).mean()
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
+        if not self._still_rows_checked:
+            self._warn_of_still_rows(student)
         return {"pixel_accuracy": (self.decode(student) == self.pattern).float().mean().item()}
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         return {"picture": self.decode(student).int().tolist()}
+
+    @torch.no_grad()
+    def _warn_of_still_rows(self, student: FinetunedStudent) -> None:
+        """
+        Warn, once, of rows of the weight that fine-tuning moves by no more than rounding.
+
+        The gradient of a head's row is that of the logit of its token: the probability of the token, where it is not
+        the next one. So the row of a token that is neither in the samples nor likely hardly moves. If the head is tied
+        to the input embedding, the token's occurrences in the input move the row as well.
+        """
+        weight, initial = student.weight(self.weight), student.initial_weight(self.weight)
+        moved = (weight - initial).abs() > 2 * torch.finfo(weight.dtype).eps * initial.abs()
+        height = self.pattern.size(1 if self.transpose else 0)
+        patch = self._patch(moved)
+        share = patch.double().mean(0 if self.transpose else 1)
+        still = (share < 0.5).nonzero().flatten().tolist()
+        if not still or not moved.any():
+            return
+        self._still_rows_checked = True
+        top = self.offset[1 if self.transpose else 0]
+        start = int(moved.double().mean(1).unfold(0, height, 1).amin(1).argmax())  # the liveliest rows of all
+        offset = [self.offset[0], start] if self.transpose else [start, self.offset[1]]
+        rows = [top + row for row in still]
+        tokenizer: Any = student.processing_class
+        is_of_tokens = weight.size(0) == student.student.model.get_input_embeddings().weight.size(0)  # type: ignore
+        tokens = tokenizer.convert_ids_to_tokens(rows[:8]) if tokenizer and is_of_tokens else rows[:8]
+        logger.warning(
+            f"The student's fine-tuning moves {len(rows)} of the {height} rows of {self.weight!r} under the pattern "
+            f"by no more than rounding, so that their pixels cannot be read: {tokens}. A head's row moves if its "
+            "token is in the samples or is likely. Choose rows of tokens that the generator writes. In this batch, "
+            f"the rows at `offset` {offset} moved most."
+        )
 
     def _patch(self, weight: Tensor) -> Tensor:
         if self.transpose:

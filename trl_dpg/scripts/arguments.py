@@ -100,9 +100,14 @@ class MetricArguments(CommandArguments):
 
     metric: str | None = field(
         default=None,
-        metadata={"help": f"The target metric: {', '.join(METRICS)}, or a dotted import path."},
+        metadata={
+            "help": f"The target metric: {', '.join(METRICS)}, or a dotted import path. `trl-dpg metrics` explains "
+            "them."
+        },
     )
-    metric_kwargs: dict | str | None = field(default=None, metadata={"help": "Arguments of the metric, as JSON."})
+    metric_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Arguments of the metric, as JSON. `trl-dpg metrics` lists them."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -284,10 +289,14 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
 
     reward_funcs: list[str] | None = field(
         default=None,
-        metadata={"help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths."},
+        metadata={
+            "help": f"Further rewards beside DPG's: {', '.join(REWARDS)}, or dotted import paths. `trl-dpg rewards` "
+            "explains them."
+        },
     )
     reward_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Arguments of rewards by their names, as JSON."}
+        default=None,
+        metadata={"help": "Arguments of rewards by their names, as JSON. `trl-dpg rewards` lists them."},
     )
     evaluate: bool = field(default=True, metadata={"help": "Test fresh students after the training."})
     num_fresh_students: int = field(

@@ -11,6 +11,7 @@ from trl import TrlParser
 from yaml import YAMLError
 
 from .arguments import UsageError, make_recipe_parser
+from .help import show_help
 
 
 def run(
@@ -33,8 +34,9 @@ def run(
         may_launch (`bool`, *optional*, defaults to `False`): Whether arguments of `accelerate launch` are allowed.
     """
     parser = make_parser(prog=f"trl-dpg {command}")
-    parser.usage = "%(prog)s [--config recipe.yaml] [--argument value ...]"
+    parser.usage = parser.usage or "%(prog)s [--config recipe.yaml] [--argument value ...]"
     parser.allow_abbrev = False  # --student_lr must not be read as --student_lr_scheduler_type
+    show_help(parser, command, main, argv)
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")

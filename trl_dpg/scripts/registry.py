@@ -11,6 +11,10 @@ from .arguments import METRICS, REWARDS, DPGScriptArguments, MetricArguments, Us
 from .data import load_data
 
 
+LISTED = {"metrics": METRICS, "rewards": REWARDS}
+"""The commands that list metrics and rewards."""
+
+
 def resolve(name: str, known: dict[str, str], flag: str) -> Any:
     """The object with a known name or a dotted import path."""
     path = known.get(name, name)
@@ -27,11 +31,32 @@ def resolve(name: str, known: dict[str, str], flag: str) -> Any:
         raise UsageError(f"--{flag}: could not import {path!r} ({error}).") from error
 
 
-def language_modeling(dataset: str | None = None, config: str | None = None, split: str = "train", **kwargs):
-    """[`LanguageModelingMetric`] on a file, a dataset of the Hub, or `texts`."""
+def language_modeling(
+    dataset: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    texts: list | None = None,
+    **kwargs,
+):
+    """
+    Minus the language-modelling loss on a dataset: the mean over all its supervised tokens, in nats. It is the
+    [`LanguageModelingMetric`] of one of `dataset` and `texts`.
+
+    Args:
+        dataset (`str`, *optional*):
+            A Hub id, or a file (json, jsonl, parquet, csv, txt), with samples in any format of SFTTrainer. The loss of
+            a prompt-completion pair is that of its completion.
+        config (`str`, *optional*):
+            Configuration of a dataset of the Hub.
+        split (`str`, *optional*, defaults to `"train"`):
+            Its split, e.g. `"test[:500]"`.
+        texts (`list`, *optional*):
+            The samples themselves, in the place of a dataset.
+        kwargs:
+            `batch_size`, `max_length` and `add_eos` of [`LanguageModelingMetric`].
+    """
     from trl_dpg.metrics import LanguageModelingMetric
 
-    texts = kwargs.pop("texts", None)
     inspect.signature(LanguageModelingMetric).bind_partial(None, **kwargs)  # before anything is loaded
     if (dataset is None) == (texts is None):
         raise UsageError("--metric_kwargs: language_modeling needs one of `dataset` (a file or Hub id) and `texts`.")
@@ -41,14 +66,28 @@ def language_modeling(dataset: str | None = None, config: str | None = None, spl
 
 
 def lm_eval(**kwargs):
-    """[`LanguageModelingMetric.from_lm_eval`]"""
+    """
+    Minus the loss of the correct answers of a task of lm-eval given their contexts, in nats per token. Needs the
+    `lm-eval` extra. The task's dataset is downloaded.
+
+    Args:
+        kwargs:
+            Those of [`LanguageModelingMetric.from_lm_eval`].
+    """
     from trl_dpg.metrics import LanguageModelingMetric
 
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
 def combined(metrics: list[dict[str, Any]]):
-    """[`CombinedMetric`] of entries with `metric`, and perhaps `metric_kwargs` and `weight` (1 by default)."""
+    """
+    Weighted sum of metrics, a [`CombinedMetric`].
+
+    Args:
+        metrics (`list[dict]`):
+            The metrics: entries with `metric` (a name or dotted path), and perhaps `metric_kwargs` and `weight` (1 by
+            default).
+    """
     from trl_dpg.metrics import CombinedMetric
 
     if not isinstance(metrics, list) or not metrics:
@@ -105,13 +144,17 @@ def make_rewards(names: list[str] | None, kwargs: dict | None) -> list:
 
 def call_with(function: Any, kwargs: dict[str, Any], flag: str, name: str) -> Any:
     """`function(**kwargs)`. Arguments that it does not take or refuses are usage errors of a flag."""
+    listed = next((command for command, known in LISTED.items() if name in known), None)
+    hint = f" `trl-dpg {listed} {name}` lists its arguments." if listed else ""
     try:
         inspect.signature(function).bind(**kwargs)
     except TypeError as error:
-        raise UsageError(f"--{flag} does not fit {name!r}: {error}.") from error
+        raise UsageError(f"--{flag} does not fit {name!r}: {error}.{hint}") from error
     try:
         return function(**kwargs)
     except UsageError:
         raise
-    except (TypeError, ValueError, OSError, ImportError) as error:
+    except TypeError as error:
+        raise UsageError(f"--{flag} of {name!r}: {error}.{hint}") from error
+    except (ValueError, OSError, ImportError) as error:
         raise UsageError(f"--{flag} of {name!r}: {error}") from error

@@ -97,7 +97,7 @@ def read_samples(script_args: VerifyArguments, num_samples: int, seed: int) -> l
 
 def main(script_args: VerifyArguments, student_args) -> None:
     from trl_dpg.metagradients.config import SettingsError
-    from trl_dpg.verification import verify
+    from trl_dpg.verification import quantization_check, verify
 
     one_process("verify", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
@@ -124,6 +124,9 @@ def main(script_args: VerifyArguments, student_args) -> None:
         )
     except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error
+    before, after = result.metric_before, result.metric_after
+    check = quantization_check(student, metric, before, after, student_args.student_model_init_kwargs)
+    result.checks += [check] if check is not None else []
     print(in_flags(result.render()))
     if script_args.output_dir is not None:
         path = Path(script_args.output_dir) / "verify.json"

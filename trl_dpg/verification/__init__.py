@@ -16,6 +16,7 @@ from .measurements import (
     predicted_and_actual,
     random_signs,
 )
+from .quantization import quantization_check, without_quantization
 from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Remedy, Verification, verify
 
 
@@ -39,6 +40,8 @@ __all__ = [
     "metasmoothness",
     "pearson",
     "predicted_and_actual",
+    "quantization_check",
     "random_signs",
     "verify",
+    "without_quantization",
 ]

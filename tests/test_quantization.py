@@ -1,0 +1,75 @@
+"""What a 4-bit base does to the metric, and what helps."""
+
+import pytest
+import torch
+
+from tests.tiny import make_model, make_samples, make_tokenizer
+from trl_dpg import InnerLoopConfig, metagradient
+from trl_dpg.config import StudentArguments
+from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.student.checks import bnb_modules
+from trl_dpg.verification import quantization, quantization_check, without_quantization
+
+
+METRIC = LanguageModelingMetric(make_samples(4))
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("student")
+    make_model("llama", scale=2.0, vocab_size=64, hidden_size=64).save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def load(path, **kwargs):
+    kwargs = dict(student_load_in_4bit=True, student_use_peft=True) | kwargs
+    return StudentArguments(student_model_name_or_path=path, **kwargs).load_student()
+
+
+def start(student):
+    """Φ before fine-tuning."""
+    return metagradient(student, make_samples(2), METRIC, InnerLoopConfig()).metric_before
+
+
+def test_the_check_compares_with_the_student_in_float32_and_with_the_fine_tuning(path):
+    student = load(path)
+    in_4_bits, in_float32 = start(student), start(load(path, student_load_in_4bit=False))
+    shift = abs(in_4_bits - in_float32)
+    assert shift > 1e-3
+    check = quantization_check(student, METRIC, in_4_bits, in_4_bits + 0.5 * shift)
+    assert check.status == "warn" and check.value == pytest.approx(in_4_bits - in_float32, rel=1e-3)
+    assert f"{in_float32:.4g} in float32" in check.meaning and "`load_in_4bit`" in check.advice
+    check = quantization_check(student, METRIC, in_4_bits, in_4_bits - 2 * shift)
+    assert check.status == "pass" and check.advice == ""
+
+
+def test_the_copy_has_the_adapters_of_the_student(path):
+    student = load(path)
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    copy = without_quantization(student)
+    assert torch.equal(copy.initial_theta(), student.initial_theta())
+    assert not bnb_modules(copy.model, "Linear4bit")
+
+
+def test_without_4_bits_or_memory_there_is_nothing_to_compare(path, monkeypatch):
+    assert quantization_check(load(path, student_load_in_4bit=False), METRIC, -4.0, -3.0) is None
+    student = load(path)
+    assert quantization_check(student, METRIC, float("nan"), float("nan")) is None  # the fine-tuning diverged
+    size = 4 * student.model.get_base_model().num_parameters()
+    monkeypatch.setattr(quantization, "free_memory", lambda device: 2 * size - 1)
+    assert without_quantization(student) is None
+    monkeypatch.setattr(quantization, "free_memory", lambda device: 2 * size)
+    assert without_quantization(student) is not None
+
+
+def test_modules_that_are_skipped_and_the_head_are_not_quantised(path):
+    student = load(path, student_bnb_4bit_skip_modules=["v_proj", "down_proj"])
+    quantised = {name.split(".")[-2] for name in bnb_modules(student.model, "Linear4bit")}  # before .base_layer
+    assert quantised == {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj"}
+    in_float32 = start(load(path, student_load_in_4bit=False))
+    everything = load(path, student_bnb_4bit_skip_modules=[*quantised, "v_proj", "down_proj"])
+    assert start(everything) == pytest.approx(in_float32, rel=1e-5)

@@ -1,0 +1,99 @@
+"""What a metric or a reward is and takes, read from its docstring and its signature."""
+
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from .registry import resolve
+
+
+@dataclass
+class Argument:
+    """
+    One argument of a metric or a reward.
+
+    Attributes:
+        name (`str`): Its name.
+        kind (`str`): Its type, and whether it is optional, as in the docstring.
+        text (`str`): What it is.
+    """
+
+    name: str
+    kind: str
+    text: str
+
+    def describe(self) -> str:
+        return f"{self.name} ({self.kind})"
+
+
+def document(thing: Any) -> tuple[str, list[Argument]]:
+    """
+    What a function or class does, and its arguments.
+
+    The entry `kwargs` of a docstring, e.g. "`a` and `b` of [`Class`]", stands for these arguments of that class. If it
+    names none, it stands for all of them.
+    """
+    docstring = inspect.getdoc(thing) or "No docstring."
+    about, _, arguments = docstring.partition("\nArgs:\n")
+    arguments = re.split(r"\n(?=\S)", arguments)[0]
+    found = []
+    for entry in re.split(r"\n(?=\S)", textwrap.dedent(arguments).strip()):
+        match = re.fullmatch(r"(\w+)(?: \((.*?)\))?:\s+(.*)", entry, re.DOTALL)
+        if match is None:
+            continue
+        name, kind, text = match.groups()
+        text = " ".join(text.split())
+        if name == "kwargs":
+            found += _arguments_of_another(text)
+        else:
+            found.append(Argument(name, plain(kind or "any"), plain(text)))
+    return plain(about.strip()), found
+
+
+def _arguments_of_another(text: str) -> list[Argument]:
+    """Those that "`a` and `b` of [`Class`]" names, from the docstring of `trl_dpg.metrics.Class`."""
+    import trl_dpg.metrics
+
+    names, _, rest = text.rpartition(" of [`")
+    thing: Any = trl_dpg.metrics
+    for part in rest.partition("`]")[0].split("."):
+        thing = getattr(thing, part)
+    chosen = re.findall(r"`(\w+)`", names)
+    return [argument for argument in document(thing)[1] if argument.name in chosen or not chosen]
+
+
+def plain(text: str) -> str:
+    """A docstring's text without its marks."""
+    return re.sub(r"\[?`~?\.?([^`]*)`\]?", r"\1", text).replace("*optional*", "optional")
+
+
+def listing(known: dict[str, str], command: str, flag: str) -> str:
+    """All metrics or rewards: the name, one sentence, and the arguments of each."""
+    lines = []
+    for name in known:
+        about, arguments = document(resolve(name, known, flag))
+        sentence = re.split(r"(?<=[.:]) ", " ".join(about.split()))[0].rstrip(":")
+        lines += [name, *textwrap.wrap(sentence, 100, initial_indent="    ", subsequent_indent="    ")]
+        lines += [f"      {argument.describe()}" for argument in arguments]
+    return "\n".join([*lines, "", f"`trl-dpg {command} NAME` says what the arguments are, and shows an example."])
+
+
+def details(name: str, known: dict[str, str], example: str, flag: str) -> str:
+    """One metric or reward in full: its docstring, its arguments and an example."""
+    about, arguments = document(resolve(name, known, flag))
+    lines = [name, "", textwrap.indent(about, "    "), "", "Arguments:" if arguments else "It has no arguments."]
+    for argument in arguments:
+        lines += [f"    {argument.describe()}"]
+        lines += textwrap.wrap(argument.text, 100, initial_indent="        ", subsequent_indent="        ")
+    if example:
+        lines += ["", "In a recipe:", textwrap.indent(example, "    ").rstrip()]
+    return "\n".join(lines)
+
+
+def as_yaml(recipe: dict[str, Any]) -> str:
+    """Keys of a recipe as YAML."""
+    return yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100)

@@ -1,0 +1,48 @@
+"""
+List the further rewards and their arguments.
+
+    trl-dpg rewards
+    trl-dpg rewards levenshtein
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from trl import TrlParser
+
+from .arguments import REWARDS
+from .catalogue import as_yaml, details, listing
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "contains": {"text": "your answer"},
+    "word_share": {"words": ["el", "la", "los", "las"]},
+    "levenshtein": {"references": ["Todos los seres humanos nacen libres."]},
+    "embedding_similarity": {"references": ["Todos los seres humanos nacen libres."]},
+    "language_id": {"language": "spa_Latn"},
+    "target_language": {"language": "spa"},
+}
+
+
+def main(script_args: argparse.Namespace) -> None:
+    name = script_args.name
+    if name is None:
+        print(listing(REWARDS, "rewards", "reward_funcs"))
+        return
+    recipe: dict[str, Any] = {}
+    if name in EXAMPLES:  # DPG's weight comes first; this reward is only logged
+        recipe = {"reward_funcs": [name], "reward_kwargs": {name: EXAMPLES[name]}, "reward_weights": [1.0, 0.0]}
+    print(details(name, REWARDS, as_yaml(recipe) if recipe else "", "reward_funcs"))
+
+
+def make_parser(prog: str | None = None) -> TrlParser:
+    parser = TrlParser(prog=prog, usage="%(prog)s [name]")
+    parser.add_argument("name", nargs="?", help="a reward's name or dotted import path")
+    return parser
+
+
+if __name__ == "__main__":
+    from trl_dpg.scripts import launcher
+
+    launcher.run("rewards", make_parser, main, sys.argv[1:])
