@@ -298,7 +298,7 @@ def test_the_estimate_leaves_out_what_comes_only_once():
     # Of 50 s of the reward, 30 are no phase, and 4 of the metric's 8 are for the student before its fine-tuning
     text = estimate(logs, 1, state)
     assert text == (
-        "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. The other 40 steps take about 27 min."
+        "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. The rest, 40 steps, takes about 27 min."
     )
     assert [duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
 
@@ -335,7 +335,7 @@ def test_the_live_table_shows_two_completions_growing(terminal, tmp_path):
     printed = console.file.getvalue()
     assert table.share == "rewards/word_share/mean"
     assert "16 completions of up to 6 tokens" in printed and "3 s a step (generation 1, reward 1, update 1)" in printed
-    assert "The other 8 steps take about 24 s." in " ".join(printed.split())
+    assert "The rest, 8 steps, takes about 24 s." in " ".join(printed.split())
     shown = printed[printed.rindex("┏") :] if terminal else printed
     for step in (1, 9):
         assert f"first [red]{step}" in shown and f"third {step}" in shown
@@ -354,7 +354,7 @@ def test_the_live_table_of_a_resumed_run_begins_where_the_run_began():
     state.global_step = 3
     table.on_log(None, state, None, state_and_logs(3)[1])
     assert table.steps == [1, 2, 3] and table.history["dpg/metric_after"] == [-1, -2, -3]
-    assert "The other 6 steps" in table.console.file.getvalue()
+    assert "The rest, 6 steps" in table.console.file.getvalue()
 
 
 def test_the_live_table_fits_on_the_screen():

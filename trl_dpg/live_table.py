@@ -192,8 +192,8 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
         work += f", a metric of {num_tokens:,} tokens"
     if num_tokens > samples * length:
         work += (
-            f". The metric has more tokens than all completions ({samples * length:,} at most) and may take most of "
-            "the time. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
+            f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as much "
+            "as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
         )
     return work + "."
 
@@ -235,7 +235,7 @@ def estimate(logs: dict[str, float], steps: int, state) -> str:
     return (
         f"about {short(expected)} s a step: generation {short(seconds['generation'])}, reward {short(reward)} "
         f"(its metric {metric / max(reward, 1e-9):.0%}), update {short(seconds['update'])}. "
-        f"The other {left} steps take about {duration(left * expected)}."
+        f"The rest, {left} step{'s' * (left != 1)}, takes about {duration(left * expected)}."
     )
 
 

@@ -59,6 +59,7 @@ def main(script_args, training_args, model_args, dataset_args):
     metric = make_metric(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
+    script_args.set_threads(trainer.model, trainer.dpg_reward.student.model)
     if not training_args.log_completions:
         show_live_table(trainer)
     evaluate = script_args.evaluate and PartialState().num_processes == 1
