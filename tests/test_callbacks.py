@@ -5,6 +5,7 @@ import json
 import re
 import struct
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,11 @@ from rich.console import Console
 from transformers import TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
-from tests.small_runs import TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.small_runs import CONFIG, METRIC, TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import QUIET, make_model
 from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.callbacks import DPGLoggingCallback, LiveTable, describe_batch, picture_image
+from trl_dpg.live_table import duration, estimate, work_of_a_step
 from trl_dpg.metrics import CombinedMetric, LanguageModelingMetric, WeightPatternMetric
 from trl_dpg.reward import ScoredBatch
 
@@ -100,7 +102,7 @@ def test_an_offline_wandb_run_has_the_keys_of_the_docs(run):
     for row in rows:
         for key in row:
             steps.setdefault(key, []).append(row.get("train/global_step"))
-    assert len(documented_keys()) == 17
+    assert len(documented_keys()) == 20
     for key in documented_keys():
         assert steps.get(f"train/{key}") == [1, 2] and steps.get(f"eval/{key}") == [2], key
     media = {key: value for row in rows for key, value in row.items() if isinstance(value, dict)}
@@ -250,6 +252,123 @@ def test_a_combined_metric_reads_out_all_its_parts():
     output = metagradient(student, ["w1 w2 w3", "w4 w5"], metric, InnerLoopConfig(batch_size=2))
     assert list(output.readout) == ["picture", "picture_2"]
     assert output.readout["picture"] == output.readout["picture_2"] and len(output.readout["picture"]) == 2
+
+
+def test_the_seconds_of_the_phases_sum_to_the_step(tmp_path, monkeypatch):
+    """Two generations in a step, and one generation for two steps."""
+
+    def slow(completions, **kwargs):
+        time.sleep(0.3)
+        return [0.0] * len(completions)
+
+    def generate(self, prompts, *args):
+        time.sleep(0.2)
+        return original(self, prompts, *args)
+
+    original = GRPOTrainer._generate
+    monkeypatch.setattr(GRPOTrainer, "_generate", generate)
+    for settings, calls in (
+        (dict(gradient_accumulation_steps=2, steps_per_generation=1), [2, 2]),
+        (dict(gradient_accumulation_steps=1, steps_per_generation=2), [1, 0]),
+    ):
+        args = dpg_config(tmp_path, max_steps=2, per_device_train_batch_size=8, **settings)
+        trainer = make_trainer(args, reward_funcs=slow)
+        trainer.train()
+        for logs, number in zip(trainer.state.log_history, calls, strict=False):
+            seconds = {name: logs[f"dpg/seconds/{name}"] for name in ("generation", "reward", "update")}
+            assert seconds["generation"] >= 0.2 * number and seconds["reward"] >= 0.3 * number
+            assert (seconds["generation"] + seconds["reward"] == 0) == (number == 0)
+            assert 0 < seconds["update"] and logs["step_time"] <= sum(seconds.values()) < logs["step_time"] + 0.3
+            if number:
+                parts = sum(logs[f"dpg/seconds/{name}"] for name in ("fine_tuning", "metric", "attribution"))
+                assert 0 < parts < logs["dpg/seconds"] < seconds["reward"]
+
+
+def test_the_estimate_leaves_out_what_comes_only_once():
+    seconds = {
+        "generation": 10.0,
+        "reward": 60.0,
+        "update": 5.0,
+        "fine_tuning": 6.0,
+        "metric": 8.0,
+        "attribution": 6.0,
+    }
+    logs = {f"dpg/seconds/{name}": value for name, value in seconds.items()} | {"dpg/seconds": 50.0}
+    state = TrainerState(max_steps=41, global_step=1)
+    # Of 50 s of the reward, 30 are no phase, and 4 of the metric's 8 are for the student before its fine-tuning
+    text = estimate(logs, 1, state)
+    assert text == (
+        "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. The rest, 40 steps, takes about 27 min."
+    )
+    assert [duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
+
+
+@pytest.mark.parametrize("metric_texts, warns", [(8, False), (60, True)])
+def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric_texts, warns):
+    reward = DPGReward(Student(make_model(), TOKENIZER), LanguageModelingMetric(["w1 w2"] * metric_texts), CONFIG)
+    text = work_of_a_step(dpg_config(tmp_path), reward)
+    assert text.startswith("16 completions of up to 6 tokens, 4 student steps, a metric of ")
+    assert f"a metric of {2 * metric_texts} tokens" in text
+    assert ("more tokens than all completions (96 at most)" in text) == warns
+    reward.metric = CombinedMetric([PATTERN, reward.metric, reward.metric])
+    assert f"a metric of {4 * metric_texts} tokens" in work_of_a_step(dpg_config(tmp_path), reward)
+
+
+def state_and_logs(step):
+    logs = {"dpg/metric_before": -3.0, "dpg/metric_after": -step, "rewards/word_share/mean": step / 10}
+    logs |= {f"dpg/seconds/{name}": 1.0 for name in ("generation", "reward", "update")}
+    return TrainerState(max_steps=9, global_step=step, logging_steps=1, is_world_process_zero=True), logs
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_live_table_shows_two_completions_growing(terminal, tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=50)
+    reward = DPGReward(Student(make_model(), TOKENIZER), METRIC, CONFIG)
+    table = LiveTable("a run", console=console, reward=reward)
+    table.on_train_begin(dpg_config(tmp_path), state_and_logs(0)[0], None)
+    for step in range(1, 10):
+        texts = [f"first [red]{step}", f"second {step}", f"third\n{step}", f"fourth {step}"]
+        reward.last_batch = ScoredBatch(["p", "p", "q", "q"], texts, torch.zeros(4), {})
+        state, logs = state_and_logs(step)
+        table.on_log(None, state, None, logs)
+    table.on_train_end(None, state, None)
+    printed = console.file.getvalue()
+    assert table.share == "rewards/word_share/mean"
+    assert "16 completions of up to 6 tokens" in printed and "3 s a step (generation 1, reward 1, update 1)" in printed
+    assert "The rest, 8 steps, takes about 24 s." in " ".join(printed.split())
+    shown = printed[printed.rindex("┏") :] if terminal else printed
+    for step in (1, 9):
+        assert f"first [red]{step}" in shown and f"third {step}" in shown
+    assert "second" not in printed and "fourth" not in printed
+    if not terminal:
+        lines = printed.splitlines()
+        assert sum("a run: step" in line for line in lines) == 9
+        assert sum("first" in line for line in lines) == 3  # steps 1, 6 and 9
+
+
+def test_the_live_table_of_a_resumed_run_begins_where_the_run_began():
+    table = LiveTable("a run", console=Console(file=io.StringIO(), force_terminal=True, width=100, height=50))
+    state, _ = state_and_logs(2)
+    state.log_history = [{**state_and_logs(step)[1], "step": step} for step in (1, 2)] + [{"step": 2, "eval_loss": 1}]
+    table.on_train_begin(None, state, None)
+    state.global_step = 3
+    table.on_log(None, state, None, state_and_logs(3)[1])
+    assert table.steps == [1, 2, 3] and table.history["dpg/metric_after"] == [-1, -2, -3]
+    assert "The rest, 6 steps" in table.console.file.getvalue()
+
+
+def test_the_live_table_fits_on_the_screen():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=24)
+    table = LiveTable("a run", console=console, every=1)
+    table.on_train_begin(None, TrainerState(max_steps=60, logging_steps=1, is_world_process_zero=True), None)
+    for step in range(1, 61):
+        state, logs = state_and_logs(step)
+        state.max_steps = 60
+        table.on_log(None, state, None, logs)
+        table.texts = [(1, ["a", "b"]), (step, ["c", "d"])]
+        assert len(console.render_lines(table.render(state))) <= 24
+    assert len(console.render_lines(table.render(state, all_rows=True))) > 60
+    table.live.stop()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -1,6 +1,9 @@
-"""Logs a DPG run's histograms, samples, pictures and settings, in addition to its scalars."""
+"""Logs a DPG run's histograms, samples, pictures, seconds and settings, in addition to its scalars."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from .reward import DPGReward, ScoredBatch
 __all__ = [
     "DPGLoggingCallback",
     "LiveTable",
+    "PhaseTimer",
     "describe_batch",
     "device_name",
     "environment",
@@ -119,6 +123,47 @@ class DPGLoggingCallback(TrainerCallback):
             writer.add_histogram(f"{mode}/dpg/score_histogram", batch.scores, step)
             if rows:
                 writer.add_text(f"{mode}/dpg/samples", markdown_table(columns, rows), step)
+
+
+class PhaseTimer(TrainerCallback):
+    """
+    Measures the seconds of each optimizer step: of generation, rewards and update, which sum to the whole step.
+
+    Generation is the time from the start of a micro-batch to its rewards: sampling, and the log probabilities that
+    TRL computes of the completions. The update is the rest of the step: advantages, losses, backward passes and the
+    optimizer. A step that uses the completions of an earlier one has 0 seconds of generation and rewards.
+
+    Args:
+        metrics (`dict[str, list[float]]`):
+            The trainer's figures of training, `trainer._metrics["train"]`. The seconds are appended to
+            `dpg/seconds/generation`, `dpg/seconds/reward` and `dpg/seconds/update`.
+    """
+
+    def __init__(self, metrics: dict[str, list[float]]):
+        self.metrics = metrics
+        self.generation = self.reward = 0.0
+        self.step_began = self.batch_began = time.perf_counter()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_began = self.batch_began = time.perf_counter()
+        self.generation = self.reward = 0.0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.batch_began = time.perf_counter()
+
+    @contextmanager
+    def rewarding(self) -> Iterator[None]:
+        """Measure the rewards, and the generation before them."""
+        began = time.perf_counter()
+        yield
+        self.generation += began - self.batch_began
+        self.reward += time.perf_counter() - began
+
+    def on_step_end(self, args, state, control, **kwargs):
+        update = time.perf_counter() - self.step_began - self.generation - self.reward
+        seconds = {"generation": self.generation, "reward": self.reward, "update": update}
+        for name, value in seconds.items():
+            self.metrics[f"dpg/seconds/{name}"].append(value)
 
 
 def describe_batch(batch: ScoredBatch, num_samples: int) -> dict[str, Any]:

@@ -215,7 +215,7 @@ def compare_datasets(
                 f"`num_samples` is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
-    bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress)
+    bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress, delay=0)
     return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, num_samples, bar)
 
 

@@ -1,22 +1,29 @@
 """A table of a run's figures in the terminal, which grows during training."""
 
+import atexit
 import math
 import time
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from .metrics.base import Metric
+
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.table import Table
+
+    from .reward import DPGReward
 
 
 class LiveTable(TrainerCallback):
     """
     Shows a run's figures in a table in the terminal, which grows during training. Needs rich.
 
-    If the console is not a terminal, lines of text are printed instead.
+    Below the table are the seconds of a step, the time left, and two completions: how they were at first, and how they
+    are now. If the console is not a terminal, a line of text is printed for each log, and completions for some. A
+    resumed run shows the figures from its beginning.
 
     Args:
         title (`str`):
@@ -25,11 +32,15 @@ class LiveTable(TrainerCallback):
             The names of the figures in the logs, and the titles of their columns. By default the table shows Φ, the
             metric's proxies and the other rewards that are in the first logs.
         share (`str`, *optional*):
-            The name of a figure in `columns` with values between 0 and 1. It is also drawn as a bar.
+            The name of a figure in `columns` with values between 0 and 1. It is also drawn as a line of that length.
+            By default the first column whose name tells that it is a share.
         every (`int`, *optional*):
-            Logs between two rows. The last log always has a row. By default there are about 20 rows.
+            Logs between two rows. The last log always has a row. By default there are about 20 rows, and a line of
+            text for each log.
         console ([`~rich.console.Console`], *optional*):
             The console to draw on.
+        reward ([`DPGReward`], *optional*):
+            The trainer's reward, whose completions are shown. Without it, none are shown.
 
     Attributes:
         history (`dict[str, list[float]]`): The values of each column so far, by the name in the logs.
@@ -42,44 +53,100 @@ class LiveTable(TrainerCallback):
         share: str | None = None,
         every: int | None = None,
         console: "Console | None" = None,
+        reward: "DPGReward | None" = None,
     ):
         from rich.console import Console
         from rich.live import Live
 
-        self.title, self.columns, self.share, self.every = title, columns, share, every or 0
+        self.title, self.columns, self.share, self.reward = title, columns, share, reward
+        self.lines_every, self.every = every or 1, every or 0
         self.console = console or Console()
         self.history: dict[str, list[float]] = {}
         self.steps: list[int] = []
+        self.texts: list[tuple[int, list[str]]] = []  # a step and completions: the first ones and the newest
         self.live = Live(console=self.console, refresh_per_second=4)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-        self.history, self.steps = {}, []
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.history, self.steps, self.texts, self.logs = {}, [], [], {}
         self.every = self.every or max(1, math.ceil(state.max_steps / max(state.logging_steps, 1) / 20))
-        if self.console.is_terminal and state.is_world_process_zero:
+        for logs in state.log_history:  # of a resumed run
+            if "dpg/metric_after" in logs:
+                self._record(logs["step"], logs)
+        if not state.is_world_process_zero:
+            return
+        if self.reward is not None:
+            self._print(f"{self.title}: {work_of_a_step(args, self.reward)}")
+        if self.console.is_terminal:
+            atexit.register(self.live.stop)  # shows the cursor again, also after an error
             self.live.start()
+            self.live.update("The first step ...")
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "dpg/metric_after" not in logs or not state.is_world_process_zero:
             return
-        if self.columns is None:
-            self.columns = table_columns(logs)
-        self.steps.append(state.global_step)
-        for name in self.columns:
-            self.history.setdefault(name, []).append(logs[name])
+        is_first = not self.logs
+        self._record(state.global_step, logs)
+        self.logs = logs
+        batch = None if self.reward is None else self.reward.last_batch
+        if batch is not None:
+            second = next((row for row, prompt in enumerate(batch.prompts) if prompt != batch.prompts[0]), -1)
+            texts = [" ".join(batch.completions[row].split()) for row in (0, second)]
+            self.texts = [*self.texts[:1], (state.global_step, texts)]
+        if is_first:
+            self.first_log = state.global_step, time.perf_counter()
+            self._print(f"{self.title}: {estimate(logs, state.global_step - self.first_step, state)}")
         if self.console.is_terminal:
-            self.live.update(self.table(state))
-        elif len(self.steps) % self.every == 1 % self.every or state.global_step == state.max_steps:
-            figures = "  ".join(f"{title} {self.history[name][-1]:8.4f}" for name, title in self.columns.items())
-            self.console.print(f"{self.title}: step {state.global_step:3}/{state.max_steps}  {figures}")
+            self.live.update(self.render(state))
+            return
+        self._print_lines(state)
+
+    def _print_lines(self, state) -> None:
+        row, is_last = len(self.steps) - 1, state.global_step == state.max_steps
+        columns: dict[str, str] = self.columns  # type: ignore[assignment]
+        if row % self.lines_every == 0 or is_last:
+            figures = "  ".join(f"{title} {self.history[name][-1]:8.4f}" for name, title in columns.items())
+            self._print(f"{self.title}: step {state.global_step:3}/{state.max_steps}  {figures}  {self.times(state)}")
+        if self.texts and (row % max(self.every, 5) == 0 or is_last):
+            for text in self.texts[-1][1]:
+                self._print(f"    {text[:150]}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.live.is_started:
             if self.steps:
-                self.live.update(self.table(state), refresh=True)
+                self.live.update(self.render(state, all_rows=True), refresh=True)
             self.live.stop()
 
-    def table(self, state) -> "Table":
+    def times(self, state) -> str:
+        """The seconds of the newest steps, and the time that is left."""
+        now, steps = time.perf_counter(), state.global_step - self.first_step
+        mean = (now - self.started) / steps
+        text = described(phases(self.logs)) or f"{short(mean)} s a step"
+        since, moment = self.first_log
+        if state.global_step > since:  # the first steps have costs that do not come again
+            mean = (now - moment) / (state.global_step - since)
+        else:
+            mean = expected_seconds(self.logs, steps) or mean
+        left = state.max_steps - state.global_step
+        return f"{text}, {duration(left * mean)} left" if left else text
+
+    def render(self, state, all_rows: bool = False) -> "Group":
+        """The table, and two completions below it."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        samples = Table.grid(padding=(0, 2, 0, 0))
+        samples.add_column(no_wrap=True, justify="right")
+        samples.add_column(no_wrap=True, overflow="ellipsis")
+        for place in range(2 if self.texts else 0):
+            for step, texts in self.texts:
+                samples.add_row(f"step {step}", Text(texts[place], style="dim" if step != self.texts[-1][0] else ""))
+        seconds = time.perf_counter() - self.started
+        caption = f"{state.global_step}/{state.max_steps} steps in {duration(seconds)}; {self.times(state)}"
+        return Group(self.table(state, all_rows), Text(caption, style="dim"), "", samples)
+
+    def table(self, state, all_rows: bool = False) -> "Table":
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -88,18 +155,104 @@ class LiveTable(TrainerCallback):
         for title in ("step", *columns.values()):
             table.add_column(title, justify="right")
         if self.share is not None:
-            table.add_column("")
-        rows = len(self.steps)
-        for row in sorted({*range(0, rows, self.every), rows - 1}):
+            table.add_column("", min_width=10)
+        last = len(self.steps) - 1
+        room = len(self.steps) if all_rows else max(self.console.height - 15, 4)  # the rest of the screen's height
+        every = self.every * math.ceil(math.ceil(len(self.steps) / self.every) / room)
+        for row in sorted({*range(0, last, every), last}):
             cells: list[Any] = [f"{self.steps[row]}", *(f"{self.history[name][row]:.4g}" for name in columns)]
             if self.share is not None:
-                cells.append(ProgressBar(total=1.0, completed=max(self.history[self.share][row], 0.0), width=30))
+                cells.append(ProgressBar(total=1.0, completed=max(self.history[self.share][row], 0.0), width=24))
             table.add_row(*cells)
-        seconds, done = time.perf_counter() - self.started, state.global_step
-        table.caption = f"{done}/{state.max_steps} steps, {seconds:.0f} s, {seconds / done:.2f} s a step"
         return table
 
+    def _record(self, step: int, logs: dict[str, float]) -> None:
+        if self.columns is None:
+            self.columns = table_columns(logs)
+            named = [name for name in self.columns if any(word in name for word in _SHARES)]
+            self.share = self.share or next(iter(named), None)
+        self.steps.append(step)
+        for name in self.columns:
+            value = logs.get(name)
+            self.history.setdefault(name, []).append(math.nan if value is None else value)
 
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+
+
+def work_of_a_step(args, reward: "DPGReward") -> str:
+    """The size of a generation batch and of the metric. It warns if the metric is the larger one."""
+    config, samples = reward.inner_loop_config, args.generation_batch_size
+    completion = args.max_completion_length or config.max_length
+    length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
+    steps = config.num_epochs * math.ceil(samples / config.batch_size)
+    work = f"{samples} completions of up to {completion} tokens, {steps} student step{'s' * (steps > 1)}"
+    num_tokens = reward.metric.num_tokens(reward.student) if isinstance(reward.metric, Metric) else 0
+    if num_tokens:
+        work += f", a metric of {num_tokens:,} tokens"
+    if num_tokens > samples * length:
+        work += (
+            f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as much "
+            "as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
+        )
+    return work + "."
+
+
+def phases(logs: dict[str, float]) -> dict[str, float]:
+    """Mean seconds of generation, reward and update in a step's logs; none if they were not measured."""
+    names = ("generation", "reward", "update")
+    return {name: logs[f"dpg/seconds/{name}"] for name in names if f"dpg/seconds/{name}" in logs}
+
+
+def described(seconds: dict[str, float]) -> str:
+    """Seconds of a step's phases as text."""
+    parts = ", ".join(f"{name} {short(value)}" for name, value in seconds.items())
+    return f"{short(sum(seconds.values()))} s a step ({parts})" if seconds else ""
+
+
+def expected_seconds(logs: dict[str, float], steps: int) -> float:
+    """
+    Expected seconds of a later step, from the logs of the first steps; 0 if they were not measured.
+
+    The first call of a reward has costs that do not come again: the metric of the student before its fine-tuning, and
+    everything that is none of the reward's phases, such as a verification.
+    """
+    seconds, metric = phases(logs), logs.get("dpg/seconds/metric", 0.0)
+    known = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in ("fine_tuning", "metric", "attribution"))
+    once = max(logs.get("dpg/seconds", 0.0) - known, 0.0) + metric / (steps + 1)
+    return sum(seconds.values()) - once if seconds else 0.0
+
+
+def estimate(logs: dict[str, float], steps: int, state) -> str:
+    """What the first steps took, the metric's part of it, and how long the run takes."""
+    seconds, metric = phases(logs), logs.get("dpg/seconds/metric", 0.0)
+    if not seconds:
+        return "the seconds of the phases were not measured."
+    metric *= steps / (steps + 1)
+    expected = expected_seconds(logs, steps)
+    reward = expected - seconds["generation"] - seconds["update"]
+    left = state.max_steps - state.global_step
+    return (
+        f"about {short(expected)} s a step: generation {short(seconds['generation'])}, reward {short(reward)} "
+        f"(its metric {metric / max(reward, 1e-9):.0%}), update {short(seconds['update'])}. "
+        f"The rest, {left} step{'s' * (left != 1)}, takes about {duration(left * expected)}."
+    )
+
+
+def short(seconds: float) -> str:
+    """Seconds with two digits."""
+    return f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.2g}"
+
+
+def duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# Parts of the names of figures between 0 and 1
+_SHARES = ("share", "accuracy", "target_language")
 # Logged under `dpg/` for every metric, but not shown in a column
 _NO_COLUMNS = {"metric_before", "metric_after", "metric_change", "predicted_change", "seconds"}
 _NO_COLUMNS |= {"num_empty", "num_truncated"}

@@ -351,6 +351,9 @@ class DPGReward:
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:
             figures[name] = mean(output.proxies[name] for output in outputs)
+        mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
+        for name in outputs[0].seconds:
+            figures[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
         return figures | scored[0].verified
 
 

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from .callbacks import DPGLoggingCallback
+from .callbacks import DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
 from .metrics.base import metric_name
 from .reward import DPGReward
@@ -44,10 +44,11 @@ class DPGTrainer(GRPOTrainer):
     respect to [`~trl.GRPOTrainer`] are:
 
     - the reward [`DPGReward`], which comes before any other `reward_funcs`;
-    - `_calculate_rewards`, which sets the reward's number of generations in training and evaluation, and switches its
-      verification off in evaluation;
+    - `_calculate_rewards`, which sets the reward's number of generations in training and evaluation, switches its
+      verification off in evaluation, and takes the time;
     - `create_model_card`, which adds metric, student and inner loop;
-    - a [`DPGLoggingCallback`], which logs samples, scores and pictures.
+    - a [`DPGLoggingCallback`], which logs samples, scores and pictures;
+    - a [`PhaseTimer`], which logs the seconds of generation, reward and update.
 
     Everything else (generation, advantages, loss, scalars) is inherited.
 
@@ -161,11 +162,14 @@ class DPGTrainer(GRPOTrainer):
         # The last callback, so that the trackers' own callbacks have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
+        self.phases = PhaseTimer(self._metrics["train"])
+        self.add_callback(self.phases)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self.dpg_reward.verify_steps = self.args.verify_steps if self.model.training else 0
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self.phases.rewarding():
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _results(self) -> list[tuple[str, float, float]]:
         """The metric, its proxies and verifications, each with its first and its last value in the logs."""

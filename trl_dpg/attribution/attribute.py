@@ -136,7 +136,7 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
     def score(mine: list[int], before: float | None) -> list[dict[str, Any]]:
         return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before)} for k in mine]
 
-    with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show) as bar:
+    with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
         for start in range(0, len(todo), state.num_processes):
             own = todo[start + state.process_index :][:1]  # the chunk of this process, if one is left
             parts = from_all_ranks(partial(score, own, metric_before), "Scoring a chunk")

@@ -1,8 +1,10 @@
 """`metagradient`: how much each sample of a dataset changes a metric of the student that is fine-tuned on it."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,8 @@ class MetagradientOutput:
             were cut off. With `token_scores`, also the end of each token in the text.
         proxies (`dict[str, float]`): The metric's proxies for the fine-tuned student, e.g. `pixel_accuracy`.
         readout (`dict[str, Any]`): The metric's readout of the fine-tuned student, e.g. `picture`.
+        seconds (`dict[str, float]`): Seconds of `fine_tuning` (the forward sweep), `metric` (before and after it, with
+            gradients and proxies) and `attribution` (the reverse sweep).
     """
 
     scores: Tensor
@@ -56,6 +60,7 @@ class MetagradientOutput:
     samples: list[TokenizedExample]
     proxies: dict[str, float] = field(default_factory=dict)
     readout: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_truncated(self) -> int:
@@ -134,12 +139,15 @@ def differentiate(
     attribute = config.attribution == "metagradient"
     with modes(student):
         student.verify_quantization()
+        times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
         if metric_before is None:
             metric_before = metric_at_start(metric, student)
+        times.append(time.perf_counter())
         trajectory = fine_tuning.sweep(data_weights, keep_states=attribute)
         losses = trajectory.losses.float().cpu()
         _check_losses(losses, config)
 
+        times.append(time.perf_counter())
         finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.initial_theta)
         with torch.set_grad_enabled(attribute):
             value, metric_gradient = finetuned.evaluate(metric)
@@ -151,6 +159,7 @@ def differentiate(
                 proxies = metric.proxies(finetuned, metric_after)
                 readout = metric.readout(finetuned)
 
+        times.append(time.perf_counter())
         scores, token_scores = torch.full((len(samples),), metric_after), None
         if metric_gradient is not None:
             length = max(len(sample.input_ids) for sample in samples)
@@ -160,8 +169,10 @@ def differentiate(
             scores = token_scores.sum(dim=1).float().cpu()
             token_scores = token_scores.float().cpu() if config.per_token else None
     _check_scores(scores, fine_tuning)
+    before, forward, after, reverse = (end - begin for begin, end in pairwise([*times, time.perf_counter()]))
+    seconds = {"fine_tuning": forward, "metric": before + after, "attribution": reverse}
     return MetagradientOutput(
-        scores, token_scores, metric_before, metric_after, losses, samples, proxies=proxies, readout=readout
+        scores, token_scores, metric_before, metric_after, losses, samples, proxies, readout, seconds
     )
 
 

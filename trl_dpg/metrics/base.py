@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..student import FinetunedStudent
+from ..student import FinetunedStudent, Student
 
 
 def metric_name(metric: Callable[[FinetunedStudent], Tensor]) -> str:
@@ -30,6 +30,10 @@ class Metric(ABC):
             value (`float`): Φ of this student, which need not be computed again.
         """
         return {}
+
+    def num_tokens(self, student: Student) -> int:
+        """The tokens that the metric runs a student on, for an estimate of its cost. 0 if it only reads weights."""
+        return 0
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         """

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..student import FinetunedStudent
+from ..student import FinetunedStudent, Student
 from .base import Metric
 
 
@@ -56,6 +56,9 @@ class CombinedMetric(Metric):
                 for name, proxy in metric.proxies(student, part).items():
                     merged[f"{name}_{index}" if name in merged else name] = proxy
         return merged
+
+    def num_tokens(self, student: Student) -> int:
+        return sum(metric.num_tokens(student) for metric in self.metrics if isinstance(metric, Metric))
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         merged: dict[str, Any] = {}

@@ -123,6 +123,9 @@ class LanguageModelingMetric(Metric):
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         return {"perplexity": math.exp(min(-value, 700.0))}
 
+    def num_tokens(self, student: Student) -> int:
+        return sum(len(example.input_ids) for example in self._examples(student))
+
     def _examples(self, student: Student) -> list[TokenizedExample]:
         """
         The samples with a supervised token, tokenised once for each student.

@@ -1,7 +1,10 @@
 """Arguments that several commands share, and the names of metrics, rewards and toy worlds on the command line."""
 
 import json
+import os
+import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
@@ -32,6 +35,8 @@ WORLDS = {
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Arguments of `generate` that are fields of [`~trl.GRPOConfig`], too."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TINY = 5_000_000
+"""Models with fewer parameters run fastest on one thread."""
 
 
 class UsageError(ValueError):
@@ -58,6 +63,24 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
     return mapping
 
 
+def num_cores() -> int:
+    """Physical cores that torch may use."""
+    import psutil
+    import torch
+
+    allowed = torch.get_num_threads()
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print a line on the main process."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(line, file=sys.stderr)
+
+
 @dataclass
 class CommandArguments:
     """
@@ -65,20 +88,36 @@ class CommandArguments:
 
     Args:
         num_threads (`int`, *optional*):
-            CPU threads of torch. Small models run best with 1. On a busy machine, more threads can be much slower.
+            CPU threads of torch. By default as many as the environment variable `OMP_NUM_THREADS` says. If it is not
+            set, 1 for models below 5 million parameters, which are slower with more, and otherwise one for each core.
+            On a busy machine, more threads than free cores can be much slower.
     """
 
-    num_threads: int | None = field(default=None, metadata={"help": "CPU threads of torch; 1 for small models."})
+    num_threads: int | None = field(
+        default=None,
+        metadata={"help": "CPU threads of torch. By default OMP_NUM_THREADS, or 1 for tiny models, or one per core."},
+    )
 
     def __post_init__(self):
         at_least(1, num_threads=self.num_threads)
 
-    def set_threads(self) -> None:
-        """Set torch's number of threads, if it is given."""
+    def set_threads(self, *models) -> None:
+        """
+        Set torch's number of threads, and say it.
+
+        Args:
+            models ([`~transformers.PreTrainedModel`]):
+                The loaded models, to whose size the default fits. Without them, only a number that is given is set.
+        """
         import torch
 
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
+        elif models and "OMP_NUM_THREADS" not in os.environ:
+            size = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
+            torch.set_num_threads(1 if size < TINY else num_cores())
+        if models:
+            say_once(f"CPU threads: {torch.get_num_threads()}")
 
 
 @dataclass

@@ -222,6 +222,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
                 print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
             metric = make_metric(script_args)
             student = student_args.load_student()
+            script_args.set_threads(student.model)
             repeats = script_args.num_repeats
             result = attribute(student, samples, metric, config, size, repeats, journal, progress=True)
             if state.is_main_process:

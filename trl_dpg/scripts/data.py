@@ -128,8 +128,13 @@ def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, ba
     from trl_dpg.generation import generate_texts, load_generator
 
     path = str(arguments.model_name_or_path)
+    model, tokenizer = load_generator(
+        path, arguments.dtype or "auto", arguments.model_revision, arguments.trust_remote_code
+    )
+    arguments.set_threads(model)
     return generate_texts(
-        *load_generator(path, arguments.dtype or "auto", arguments.model_revision, arguments.trust_remote_code),
+        model,
+        tokenizer,
         prompts,
         arguments.max_completion_length,
         batch_size=batch_size,

@@ -76,7 +76,8 @@ def main(script_args, training_args, model_args, dataset_args):
     held_out = make_held_out_metrics(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
-    if sys.stdout.isatty() and not training_args.log_completions:
+    script_args.set_threads(trainer.model, trainer.dpg_reward.student.model)
+    if not training_args.log_completions:
         show_live_table(trainer)
     evaluate = script_args.evaluate and PartialState().num_processes == 1
     if script_args.evaluate and not evaluate:
@@ -191,14 +192,14 @@ def load_prompts(script_args, training_args, dataset_args, tokenizer) -> dict[st
 
 
 def show_live_table(trainer) -> None:
-    """A table in the terminal in the place of the trainer's own progress bar."""
+    """A table in the terminal, or lines of text, in the place of the trainer's own progress bar and figures."""
     from transformers import PrinterCallback, ProgressCallback
 
     from trl_dpg.live_table import LiveTable
 
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(LiveTable(Path(trainer.args.output_dir).name))
+    trainer.add_callback(LiveTable(Path(trainer.args.output_dir).name, reward=trainer.dpg_reward))
 
 
 def first_rows(trainer, number: int):

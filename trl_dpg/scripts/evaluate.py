@@ -81,6 +81,13 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             raise UsageError(f"--output_file {self.output_file!r} is a folder. Name a file.")
 
 
+def load_student(script_args: EvaluateArguments, student_args, seed: int):
+    """A fresh student."""
+    student = replace(student_args, seed=seed).load_student()
+    script_args.set_threads(student.model)
+    return student
+
+
 def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
@@ -93,7 +100,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         datasets = load_datasets(script_args)
         try:
             comparison = compare_datasets(
-                lambda seed: replace(student_args, seed=seed).load_student(),
+                lambda seed: load_student(script_args, student_args, seed),
                 datasets,
                 metric,
                 student_args.inner_loop_config(),

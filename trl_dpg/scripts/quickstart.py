@@ -100,6 +100,7 @@ def train_generator(
         **trainer_arguments,
     )
     trainer.remove_callback(PrinterCallback)
+    table.reward = trainer.dpg_reward
     trainer.train()
     trainer.save_model(trainer.args.output_dir)
     trainer.create_model_card(model_name=table.title)

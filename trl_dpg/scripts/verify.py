@@ -110,6 +110,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
         metric = make_metric(script_args)
         examples = read_samples(script_args, script_args.num_samples, student_args.seed)  # type: ignore[arg-type]
         student = student_args.load_student()
+        script_args.set_threads(student.model)
     print(f"Student: {student.describe()}; {len(examples)} samples.", flush=True)
     try:
         result = verify(
