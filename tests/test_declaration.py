@@ -128,6 +128,9 @@ def test_the_recipe_runs_with_a_tiny_model_in_the_place_of_the_real_one(recipe, 
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     logs = [log for log in state["log_history"] if "rewards/target_language/mean" in log]
     assert [log["step"] for log in logs] == [1, 2]
+    seconds = [sum(log[f"dpg/seconds/{phase}"] for phase in ("generation", "reward", "update")) for log in logs]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["seconds"] > sum(seconds) > seconds[1] > 0  # of both runs
 
 
 def test_the_quickstart_ends_with_fresh_students_on_held_out_paragraphs(cache, tmp_path, no_network, capsys):

@@ -89,9 +89,10 @@ def main(script_args, training_args, model_args, dataset_args):
         fresh = FreshStudents(trainer, rows, metric, held_out, rewards, number, greedy)
         fresh.sample(UNTRAINED)
 
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint(training_args))
-    summary = training_figures(trainer, time.perf_counter() - started, script_args)
+    started, last = time.perf_counter(), checkpoint(training_args)
+    trainer.train(resume_from_checkpoint=last)
+    seconds = earlier_seconds(last) + time.perf_counter() - started
+    summary = training_figures(trainer, seconds, script_args)
     trainer.save_model(training_args.output_dir)
     path = output_dir / "summary.json"
     if trainer.is_world_process_zero():
@@ -128,6 +129,22 @@ def checkpoint(training_args) -> str | None:
     if training_args.resume_from_checkpoint == "auto":
         return get_last_checkpoint(training_args.output_dir)
     return training_args.resume_from_checkpoint
+
+
+def earlier_seconds(checkpoint: str | None) -> float:
+    """The seconds of the steps before a checkpoint, as they were logged."""
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    if checkpoint is None or not Path(checkpoint, TRAINER_STATE_NAME).exists():
+        return 0.0
+    total, before = 0.0, 0
+    for logs in TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).log_history:
+        seconds = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in ("generation", "reward", "update"))
+        if seconds:
+            total += seconds * (logs["step"] - before)
+            before = logs["step"]
+    return total
 
 
 def hub_kwargs(training_args, model_args) -> dict[str, Any]:
