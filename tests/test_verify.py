@@ -80,6 +80,8 @@ def test_correlations_are_those_of_numpy_and_ties_share_their_rank():
 class Thetas:
     """A fine-tuning whose parameters are a given function of the first weight."""
 
+    steps = [None, None]  # more than one
+
     def __init__(self, function):
         self.function = function
 
@@ -88,8 +90,8 @@ class Thetas:
 
 
 def test_metasmoothness_weighs_agreeing_signs_by_the_whole_movement():
-    # From 1 on, in steps of 0.1: one parameter moves by 3 and by 1, one by 2 and by -5, one by -1 and by -1
-    path = {1.0: [0.0, 0.0, 0.0], 1.1: [3.0, 2.0, -1.0], 1.2: [4.0, -3.0, -2.0]}
+    # To 1 and on, in steps of 0.1: one parameter moves by 3 and by 1, one by 2 and by -5, one by -1 and by -1
+    path = {0.9: [0.0, 0.0, 0.0], 1.0: [3.0, 2.0, -1.0], 1.1: [4.0, -3.0, -2.0]}
     # From beginning to end they move by 4, 3 and 2; the second turned back
     v = torch.tensor([[1.0]])
     assert metasmoothness(Thetas(lambda w: path[round(w, 3)]), v, 0.1) == pytest.approx((4 - 3 + 2) / 9)

@@ -40,6 +40,7 @@ class FineTuning:
     """
 
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
+        config.check_numbers()
         self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
         with modes(self.student):
@@ -75,6 +76,10 @@ class FineTuning:
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""
-        finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
+        return self.evaluate(self.theta(weights), metric)
+
+    def evaluate(self, theta: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+        """Φ(θ), for θ of shape `[P]`."""
+        finetuned = FinetunedStudent(self.student, theta, self.student.initial_theta())
         with modes(self.student), torch.no_grad():
             return finetuned.evaluate(metric)[0].item()

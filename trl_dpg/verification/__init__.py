@@ -5,6 +5,7 @@ change. See [`verify`].
 
 from ..metagradients.fine_tuning import FineTuning
 from ..student.precision import compute_dtype, in_precision
+from .advice import Remedy
 from .measurements import (
     NUM_GROUPS,
     STEP,
@@ -16,7 +17,7 @@ from .measurements import (
     predicted_and_actual,
     random_signs,
 )
-from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Remedy, Verification, verify
+from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Verification, verify
 
 
 __all__ = [
