@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 
-from .callbacks import DPGLoggingCallback
+from .callbacks import TUNING_NAME, DPGLoggingCallback
 from .config import DPGConfig
 from .metrics.base import metric_name
 from .reward import DPGReward
@@ -135,6 +135,7 @@ class DPGTrainer(GRPOTrainer):
             num_generations=args.num_generations,
             train_on=args.train_on,
             verify_steps=args.verify_steps,
+            tuning_file=Path(args.output_dir) / TUNING_NAME,
         )
 
         if reward_processing_classes is not None:

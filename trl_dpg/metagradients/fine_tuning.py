@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.layers import lean_layers
 from ..student import Examples, FinetunedStudent, Student
-from .batches import plan_steps
+from .batches import MicroBatch, plan_steps
 from .config import InnerLoopConfig
 from .trajectory import Trajectory, forward_sweep
 
@@ -83,3 +83,14 @@ class FineTuning:
         finetuned = FinetunedStudent(self.student, theta, self.student.initial_theta())
         with modes(self.student), torch.no_grad():
             return finetuned.evaluate(metric)[0].item()
+
+    def losses(self, theta: Tensor) -> Tensor:
+        """The training loss of each step's samples for one θ of shape `[P]`. Shape `[T]`, in nats, on the CPU."""
+        parameters = self.student.unflatten(theta)
+
+        def loss(micro_batch: MicroBatch) -> float:
+            batch, weights = micro_batch.batch, micro_batch.coefficients
+            return self.student.run(parameters, lambda model: self.student.loss(model, batch, weights)[0]).item()
+
+        with self.sweeping(), torch.no_grad():
+            return torch.tensor([sum(map(loss, step)) for step in self.steps])

@@ -1,10 +1,12 @@
 """Samples like those of a reward step: rows of a dataset, or texts of a generator. For `verify` and `tune`."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import complete_prompts, fits, read_dataset, read_prompts
+from .flags import in_flags
 
 
 @dataclass
@@ -65,3 +67,24 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
     prompts = read_prompts(script_args, num_samples, data)
     texts = complete_prompts(script_args, prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
+
+
+def choose_numbers(student_args, student, examples, metric, output_dir: str | Path | None) -> None:
+    """
+    Put numbers in the place of the student's arguments that are `auto`, as the first batch of a training does.
+
+    The choice is written to `<output_dir>/tune.json`, and read from there if it was made for the same set-up. Of
+    several processes, the first one chooses.
+    """
+    from trl_dpg.metagradients.config import SettingsError
+    from trl_dpg.tuning import tune_together
+
+    config = student_args.inner_loop_config()
+    if not config.auto:
+        return
+    path = None if output_dir is None else Path(output_dir) / "tune.json"
+    try:
+        chosen = tune_together(student, examples, metric, config, path)
+    except SettingsError as error:
+        raise UsageError(in_flags(str(error))) from error
+    student_args.set_numbers(chosen.apply(config))

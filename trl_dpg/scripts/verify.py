@@ -18,7 +18,7 @@ from .data import check_student, make_folder, one_process
 from .flags import in_flags
 from .output import say, write_json
 from .registry import make_metric
-from .samples import SampleArguments, read_samples
+from .samples import SampleArguments, choose_numbers, read_samples
 from .toy_world import toy_world
 
 
@@ -86,6 +86,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
         examples = read_samples(script_args, student_args.seed)
         student = student_args.load_student()
     say(f"Student: {student.describe()}; {len(examples)} samples.")
+    choose_numbers(student_args, student, examples, metric, script_args.output_dir)
     path = None if script_args.output_dir is None else Path(script_args.output_dir) / "verify.json"
     try:
         result = verify(

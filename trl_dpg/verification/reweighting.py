@@ -84,14 +84,14 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
         if len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
             (step,) = plan_steps(student, fine_tuning.samples, replace(config, micro_batch_size=1))
             for sample in step:
-                gradients.addr_(rows[:, sample.rows[0]], _gradient(fine_tuning, theta, [sample], rows[0]))
+                gradients.addr_(rows[:, sample.rows[0]], step_gradient(fine_tuning, theta, [sample], rows[0]))
         else:
             for weights, gradient in zip(rows, gradients, strict=True):
-                gradient.copy_(_gradient(fine_tuning, theta, step, weights))
+                gradient.copy_(step_gradient(fine_tuning, theta, step, weights))
     return OneStep(theta, gradients[0], gradients[1:])
 
 
-def _gradient(fine_tuning: FineTuning, theta: Tensor, step: list[MicroBatch], weights: Tensor) -> Tensor:
+def step_gradient(fine_tuning: FineTuning, theta: Tensor, step: list[MicroBatch], weights: Tensor) -> Tensor:
     """The gradient of a step's loss with these data weights `[N]`, of shape `[P]`."""
     gradient = torch.zeros_like(theta)
     for micro_batch in step:
