@@ -16,7 +16,7 @@ Files in `output_dir`:
 
 import re
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,9 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         name: value
         for arguments, values in ((StudentArguments, student), (TuneArguments, script_args.given))
         for name, value in values.items()
-        if name != "output_dir" and value != _default(arguments, name) and value != written.get(name)
+        if name not in ("output_dir", "num_samples")
+        and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
-    if "num_samples" not in written:  # read off other settings, or of this command only
-        settings.pop("num_samples", None)
-    for name in [*settings]:
-        if name not in chosen and name in written and _default(StudentArguments, name) is not MISSING:
-            same = str(settings[name]) == str(written[name])  # the same number, written in another way
-            settings.pop(name) if same else None
     for name, value in (settings | chosen).items():
         line = yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True).strip()
         line = f"{name}: {value:.1e}" if name in chosen and value else line
@@ -128,8 +123,7 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
 
 
 def _default(arguments: type, name: str) -> Any:
-    found = [f.default for f in fields(arguments) if f.name == name]
-    return found[0] if found else MISSING
+    return next(f.default for f in fields(arguments) if f.name == name)
 
 
 def make_parser(prog: str | None = None):
