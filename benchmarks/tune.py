@@ -56,6 +56,7 @@ def picture(folder: Path):
 
 def real_texts(folder: Path) -> tuple[list[str], list[str]]:
     """Paragraphs to fine-tune on, and the metric's."""
+    folder.mkdir(parents=True, exist_ok=True)
     declaration_world(folder, seed=0)
     files = [folder / f"{name}.jsonl" for name in ("held_out", "held_out_english", "benchmark")]
     spanish, english, benchmark = ([json.loads(line)["text"] for line in file.open()] for file in files)

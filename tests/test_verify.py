@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -180,6 +181,81 @@ def test_small_batches_of_noisy_samples_get_a_warning(monkeypatch):
     assert "`batch_size`" in result["gradient_noise"].advice
 
 
+def test_it_stops_when_the_interval_decides_and_measures_all_directions_when_not(monkeypatch):
+    clear = verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=12, compare_precision=False)
+    assert len(clear.actual) == len(clear.predicted) == verdict.FEWEST and clear.pearson_interval[0] >= verdict.PASS
+    monkeypatch.setattr(verdict, "PASS", 1.0)
+    unclear = verify(
+        Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=10, compare_precision=False, try_remedies=False
+    )
+    assert len(unclear.actual) == 10 and unclear.actual[:8] == clear.actual
+
+
+def test_the_interval_of_a_correlation_is_fishers():
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    agreement = Agreement(a, a + b)
+    interval = scipy.stats.pearsonr(agreement.predicted, agreement.actual).confidence_interval(0.95)
+    assert agreement.interval == pytest.approx(interval, abs=1e-9)
+    assert Agreement(a[:3], b[:3]).interval == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("slope", "status", "words"),
+    [
+        (1.0, "pass", ""),
+        (
+            0.74,
+            "warn",
+            "1.35 x too large: ranks of samples, and so rewards, are unaffected; total effects are overest",
+        ),
+        (1.5, "warn", "1.50 x too small: ranks of samples, and so rewards, are unaffected; total effects are underes"),
+        (-0.2, "warn", "wrong sign"),
+        (float("nan"), "warn", "wrong sign"),
+    ],
+)
+def test_a_slope_far_from_one_is_a_warning_that_says_what_it_costs(slope, status, words):
+    check = verdict._slope_check(slope)
+    assert check.status == status and words in check.advice
+
+
+def test_predictions_that_are_too_large_get_a_warning_and_keep_their_trust():
+    flat = InnerLoopConfig(learning_rate=0.1, eps_root=1e-3, batch_size=4)
+    result = verify(Student(make_model()), SAMPLES, METRIC, flat, compare_precision=False, try_remedies=False)
+    assert (
+        result["slope"].value
+        == result.slope
+        == pytest.approx(np.dot(result.predicted, result.actual) / np.dot(result.predicted, result.predicted))
+    )
+    assert result["slope"].status == ("pass" if 0.8 <= result.slope <= 1.25 else "warn")
+
+
+def test_with_one_step_metasmoothness_is_not_measured(monkeypatch):
+    monkeypatch.setattr(measurements, "_smoothness", None)
+    one = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-4, batch_size=16)
+    result = verify(Student(make_model()), SAMPLES, METRIC, one, num_directions=4, compare_precision=False)
+    assert result["metasmoothness"].value == 1 and "by definition, not measured" in result["metasmoothness"].meaning
+
+
+def test_with_several_steps_metasmoothness_comes_from_the_same_fine_tunings():
+    student, directions = Student(make_model()), random_signs(4, 16, seed=0)
+    result = verify(student, SAMPLES, METRIC, SMOOTH, num_directions=4, compare_precision=False)
+    fine_tuning = FineTuning(student, SAMPLES, SMOOTH)
+    assert result["metasmoothness"].value == pytest.approx(metasmoothness(fine_tuning, directions), abs=1e-9)
+
+
+def test_each_figure_is_told_as_soon_as_it_is_known():
+    told = []
+
+    def on_figure(result):
+        told.append((len(result.actual), [check.name for check in result.checks], result.complete))
+
+    verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=4, on_figure=on_figure)
+    names = ["gradient_noise", "pearson", "spearman", "slope", "metasmoothness", "bf16_agreement"]
+    assert told[0] == (0, names[:1], False)
+    assert told[1:5] == [(k, names[:1], False) for k in (1, 2, 3, 4)]
+    assert told[5:] == [(4, names[:5], False), (4, names, False), (4, names, True)]
+
+
 # -- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +314,20 @@ def test_a_recipe_of_dpg_is_verified_on_texts_of_its_generator(tmp_path, capsys)
     assert figures["trustworthy"] and figures["num_samples"] == 32
     assert {check["name"]: check["status"] for check in figures["checks"]}["pearson"] == "pass"
     assert "This set-up is trustworthy" in capsys.readouterr().out
+
+
+def test_the_command_shows_what_it_measures_and_an_interrupted_one_leaves_its_figures(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verdict._Verifier, "_precision_check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    figures = json.loads((tmp_path / "verify.json").read_text())
+    assert figures["trustworthy"] is None and not figures["complete"] and len(figures["actual"]) == 6
+    assert "pearson" in [check["name"] for check in figures["checks"]]
+    printed = capsys.readouterr()
+    assert "pass  pearson" in printed.out and "Verifying: predictions" in printed.err
 
 
 def test_a_broken_set_up_ends_with_status_1(tmp_path):

@@ -14,6 +14,7 @@ Files in `output_dir`:
 - `tuned.yaml`: the recipe with the chosen values, for `--config`.
 """
 
+import json
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -115,10 +116,11 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
     for name, value in (settings | chosen).items():
-        line = yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True).strip()
-        line = f"{name}: {value:.1e}" if name in chosen and value else line
-        text, count = re.subn(rf"^{name}:.*$", line.replace("\\", r"\\"), text, flags=re.MULTILINE)
-        text = text if count else text.rstrip("\n") + f"\n{line}\n"
+        # JSON is YAML, except that a number such as 1e-05 is a text without a point
+        line = f"{name}: {value:.1e}\n" if isinstance(value, float) else f"{name}: {json.dumps(value)}\n"
+        lines = rf"^{name}:.*\n?(?:[ \t-].*\n?)*"  # the entry, which may have several lines
+        text, count = re.subn(lines, line.replace("\\", r"\\"), text, flags=re.MULTILINE)
+        text = text if count else text.rstrip("\n") + f"\n{line}"
     return text.lstrip("\n")
 
 
