@@ -50,11 +50,21 @@ class Tuning:
 
     def render(self) -> str:
         """The evidence as a Markdown table, and the choice. Names of fields are in backticks."""
-        columns = ["learning rate", "eps_root", "Pearson", "slope", "metasmoothness", "change of Φ", "of the loss"]
+        columns = [
+            "learning rate",
+            "eps_root",
+            "Pearson",
+            "slope",
+            "metasmoothness",
+            "cosine of ∇Φ",
+            "change of Φ",
+            "of the loss",
+        ]
         columns += ["seconds", "verdict"]
         lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         for trial in self.trials:
-            figures = [f"{value:.4f}" for value in (trial.pearson, trial.slope, trial.metasmoothness)]
+            measured = (trial.pearson, trial.slope, trial.metasmoothness, trial.cosine)
+            figures = ["" if math.isnan(value) else f"{value:.4f}" for value in measured]
             cells = [
                 short(trial.learning_rate),
                 short(trial.eps_root),
@@ -95,11 +105,11 @@ def tune(
     Choose the fields of the inner loop that are `"auto"`, from a few fine-tunings on one batch.
 
     The learning rate is the largest tried with which predicted and actual changes of Φ agree, Φ moves by much more
-    than rounding errors, and the student's own loss falls. `eps_root` is the smallest tried that is smooth at this
-    learning rate: the metasmoothness passes as in [`~trl_dpg.verification.verify`], and the changes still agree. With
-    one optimizer step, agreement alone decides. The search first sets `eps_root` close to the mean square of a step's
-    gradient, looks for the learning rate, then lowers `eps_root`. It costs at most 12 reward steps. SGD has no
-    `eps_root`; `"auto"` is 0 then.
+    than rounding errors, ∇Φ keeps its direction during the fine-tuning, and the student's own loss falls. `eps_root`
+    is the smallest tried that is smooth at this learning rate: the metasmoothness passes as in
+    [`~trl_dpg.verification.verify`], and all of the above still holds. With one optimizer step, metasmoothness is 1.
+    The search first sets `eps_root` close to the mean square of a step's gradient, looks for the learning rate, then
+    lowers `eps_root`. It costs at most 12 reward steps. SGD has no `eps_root`; `"auto"` is 0 then.
 
     Args:
         student (`Student`):

@@ -23,6 +23,12 @@ has few directions, and the values must hold for other samples.
 """
 FITS = (0.75, 1.33)
 """The slopes that a trial may have. Outside of it, the student moves far beyond where the scores were taken."""
+STEADY = 0.9
+"""
+The cosine between the metric's gradients before and after the fine-tuning that a trial needs, over the parameters that
+moved. If the gradient turns further, the scores say what would mend the end of this fine-tuning. They say less about
+what helps the student, and the generator learns less from them.
+"""
 HOPELESS = 0.9
 """A trial ends early if its first directions agree less than this."""
 MOVES = 50
@@ -39,12 +45,13 @@ class Trial:
         pearson (`float`): Correlation of predicted and actual changes of Φ, over each direction and its opposite.
         slope (`float`): Actual changes as a multiple of the predicted ones.
         metasmoothness (`float`): See [`~trl_dpg.verification.metasmoothness`]. 1 with one optimizer step.
+        cosine (`float`): Cosine between ∇Φ before and after the fine-tuning, over the parameters that moved.
         metric_change (`float`): Φ after the fine-tuning minus Φ before.
         loss_change (`float`): The same for the training loss on the samples, in nats. It must fall.
         num_directions (`int`): Directions that were measured.
         seconds (`float`): Time of the trial.
         verdict (`str`): `"agrees"`; `"still"` if Φ hardly moves; `"disagrees"`, `"rough"`; `"overshoots"` if the
-            student's own loss does not fall; or `"diverges"`.
+            student's own loss does not fall; `"turns"` if the cosine is too small; or `"diverges"`.
     """
 
     learning_rate: float
@@ -52,6 +59,7 @@ class Trial:
     pearson: float = math.nan
     slope: float = math.nan
     metasmoothness: float = math.nan
+    cosine: float = math.nan
     metric_change: float = math.nan
     loss_change: float = math.nan
     num_directions: int = 0
@@ -63,7 +71,10 @@ class Trial:
         return self.verdict == "agrees"
 
     def learns(self) -> bool:
-        """Whether the student's own loss falls. If not, writes this into the verdict."""
+        """Whether the student's own loss falls, and ∇Φ keeps its direction. If not, writes this into the verdict."""
+        if self.loss_change < 0 and self.cosine < STEADY:
+            self.verdict = "turns"
+            return False
         if self.loss_change < 0:
             return True
         self.verdict = "overshoots" if self.loss_change > 0 else "still" if self.loss_change == 0 else "diverges"
@@ -83,7 +94,8 @@ class Prober:
         self.student = plan.student
         self.directions = random_signs(self.NUM_DIRECTIONS, len(plan.samples), seed)
         bar.measuring("the start")
-        self.metric_before = metric_at_start(metric, self.student)
+        self.start = Remembering(metric)
+        self.metric_before = metric_at_start(self.start, self.student)
         self.losses_before = plan.losses(self.student.initial_theta())
         bar.done(3)
         self.mean_square = self._mean_square()
@@ -105,20 +117,28 @@ class Prober:
         """The mean training loss for θ minus that for the student before fine-tuning."""
         return (self.plan.losses(theta) - self.losses_before).mean().item()
 
+    def cosine(self, theta: Tensor, gradient: Tensor) -> float:
+        """The cosine between a metric's gradient at θ and that before fine-tuning, over the parameters that moved."""
+        moved = theta != self.start.theta
+        return torch.cosine_similarity(gradient[moved], self.start.gradient[moved], dim=0).item()  # type: ignore
+
     def probe(self, trial: Trial, config: InnerLoopConfig) -> None:
         """Measure a trial. Ends early if it is hopeless."""
         seen = Remembering(self.metric)
         fine_tuning = FineTuning(self.student, self.plan.examples, config)
         output = differentiate(fine_tuning, seen, metric_before=self.metric_before)
         trial.metric_change = output.metric_after - self.metric_before
-        trial.loss_change = self.loss_change(seen.theta)  # type: ignore[arg-type]  # it has seen the student
+        theta, gradient = seen.theta, seen.gradient
+        if theta is None or gradient is None:  # for mypy: `differentiate` refuses such a metric
+            return
+        trial.loss_change, trial.cosine = self.loss_change(theta), self.cosine(theta, gradient)
         self.bar.done(self.PASSES_OF_SCORES)
         if not trial.learns():
             return
         predicted = predicted_changes(output.scores, self.directions)
         actual: list[float] = []
         smoothness: list[float] = []
-        for change in changes_along(fine_tuning, self.metric, self.directions, STEP, seen.theta):
+        for change in changes_along(fine_tuning, self.metric, self.directions, STEP, theta):
             self.bar.done(self.PASSES_OF_A_DIRECTION)
             actual.append(change.actual)
             smoothness.append(change.smoothness)
@@ -153,9 +173,11 @@ class OneStepProber(Prober):
         with modes(self.student):
             value, gradient = finetuned.evaluate(self.metric)
         trial.metric_change, trial.metasmoothness = value.item() - self.metric_before, 1.0
-        trial.loss_change = self.loss_change(theta.detach())
         self.bar.done(self.PASSES_OF_SCORES)
-        if gradient is None or not math.isfinite(value.item()) or not trial.learns():
+        if gradient is None or not math.isfinite(value.item()):
+            return
+        trial.loss_change, trial.cosine = self.loss_change(theta.detach()), self.cosine(theta.detach(), gradient)
+        if not trial.learns():
             return
         predicted = 2 * STEP * self.single.slopes(config, gradient)
         actual: list[float] = []

@@ -125,12 +125,24 @@ def ends(fine_tuning: FineTuning, directions: Tensor, step: float) -> Iterator[t
 
 
 class Remembering:
-    """A metric that keeps θ of the student that it saw last, so that the fine-tuning at w = 1 need not be repeated."""
+    """
+    A metric that keeps what it saw last, so that the fine-tuning at w = 1 need not be repeated.
+
+    Attributes:
+        theta (`torch.Tensor` of shape `[P]`): θ of the student.
+        gradient (`torch.Tensor` of shape `[P]`): ∇Φ(θ), if it was computed.
+    """
 
     def __init__(self, metric: Callable[[FinetunedStudent], Tensor]):
         self.metric = metric
         self.theta: Tensor | None = None
+        self.gradient: Tensor | None = None
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
-        self.theta = student.theta.detach()
+        self.theta, self.gradient = student.theta.detach(), None
+        if student.theta.requires_grad:
+            student.theta.register_hook(self._keep)
         return self.metric(student)
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.gradient = gradient  # after those of batches, the whole metric's comes last
