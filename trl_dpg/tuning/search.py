@@ -18,6 +18,11 @@ from ..verification.progress import Progress
 from .trials import AGREES, OneStepProber, Prober, Trial
 
 
+CLOSE = 0.9995
+"""
+Pearson's correlation that a smaller `eps_root` needs. It is more than `AGREES`, because the generator's later texts
+have other gradients than the first batch, and a small `eps_root` is the first to fail on them.
+"""
 MAX_REWARD_STEPS = 12
 """What a search may cost at most, in reward steps."""
 
@@ -243,7 +248,7 @@ class _Search:
         factor = 0.01
         while self._affordable() and factor < 1:
             trial = self._try(rate, _rounded(best.eps_root * factor))
-            if trial.agrees:
+            if trial.agrees and trial.pearson >= CLOSE:
                 best = trial
             else:
                 factor = math.inf if factor > 0.05 else 0.1
