@@ -206,9 +206,9 @@ def test_the_interval_of_a_correlation_is_fishers():
         (
             0.74,
             "warn",
-            "1.35 x too large: ranks of samples, and so rewards, are unaffected; total effects are overest",
+            "1.35 x too large: ranks of samples, and so rewards, are unaffected; total effects are over",
         ),
-        (1.5, "warn", "1.50 x too small: ranks of samples, and so rewards, are unaffected; total effects are underes"),
+        (1.5, "warn", "1.50 x too small: ranks of samples, and so rewards, are unaffected; total effects are under"),
         (-0.2, "warn", "wrong sign"),
         (float("nan"), "warn", "wrong sign"),
     ],
@@ -218,15 +218,14 @@ def test_a_slope_far_from_one_is_a_warning_that_says_what_it_costs(slope, status
     assert check.status == status and words in check.advice
 
 
-def test_predictions_that_are_too_large_get_a_warning_and_keep_their_trust():
-    flat = InnerLoopConfig(learning_rate=0.1, eps_root=1e-3, batch_size=4)
-    result = verify(Student(make_model()), SAMPLES, METRIC, flat, compare_precision=False, try_remedies=False)
-    assert (
-        result["slope"].value
-        == result.slope
-        == pytest.approx(np.dot(result.predicted, result.actual) / np.dot(result.predicted, result.predicted))
-    )
-    assert result["slope"].status == ("pass" if 0.8 <= result.slope <= 1.25 else "warn")
+def test_predictions_that_are_too_large_get_a_warning():
+    flat = InnerLoopConfig(learning_rate=0.05, eps_root=1e-4, batch_size=4)
+    torch.manual_seed(0)  # of the adapters
+    student = Student(make_model(), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    result = verify(student, SAMPLES, METRIC, flat, 8, compare_precision=False, try_remedies=False)
+    slope = np.dot(result.predicted, result.actual) / np.dot(result.predicted, result.predicted)
+    assert result["slope"].value == result.slope == pytest.approx(slope) and slope < 0.75
+    assert result["slope"].status == "warn" and "too large" in result["slope"].advice
 
 
 def test_with_one_step_metasmoothness_is_not_measured(monkeypatch):
