@@ -20,6 +20,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["metrics", "rewards"],
     ["metagradients"],
     ["verification"],
+    ["tuning"],
     ["attribution", "reward"],
     ["config", "generation", "evaluation", "live_table", "callbacks"],
     ["trainer", "report", "toy", "declaration"],

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -81,6 +82,8 @@ def test_correlations_are_those_of_numpy_and_ties_share_their_rank():
 class Thetas:
     """A fine-tuning whose parameters are a given function of the first weight."""
 
+    steps = [None, None]  # more than one
+
     def __init__(self, function):
         self.function = function
 
@@ -89,8 +92,8 @@ class Thetas:
 
 
 def test_metasmoothness_weighs_agreeing_signs_by_the_whole_movement():
-    # From 1 on, in steps of 0.1: one parameter moves by 3 and by 1, one by 2 and by -5, one by -1 and by -1
-    path = {1.0: [0.0, 0.0, 0.0], 1.1: [3.0, 2.0, -1.0], 1.2: [4.0, -3.0, -2.0]}
+    # To 1 and on, in steps of 0.1: one parameter moves by 3 and by 1, one by 2 and by -5, one by -1 and by -1
+    path = {0.9: [0.0, 0.0, 0.0], 1.0: [3.0, 2.0, -1.0], 1.1: [4.0, -3.0, -2.0]}
     # From beginning to end they move by 4, 3 and 2; the second turned back
     v = torch.tensor([[1.0]])
     assert metasmoothness(Thetas(lambda w: path[round(w, 3)]), v, 0.1) == pytest.approx((4 - 3 + 2) / 9)
@@ -179,6 +182,80 @@ def test_small_batches_of_noisy_samples_get_a_warning(monkeypatch):
     assert "`batch_size`" in result["gradient_noise"].advice
 
 
+def test_it_stops_when_the_interval_decides_and_measures_all_directions_when_not(monkeypatch):
+    clear = verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=12, compare_precision=False)
+    assert len(clear.actual) == len(clear.predicted) == verdict.FEWEST and clear.pearson_interval[0] >= verdict.PASS
+    monkeypatch.setattr(verdict, "PASS", 1.0)
+    unclear = verify(
+        Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=10, compare_precision=False, try_remedies=False
+    )
+    assert len(unclear.actual) == 10 and unclear.actual[:8] == clear.actual
+
+
+def test_the_interval_of_a_correlation_is_fishers():
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    agreement = Agreement(a, a + b)
+    interval = scipy.stats.pearsonr(agreement.predicted, agreement.actual).confidence_interval(0.95)
+    assert agreement.interval == pytest.approx(interval, abs=1e-9)
+    assert Agreement(a[:3], b[:3]).interval == (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("slope", "status", "words"),
+    [
+        (1.0, "pass", ""),
+        (
+            0.74,
+            "warn",
+            "1.35 x too large: ranks of samples, and so rewards, are unaffected; total effects are over",
+        ),
+        (1.5, "warn", "1.50 x too small: ranks of samples, and so rewards, are unaffected; total effects are under"),
+        (-0.2, "warn", "wrong sign"),
+        (float("nan"), "warn", "wrong sign"),
+    ],
+)
+def test_a_slope_far_from_one_is_a_warning_that_says_what_it_costs(slope, status, words):
+    check = verdict._slope_check(slope)
+    assert check.status == status and words in check.advice
+
+
+def test_predictions_that_are_too_large_get_a_warning():
+    flat = InnerLoopConfig(learning_rate=0.05, eps_root=1e-4, batch_size=4)
+    torch.manual_seed(0)  # of the adapters
+    student = Student(make_model(), peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    result = verify(student, SAMPLES, METRIC, flat, 8, compare_precision=False, try_remedies=False)
+    slope = np.dot(result.predicted, result.actual) / np.dot(result.predicted, result.predicted)
+    assert result["slope"].value == result.slope == pytest.approx(slope) and slope < 0.75
+    assert result["slope"].status == "warn" and "too large" in result["slope"].advice
+
+
+def test_with_one_step_metasmoothness_is_not_measured(monkeypatch):
+    monkeypatch.setattr(measurements, "_smoothness", None)
+    one = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-4, batch_size=16)
+    result = verify(Student(make_model()), SAMPLES, METRIC, one, num_directions=4, compare_precision=False)
+    assert result["metasmoothness"].value == 1 and "by definition, not measured" in result["metasmoothness"].meaning
+
+
+def test_with_several_steps_metasmoothness_comes_from_the_same_fine_tunings():
+    student, directions = Student(make_model()), random_signs(4, 16, seed=0)
+    result = verify(student, SAMPLES, METRIC, SMOOTH, num_directions=4, compare_precision=False)
+    fine_tuning = FineTuning(student, SAMPLES, SMOOTH)
+    assert result["metasmoothness"].value == pytest.approx(metasmoothness(fine_tuning, directions), abs=1e-9)
+
+
+def test_each_figure_is_told_as_soon_as_it_is_known():
+    told = []
+
+    def on_figure(result):
+        told.append((len(result.actual), [check.name for check in result.checks], result.complete))
+
+    verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=4, on_figure=on_figure)
+    names = ["gradient_noise", "pearson", "spearman", "slope", "metasmoothness", "bf16_agreement"]
+    assert told[0] == (0, names[:1], False)
+    assert told[1:5] == [(k, names[:1], False) for k in (1, 2, 3, 4)]
+    assert told[5:] == [(4, names[:5], False), (4, names, False), (4, names, True)]
+
+
 # -- precision -------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +325,20 @@ def test_a_4bit_students_metric_is_compared_with_float32(tmp_path, capsys):
     checks = {check["name"]: check for check in json.loads((tmp_path / "verify.json").read_text())["checks"]}
     assert checks["quantization"]["status"] == "warn" and abs(checks["quantization"]["value"]) > 1e-3
     assert "--student_load_in_4bit" in capsys.readouterr().out
+
+
+def test_the_command_shows_what_it_measures_and_an_interrupted_one_leaves_its_figures(tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verdict._Verifier, "_precision_check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    figures = json.loads((tmp_path / "verify.json").read_text())
+    assert figures["trustworthy"] is None and not figures["complete"] and len(figures["actual"]) == 6
+    assert "pearson" in [check["name"] for check in figures["checks"]]
+    printed = capsys.readouterr()
+    assert "pass  pearson" in printed.out and "Verifying: predictions" in printed.err
 
 
 def test_a_broken_set_up_ends_with_status_1(tmp_path):

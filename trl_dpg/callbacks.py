@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from .environment import device_name, environment
 from .live_table import LiveTable, table_columns
+from .metagradients import InnerLoopConfig
 from .metrics.base import metric_name
 from .reward import DPGReward, ScoredBatch
 
@@ -34,6 +35,7 @@ __all__ = [
 
 LOG_NAME = "dpg_log.jsonl"
 CONFIG_NAME = "dpg_config.json"
+TUNING_NAME = "tune.json"
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 NUM_BINS = 32
 
@@ -62,22 +64,31 @@ class DPGLoggingCallback(TrainerCallback):
         self.num_samples = num_samples
         self.tensorboard = tensorboard
         self.train_batch: ScoredBatch | None = None
+        self._written: InnerLoopConfig | None = None  # the inner loop in the file of settings
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        config = run_config(args, self.reward)
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        if state.global_step == 0:  # a new run chooses the inner loop's numbers anew
+            (folder / TUNING_NAME).unlink(missing_ok=True)
+        self._write_config(args)
         log = folder / LOG_NAME
         if log.exists():  # keep the lines up to the checkpoint of a resumed run, and no lines in a new run
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state.global_step]
             log.write_text("".join(kept), encoding="utf-8")
 
+    def _write_config(self, args) -> None:
+        self._written = self.reward.inner_loop_config
+        config = json.dumps(run_config(args, self.reward), indent=2, ensure_ascii=False)
+        (Path(args.output_dir) / CONFIG_NAME).write_text(config, encoding="utf-8")
+
     def on_step_end(self, args, state, control, **kwargs):
         self.train_batch = self.reward.last_batch or self.train_batch
+        if self._written not in (None, self.reward.inner_loop_config):  # "auto" became numbers
+            self._write_config(args)
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.reward.last_batch = None  # after an evaluation, training must not log the evaluation's batch

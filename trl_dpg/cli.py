@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "Sample a synthetic dataset from a trained generator.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "verify": "Test whether the scores of a set-up can be trusted.",
+    "tune": "Choose the student's learning rate and eps_root.",
     "report": "Make an HTML report of a run.",
     "quickstart": "Try the method on tiny models, without a network; with --real, on SmolLM2.",
     "metrics": "List the metrics and their arguments.",

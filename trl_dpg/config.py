@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    NumberOrAuto = float | str
+else:
+
+    def NumberOrAuto(text):  # a type for the parser
+        """The number that a text stands for. Other texts are checked by [`InnerLoopConfig`]."""
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
 
 @dataclass
 class StudentArguments:
@@ -53,16 +63,17 @@ class StudentArguments:
 
         student_optimizer (`str`, *optional*, defaults to `"adamw"`):
             `"adamw"` or `"sgd"`.
-        student_learning_rate (`float`, *optional*, defaults to `1e-4`):
-            Peak learning rate.
+        student_learning_rate (`float` or `str`, *optional*, defaults to `1e-4`):
+            Peak learning rate. `"auto"`: chosen on the first batch, see [`~trl_dpg.tuning.tune`].
         student_adam_beta1 (`float`, *optional*, defaults to `0.9`):
             AdamW's decay rate of the first moment.
         student_adam_beta2 (`float`, *optional*, defaults to `0.95`):
             AdamW's decay rate of the second moment.
         student_adam_epsilon (`float`, *optional*, defaults to `1e-8`):
             AdamW's epsilon outside the square root.
-        student_eps_root (`float`, *optional*, defaults to `1e-9`):
-            AdamW's epsilon inside the square root. It makes training smooth in the data weights.
+        student_eps_root (`float` or `str`, *optional*, defaults to `1e-9`):
+            AdamW's epsilon inside the square root. It makes training smooth in the data weights. `"auto"`: chosen on
+            the first batch.
         student_weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay.
         student_momentum (`float`, *optional*, defaults to `0.0`):
@@ -142,13 +153,18 @@ class StudentArguments:
         default=None, metadata={"help": "Modules of the student that get adapters; all linear layers by default."}
     )
     student_optimizer: str = field(default="adamw", metadata={"help": "The student's optimizer: 'adamw' or 'sgd'."})
-    student_learning_rate: float = field(default=1e-4, metadata={"help": "The student's peak learning rate."})
+    student_learning_rate: NumberOrAuto = field(
+        default=1e-4, metadata={"help": "The student's peak learning rate; 'auto': the first batch chooses it."}
+    )
     student_adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's decay rate of the first moment."})
     student_adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's decay rate of the second moment."})
     student_adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon outside the square root."})
-    student_eps_root: float = field(
+    student_eps_root: NumberOrAuto = field(
         default=1e-9,
-        metadata={"help": "AdamW's epsilon inside the square root; makes training smooth in the data weights."},
+        metadata={
+            "help": "AdamW's epsilon inside the square root; makes training smooth in the data weights. 'auto': the "
+            "first batch chooses it."
+        },
     )
     student_weight_decay: float = field(default=0.0, metadata={"help": "The student's weight decay."})
     student_momentum: float = field(default=0.0, metadata={"help": "Momentum of the student's SGD."})
@@ -246,6 +262,11 @@ class StudentArguments:
             offload_trajectory=self.student_offload_trajectory,
             hvp=self.student_hvp,
         )
+
+    def set_numbers(self, config: InnerLoopConfig) -> None:
+        """Replace what is `"auto"` by the numbers of a configuration."""
+        for name in self.inner_loop_config().auto:
+            setattr(self, f"student_{name}", getattr(config, name))
 
     def student_peft_config(self) -> LoraConfig | None:
         """The configuration of the student's adapters, or `None` if all parameters are trained."""

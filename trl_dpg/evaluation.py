@@ -132,12 +132,13 @@ def without_empty(dataset: Dataset) -> Dataset:
 
 def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any) -> SFTConfig:
     """The settings of SFTTrainer for an inner loop, see [`evaluate_dataset`]."""
+    config.check_numbers()
     if config.optimizer == "adamw":
         optimizer = {
             "optim": "adamw_torch",
             "adam_beta1": config.betas[0],
             "adam_beta2": config.betas[1],
-            "adam_epsilon": max(config.eps, math.sqrt(config.eps_root)),
+            "adam_epsilon": max(config.eps, math.sqrt(float(config.eps_root))),
         }
     else:
         optimizer = {"optim": "sgd", "optim_args": f"momentum={config.momentum}"}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from .ranks import from_all_ranks
 from .student import FinetunedStudent, Student
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, hand_over
+from .tuning import Tuning, tune_together
 from .verification import predicted_and_actual, random_signs
 
 
@@ -100,7 +102,8 @@ class DPGReward:
         metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
-            How the student is fine-tuned, and how its metric is attributed to the samples.
+            How the student is fine-tuned, and how its metric is attributed to the samples. What is `"auto"` in it is
+            chosen at the first call by [`~trl_dpg.tuning.tune`], on the first dataset, and is the same on all ranks.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether all completions are one dataset. If `False`, there are `num_generations` datasets with one
             completion of each prompt. A student is fine-tuned on each, and each rank scores a part of the datasets.
@@ -115,8 +118,13 @@ class DPGReward:
             Calls between two verifications; `0`: none. The first call is always verified. It is logged how well the
             scores of the (first) dataset predict the metric's change when the data weights change, as
             `dpg/verify/pearson` and `dpg/verify/spearman`; see `trl_dpg.verification`.
+        tuning_file (`str` or `Path`, *optional*):
+            Where the choice of the `"auto"` values is written, with its evidence. If the file is there and of the same
+            set-up, nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
 
     Attributes:
+        tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
+            The choice of the `"auto"` values, after the first call.
         last_token_scores (`list[torch.Tensor]` or `None`):
             With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call. Each
             completion has a tensor as long as its `completion_ids`, whose sum is the completion's raw score.
@@ -140,6 +148,7 @@ class DPGReward:
         train_on: str = "completion",
         processing_class: PreTrainedTokenizerBase | None = None,
         verify_steps: int = 0,
+        tuning_file: str | Path | None = None,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
@@ -181,6 +190,8 @@ class DPGReward:
         self.train_on = train_on
         self.processing_class = processing_class
         self.verify_steps = verify_steps
+        self.tuning_file = tuning_file
+        self.tuning: Tuning | None = None
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
@@ -217,6 +228,8 @@ class DPGReward:
         samples = [sample for part in parts for sample in part]
         places = self._split([sample.prompt for sample in samples])  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
+        if self.inner_loop_config.auto:
+            self._choose_numbers([sample.example for sample in datasets[0]])
         shares = from_all_ranks(lambda: self._score(datasets), "The DPG reward")
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
         scored = [everyones[index] for index in range(len(datasets))]
@@ -239,6 +252,18 @@ class DPGReward:
             if self.last_token_scores is not None:
                 log_extra("dpg_token_scores", [scores.tolist() for scores in self.last_token_scores])
         return rewards[mine].tolist()
+
+    def _choose_numbers(self, examples: list[Any]) -> None:
+        """Put numbers in the place of what is `"auto"`. The first rank chooses them for all."""
+        self._move_student()
+        self.tuning = tune_together(self.student, examples, self.metric, self.inner_loop_config, self.tuning_file)
+        self.inner_loop_config = self.tuning.apply(self.inner_loop_config)
+
+    def _move_student(self) -> None:
+        """Move the student to the trainer's device."""
+        here, there = self.student.device, PartialState().device
+        if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
+            self.student.to(there)
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -281,9 +306,7 @@ class DPGReward:
         state = PartialState()
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
-        here, there = self.student.device, state.device
-        if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
-            self.student.to(there)
+        self._move_student()
         mine = range(state.process_index, len(datasets), state.num_processes)
         return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
 

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from .callbacks import DPGLoggingCallback, PhaseTimer
+from .callbacks import TUNING_NAME, DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
 from .metrics.base import metric_name
 from .reward import DPGReward
@@ -144,6 +144,7 @@ class DPGTrainer(GRPOTrainer):
             num_generations=args.num_generations,
             train_on=args.train_on,
             verify_steps=args.verify_steps,
+            tuning_file=Path(args.output_dir) / TUNING_NAME,
         )
 
         if reward_processing_classes is not None:

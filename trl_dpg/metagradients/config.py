@@ -30,6 +30,10 @@ MEMORY_ONLY = (
 """Fields of [`InnerLoopConfig`] that change memory and time, and no scores."""
 
 
+AUTO = ("learning_rate", "eps_root")
+"""Fields of [`InnerLoopConfig`] that may be `"auto"`."""
+
+
 class SettingsError(ValueError):
     """Settings that do not fit the data, or an earlier run. Fields and arguments are in backticks in the message."""
 
@@ -44,15 +48,17 @@ class InnerLoopConfig:
 
         optimizer (`str`, *optional*, defaults to `"adamw"`):
             `"adamw"` or `"sgd"`, as in `torch.optim`.
-        learning_rate (`float`, *optional*, defaults to `1e-4`):
-            Peak learning rate.
+        learning_rate (`float` or `str`, *optional*, defaults to `1e-4`):
+            Peak learning rate. `"auto"`: chosen by [`~trl_dpg.tuning.tune`]. [`DPGReward`] does this on its first
+            batch; everything else needs a number.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.95)`):
             AdamW's decay rates of the first and second moment.
         eps (`float`, *optional*, defaults to `1e-8`):
             AdamW's epsilon, outside the square root.
-        eps_root (`float`, *optional*, defaults to `1e-9`):
+        eps_root (`float` or `str`, *optional*, defaults to `1e-9`):
             Added to AdamW's second moment inside the square root. It makes training smooth in the data weights. If it
-            is too small for the gradients, the scores become very large and are useless.
+            is too small for the gradients, the scores become very large and are useless. `"auto"`: as for the learning
+            rate.
         weight_decay (`float`, *optional*, defaults to `0.0`):
             Weight decay. For AdamW it is decoupled, for SGD it is added to the gradient.
         momentum (`float`, *optional*, defaults to `0.0`):
@@ -112,10 +118,10 @@ class InnerLoopConfig:
     """
 
     optimizer: str = "adamw"
-    learning_rate: float = 1e-4
+    learning_rate: float | str = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    eps_root: float = 1e-9
+    eps_root: float | str = 1e-9
     weight_decay: float = 0.0
     momentum: float = 0.0
     batch_size: int = 8
@@ -164,8 +170,13 @@ class InnerLoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size must be at least 1 or None, got {self.micro_batch_size}.")
+        for name in AUTO:
+            if isinstance(vars(self)[name], str) and vars(self)[name] != "auto":
+                raise ValueError(
+                    f"{name} must be a number or 'auto', got {vars(self)[name]!r}. 'auto': the first batch chooses it."
+                )
         for name in ("learning_rate", "eps", "eps_root", "weight_decay", "momentum", "warmup_steps"):
-            if vars(self)[name] < 0:
+            if name not in self.auto and vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}.")
         if self.optimizer == "adamw" and self.eps == 0 and self.eps_root == 0:
             raise ValueError("AdamW divides by zero with eps = 0 and eps_root = 0. Set eps_root, e.g. to 1e-9.")
@@ -177,7 +188,26 @@ class InnerLoopConfig:
     def make_optimizer(self) -> Optimizer:
         if self.optimizer == "sgd":
             return sgd(self.momentum, self.weight_decay)
-        return adamw(self.betas, self.eps, self.eps_root, self.weight_decay)
+        return adamw(self.betas, self.eps, float(self.eps_root), self.weight_decay)
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """Names of the fields that are `"auto"`."""
+        return tuple(name for name in AUTO if vars(self)[name] == "auto")
+
+    def check_numbers(self) -> None:
+        """
+        Refuse fields that are still `"auto"`.
+
+        Raises:
+            `SettingsError`: If there are any.
+        """
+        if self.auto:
+            names = " and ".join(f"`{name}`" for name in self.auto)
+            raise SettingsError(
+                f"{names}: 'auto' stands for a number that is not chosen yet. Give a number, or choose one with "
+                "trl_dpg.tuning.tune."
+            )
 
     @property
     def differentiates_twice(self) -> bool:
@@ -186,7 +216,7 @@ class InnerLoopConfig:
 
     def learning_rates(self, num_steps: int) -> list[float]:
         """The learning rate of each of `num_steps` steps, computed by the schedules of transformers."""
-        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=float(self.learning_rate))
         scheduler = get_scheduler(self.lr_scheduler_type, dummy, self.warmup_steps, num_steps)
         rates = []
         for _ in range(num_steps):

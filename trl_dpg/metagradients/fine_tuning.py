@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..kernels.layers import lean_layers
 from ..student import Examples, FinetunedStudent, Student
-from .batches import plan_steps
+from .batches import MicroBatch, plan_steps
 from .config import InnerLoopConfig
 from .trajectory import Trajectory, forward_sweep
 
@@ -40,6 +40,7 @@ class FineTuning:
     """
 
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
+        config.check_numbers()
         self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
         with modes(self.student):
@@ -75,6 +76,21 @@ class FineTuning:
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""
-        finetuned = FinetunedStudent(self.student, self.theta(weights), self.student.initial_theta())
+        return self.evaluate(self.theta(weights), metric)
+
+    def evaluate(self, theta: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+        """Φ(θ), for θ of shape `[P]`."""
+        finetuned = FinetunedStudent(self.student, theta, self.student.initial_theta())
         with modes(self.student), torch.no_grad():
             return finetuned.evaluate(metric)[0].item()
+
+    def losses(self, theta: Tensor) -> Tensor:
+        """The training loss of each step's samples for one θ of shape `[P]`. Shape `[T]`, in nats, on the CPU."""
+        parameters = self.student.unflatten(theta)
+
+        def loss(micro_batch: MicroBatch) -> float:
+            batch, weights = micro_batch.batch, micro_batch.coefficients
+            return self.student.run(parameters, lambda model: self.student.loss(model, batch, weights)[0]).item()
+
+        with self.sweeping(), torch.no_grad():
+            return torch.tensor([sum(map(loss, step)) for step in self.steps])

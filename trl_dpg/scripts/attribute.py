@@ -39,6 +39,7 @@ from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import FORMATS, check_student, load_data, make_folder, process_state
 from .flags import in_flags
 from .registry import make_metric
+from .samples import choose_numbers
 from .toy_world import toy_world
 
 
@@ -213,6 +214,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
             check_student(student_args)
             dataset, samples = load_samples(script_args)
+        metric, student = make_metric(script_args), student_args.load_student()
+        script_args.set_threads(student.model)
+        choose_numbers(student_args, student, samples.select(range(min(size, len(samples)))), metric, output_dir)
+        config = student_args.inner_loop_config()
         settings = run_settings(script_args, student_args, samples, size)
         with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
             if state.is_main_process and journal.is_new:
@@ -220,9 +225,6 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
                     (output_dir / name).unlink(missing_ok=True)
             if state.is_main_process and journal.done:
                 print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
-            metric = make_metric(script_args)
-            student = student_args.load_student()
-            script_args.set_threads(student.model)
             repeats = script_args.num_repeats
             result = attribute(student, samples, metric, config, size, repeats, journal, progress=True)
             if state.is_main_process:

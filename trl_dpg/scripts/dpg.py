@@ -91,6 +91,7 @@ def main(script_args, training_args, model_args, dataset_args):
 
     started, last = time.perf_counter(), checkpoint(training_args)
     trainer.train(resume_from_checkpoint=last)
+    set_numbers(training_args, trainer.dpg_reward)
     seconds = earlier_seconds(last) + time.perf_counter() - started
     summary = training_figures(trainer, seconds, script_args)
     trainer.save_model(training_args.output_dir)
@@ -120,6 +121,16 @@ def main(script_args, training_args, model_args, dataset_args):
     del trainer  # DDP's reducer must be freed before the process group (gloo can wait for ever)
     gc.collect()
     accelerator.end_training()
+
+
+def set_numbers(training_args, reward) -> None:
+    """Set arguments of the student that are `auto` to the numbers that the training chose."""
+    from trl_dpg.tuning import read_figures
+
+    config = reward.inner_loop_config
+    if config.auto:  # a run that was resumed at its end has made no reward step
+        config = read_figures(reward.tuning_file).apply(config)
+    training_args.set_numbers(config)
 
 
 def checkpoint(training_args) -> str | None:

@@ -28,6 +28,7 @@ from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import FORMATS, check_student, load_data, make_folder, one_process
 from .flags import in_flags
 from .registry import make_metric
+from .samples import choose_numbers
 from .toy_world import toy_world
 
 
@@ -98,6 +99,10 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         check_student(student_args)
         metric = make_metric(script_args)
         datasets = load_datasets(script_args)
+        if student_args.inner_loop_config().auto:
+            first = next(iter(datasets.values()))
+            first = first.select(range(min(script_args.num_samples or len(first), len(first))))
+            choose_numbers(student_args, student_args.load_student(), first, metric, path and path.parent)
         try:
             comparison = compare_datasets(
                 lambda seed: load_student(script_args, student_args, seed),

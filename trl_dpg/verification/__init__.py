@@ -5,6 +5,7 @@ change. See [`verify`].
 
 from ..metagradients.fine_tuning import FineTuning
 from ..student.precision import compute_dtype, in_precision
+from .advice import Remedy
 from .measurements import (
     NUM_GROUPS,
     STEP,
@@ -17,7 +18,7 @@ from .measurements import (
     random_signs,
 )
 from .quantization import quantization_check, without_quantization
-from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Remedy, Verification, verify
+from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Verification, verify
 
 
 __all__ = [

@@ -7,18 +7,19 @@ the student is fine-tuned with the new weights, and the metric Φ is computed ag
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import norm, spearmanr
 from torch import Tensor
 
 from ..metagradients.batches import plan_steps
 from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.gradient import micro_batch_gradient
 from ..student import FinetunedStudent
+from .reweighting import ends
 
 
 STEP = 0.05
@@ -27,7 +28,7 @@ h, the change of every data weight. The vector of all weights changes by h √N,
 out one sample. With the students of the quickstart, the effect of curvature is small at this h (Pearson 0.998), and
 the rounding errors of float32 are much smaller than the change of Φ.
 """
-NUM_GROUPS = 16
+NUM_GROUPS = 8
 """Number of groups of samples whose gradients are compared to measure the gradient noise."""
 
 
@@ -52,6 +53,30 @@ class Agreement(NamedTuple):
         return spearmanr(self.predicted, self.actual).statistic.item()
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """
+        The 95 % confidence interval of Pearson's correlation, by Fisher's transformation.
+
+        It holds if the changes are normally distributed, which sums over many samples are nearly. With 3 directions it
+        is [-1, 1].
+        """
+        if len(self.actual) <= 3 or not math.isfinite(self.pearson):
+            return -1.0, 1.0
+        half_width = norm.ppf(0.975) / math.sqrt(len(self.actual) - 3)
+        z = math.atanh(min(max(self.pearson, -1 + 1e-12), 1 - 1e-12))
+        return math.tanh(z - half_width), math.tanh(z + half_width)
+
+    @property
+    def mirrored(self) -> float:
+        """
+        Pearson's correlation over each direction and its opposite.
+
+        An opposite direction needs no fine-tuning: its changes are the same with the other sign. So the means are
+        zero, and a few directions tell more than with `pearson`.
+        """
+        return (self.predicted.dot(self.actual) / (self.predicted.norm() * self.actual.norm())).item()
+
+    @property
     def slope(self) -> float:
         """The least-squares slope through the origin: actual ≈ slope · predicted."""
         return (self.predicted.dot(self.actual) / self.predicted.dot(self.predicted)).item()
@@ -71,7 +96,7 @@ def predicted_and_actual(
         actual:    Φ(θ_T(1 + h d)) - Φ(θ_T(1 - h d))
 
     Here τ are the scores. In the central difference, the second-order term of Φ cancels, so the linear terms are
-    compared. Takes 2K forward sweeps.
+    compared. Takes 2K evaluations of the metric, and the sweeps of [`~trl_dpg.verification.reweighting.ends`].
 
     Args:
         fine_tuning (`FineTuning`): The student's fine-tuning on N samples.
@@ -80,21 +105,54 @@ def predicted_and_actual(
         directions (`torch.Tensor` of shape `[K, N]`): The directions d.
         step (`float`, *optional*, defaults to `STEP`): h.
     """
-    ahead, behind = (
-        torch.tensor([fine_tuning.metric(1 + shift * d, metric) for d in directions], dtype=torch.float64)
-        for shift in (step, -step)
-    )
-    return Agreement(2 * step * directions.double() @ scores.double(), ahead - behind)
+    changes = [change.actual for change in changes_along(fine_tuning, metric, directions, step)]
+    actual = torch.tensor(changes, dtype=torch.float64)
+    return Agreement(predicted_changes(scores, directions, step), actual)
+
+
+def predicted_changes(scores: Tensor, directions: Tensor, step: float = STEP) -> Tensor:
+    """2h ⟨τ, d⟩ for each direction d, of shape `[K]`, float64."""
+    return 2 * step * directions.double() @ scores.double()
+
+
+class Change(NamedTuple):
+    """
+    What a change of the data weights in one direction did.
+
+    Attributes:
+        actual (`float`): The change of Φ between w = 1 - h d and w = 1 + h d.
+        smoothness (`float`): Metasmoothness in this direction. `nan` if θ_T at w = 1 was not given.
+    """
+
+    actual: float
+    smoothness: float
+
+
+def changes_along(
+    fine_tuning: FineTuning,
+    metric: Callable[[FinetunedStudent], Tensor],
+    directions: Tensor,
+    step: float = STEP,
+    theta: Tensor | None = None,
+) -> Iterator[Change]:
+    """
+    The actual change of the metric in each direction, and the metasmoothness if `theta` (θ_T at w = 1) is given.
+
+    See [`predicted_and_actual`] and [`metasmoothness`] for the figures and for the arguments.
+    """
+    for ahead, behind in ends(fine_tuning, directions, step):
+        actual = fine_tuning.evaluate(ahead, metric) - fine_tuning.evaluate(behind, metric)
+        yield Change(actual, math.nan if theta is None else _smoothness(behind, theta, ahead))
 
 
 def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = STEP) -> float:
     """
     Empirical metasmoothness of the fine-tuning (Engstrom et al., arXiv 2503.13751, Def. 2), averaged over directions.
 
-    The data weights w = 1 take two steps of length h in a direction v. The first step changes the fine-tuned
-    parameters by Δ = θ_T(w + h v) - θ_T(w), the second by Δ' = θ_T(w + 2h v) - θ_T(w + h v). If the fine-tuning is
-    smooth, a parameter moves in the same direction in both steps. If it is not smooth, the two directions are
-    unrelated. Each parameter p is weighted by its total movement |Δ_p + Δ'_p|:
+    The data weights take two steps of length h in a direction v: from w = 1 - h v to 1, and on to 1 + h v. The first
+    step changes the fine-tuned parameters by Δ = θ_T(1) - θ_T(1 - h v), the second by Δ' = θ_T(1 + h v) - θ_T(1). If
+    the fine-tuning is smooth, a parameter moves in the same direction in both steps. If it is not smooth, the two
+    directions are unrelated. Each parameter p is weighted by its total movement |Δ_p + Δ'_p|:
 
         S = Σ_p |Δ_p + Δ'_p| sign(Δ_p) sign(Δ'_p) / Σ_p |Δ_p + Δ'_p|        in [-1, 1]; 1 is smooth
 
@@ -107,14 +165,16 @@ def metasmoothness(fine_tuning: FineTuning, directions: Tensor, step: float = ST
         directions (`torch.Tensor` of shape `[K, N]`): The directions v.
         step (`float`, *optional*, defaults to `STEP`): h.
     """
-    start = fine_tuning.theta(torch.ones_like(directions[0]))
-    total = 0.0
-    for v in directions:
-        middle, end = (fine_tuning.theta(1 + steps * step * v) for steps in (1, 2))
-        first, second = middle - start, end - middle
-        moved = (end - start).abs()
-        total += (moved * first.sign() * second.sign()).sum().div(moved.sum()).item()
-    return total / len(directions)
+    middle = fine_tuning.theta(torch.ones_like(directions[0]))
+    found = [_smoothness(behind, middle, ahead) for ahead, behind in ends(fine_tuning, directions, step)]
+    return sum(found) / len(found)
+
+
+def _smoothness(behind: Tensor, middle: Tensor, ahead: Tensor) -> float:
+    """S for θ_T `[P]` at three points on a line."""
+    first, second = middle - behind, ahead - middle
+    moved = (ahead - behind).abs()
+    return (moved * first.sign() * second.sign()).sum().div(moved.sum()).item()
 
 
 class GradientNoise(NamedTuple):

@@ -2,11 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,15 +15,19 @@ from ..metagradients.metagradient import check_samples, differentiate
 from ..student import Examples, FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype, in_precision
+from .advice import Remedy, advice, remedies, slope_advice
 from .measurements import (
     STEP,
+    Agreement,
     GradientNoise,
+    changes_along,
     gradient_noise,
-    metasmoothness,
     pearson,
-    predicted_and_actual,
+    predicted_changes,
     random_signs,
 )
+from .progress import Progress
+from .reweighting import Remembering
 
 
 PASS, WARN = 0.95, 0.9
@@ -33,6 +36,10 @@ SMOOTH, ROUGH = 0.9, 0.7
 """Metasmoothness passes if it is at least `SMOOTH`, and fails if it is below `ROUGH`."""
 NOISY = 0.95
 """A noise share above this gets a warning. The batch size is then less than 1/19 of the noise scale."""
+TOO_FLAT, TOO_STEEP = 0.8, 1.25
+"""A slope outside of this range gets a warning."""
+FEWEST = 8
+"""Directions after which `verify` may stop, if the verdict on the predictions is clear."""
 
 
 @dataclass
@@ -57,22 +64,11 @@ class Check:
     meaning: str
     advice: str = ""
 
-
-@dataclass
-class Remedy:
-    """A change of [`InnerLoopConfig`] that was tried: the changed fields, and the two central figures with them."""
-
-    changes: dict[str, Any]
-    pearson: float
-    metasmoothness: float
-
-    @property
-    def helps(self) -> bool:
-        return self.pearson >= PASS and self.metasmoothness >= SMOOTH
-
-    def describe(self) -> str:
-        """The changes as text, with the names of fields in backticks."""
-        return " ".join(f"`{name}` {_short(value)}" for name, value in self.changes.items())
+    def lines(self) -> list[str]:
+        """The check as one or two lines for the terminal."""
+        value = "" if self.value is None else f"{self.value:.3f}"
+        line = f"{self.status:4}  {self.name:14} {value:>6}  {self.meaning}"
+        return [line, f"      -> {self.advice}"] if self.advice else [line]
 
 
 @dataclass
@@ -85,10 +81,13 @@ class Verification:
         remedies (`list[Remedy]`): Changes that were tried because a check did not pass, up to the first that helps.
         predicted (`list[float]`), actual (`list[float]`): Predicted and actual change of Φ in each direction.
         slope (`float`): The least-squares slope in actual ≈ slope · predicted.
+        pearson_interval (`list[float]`): The 95 % confidence interval of `pearson`; see [`Agreement`].
         noise_scale (`float`): See [`GradientNoise`]; in samples.
         mean_square_gradient (`float`): See [`GradientNoise`].
         metric_before (`float`), metric_after (`float`): Φ before and after the student's fine-tuning.
-        seconds (`float`): Time of the verification.
+        seconds (`float`): Time of the verification so far.
+        passes (`int`): Forward and backward passes over all samples so far. Those over the metric's data count, too.
+        complete (`bool`): Whether everything was measured.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -96,11 +95,14 @@ class Verification:
     predicted: list[float] = field(default_factory=list)
     actual: list[float] = field(default_factory=list)
     slope: float = math.nan
+    pearson_interval: list[float] = field(default_factory=lambda: [-1.0, 1.0])
     noise_scale: float = math.nan
     mean_square_gradient: float = math.nan
     metric_before: float = math.nan
     metric_after: float = math.nan
     seconds: float = math.nan
+    passes: int = 0
+    complete: bool = False
 
     @property
     def trustworthy(self) -> bool:
@@ -114,34 +116,19 @@ class Verification:
         """The verdict and its reasons as text for the terminal. Names of fields are in backticks."""
         lines: list[str] = []
         for check in self.checks:
-            value = "" if check.value is None else f"{check.value:.3f}"
-            lines.append(f"{check.status:4}  {check.name:14} {value:>6}  {check.meaning}")
-            advice = f"      -> {check.advice}"
-            if check.advice and advice not in lines:  # several checks may have the same advice
-                lines.append(advice)
-        if self.remedies:
-            lines.append("Tried:")
+            lines += [line for line in check.lines() if line not in lines]  # several checks may have the same advice
+        return "\n".join([*lines, *self.verdict()])
+
+    def verdict(self) -> list[str]:
+        """The last lines of `render`: what was tried, and whether the set-up is trustworthy."""
+        lines = ["Tried:"] if self.remedies else []
         for remedy in self.remedies:
             figures = f"Pearson {remedy.pearson:.3f}, metasmoothness {remedy.metasmoothness:.3f}"
             lines.append(f"      {remedy.describe()}: {figures}")
         if self.remedies and self.remedies[-1].helps:
             lines.append(f"Change: {self.remedies[-1].describe()}")
         verdict = "trustworthy" if self.trustworthy else "NOT trustworthy"
-        return "\n".join([*lines, f"This set-up is {verdict} ({self.seconds:.0f} s)."])
-
-
-@dataclass
-class SetUp:
-    """The set-up to verify: a student, N samples, the metric, the inner loop, and the change h of the data weights."""
-
-    student: Student
-    examples: Examples
-    metric: Callable[[FinetunedStudent], Tensor]
-    config: InnerLoopConfig
-    step: float
-
-    def fine_tuning(self) -> FineTuning:
-        return FineTuning(self.student, self.examples, self.config)
+        return [*lines, f"This set-up is {verdict} ({self.seconds:.0f} s)."]
 
 
 def verify(
@@ -154,12 +141,16 @@ def verify(
     compare_precision: bool = True,
     try_remedies: bool = True,
     seed: int = 0,
+    progress: bool = False,
+    on_figure: Callable[[Verification], None] | None = None,
 ) -> Verification:
     """
     Check whether the scores of a student, its data and metric can be trusted, and what to change if not.
 
-    Takes two metagradients (one with `compare_precision=False`) and 2K + 7 forward sweeps. Each remedy that is tried
-    takes one metagradient and 15 forward sweeps.
+    Takes two metagradients (one with `compare_precision=False`), a sweep for the gradient noise, and for each
+    direction two forward sweeps (with one optimizer step: one or less) and two evaluations of the metric. It stops
+    before all directions are measured if the verdict on the predictions is clear. Each remedy that is tried takes one
+    metagradient and six directions.
 
     Args:
         student (`Student`):
@@ -171,7 +162,8 @@ def verify(
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         num_directions (`int`, *optional*, defaults to `20`):
-            K, the number of random changes of the data weights for which Φ is predicted; at least 3.
+            K, the largest number of random changes of the data weights for which Φ is predicted; at least 3. After 8
+            of them, the 95 % interval of Pearson's correlation may show that it passes, or that it fails.
         step (`float`, *optional*, defaults to `STEP`):
             h, the change of every data weight.
         compare_precision (`bool`, *optional*, defaults to `True`):
@@ -180,6 +172,10 @@ def verify(
             If a central check does not pass, try other values of `eps_root`, learning rate and batch size.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the changes of the data weights.
+        progress (`bool`, *optional*, defaults to `False`):
+            Show a progress bar.
+        on_figure (`Callable`, *optional*):
+            Called with the result so far after each check and each direction.
 
     Raises:
         `ValueError`: If the baseline without scores is asked for (`attribution="dataset"`), there are fewer than 3
@@ -188,22 +184,12 @@ def verify(
     """
     config = replace(config or InnerLoopConfig(), per_token=False)
     _check_arguments(config, num_directions, step)
-    started = time.perf_counter()
-    set_up = SetUp(student, examples, metric, config, step)
-    fine_tuning = _checked_fine_tuning(set_up)
-    noise = gradient_noise(fine_tuning)
-    directions = random_signs(num_directions, len(fine_tuning.samples), seed)
-    result = Verification(noise_scale=noise.noise_scale, mean_square_gradient=noise.mean_square)
-    _check_predictions(set_up, fine_tuning, noise, directions, compare_precision, result)
-    result.checks.append(_noise_check(config, noise, len(fine_tuning.samples)))
-    central = [check for check in result.checks if check.name in ("finite", "pearson", "metasmoothness")]
-    if try_remedies and any(check.status != "pass" for check in central):
-        for changes in _remedies(config, noise, len(fine_tuning.samples)):
-            result.remedies.append(_try(changes, set_up, directions[:6]))
-            if result.remedies[-1].helps:
-                break
-    result.seconds = time.perf_counter() - started
-    return result
+    fine_tuning = _checked_fine_tuning(student, examples, config)
+    total = 18 + num_directions * (2 if len(fine_tuning.steps) == 1 else 6)
+    with Progress("Verifying", total, progress) as bar:
+        verifier = _Verifier(fine_tuning, metric, step, bar, on_figure)
+        verifier.check(random_signs(num_directions, len(fine_tuning.samples), seed), compare_precision, try_remedies)
+    return verifier.result
 
 
 def _check_arguments(config: InnerLoopConfig, num_directions: int, step: float) -> None:
@@ -215,8 +201,8 @@ def _check_arguments(config: InnerLoopConfig, num_directions: int, step: float) 
         raise ValueError(f"step must lie between 0 and 0.5 (weights stay positive), got {step}.")
 
 
-def _checked_fine_tuning(set_up: SetUp) -> FineTuning:
-    fine_tuning = set_up.fine_tuning()
+def _checked_fine_tuning(student: Student, examples: Examples, config: InnerLoopConfig) -> FineTuning:
+    fine_tuning = FineTuning(student, examples, config)
     check_samples(fine_tuning)
     if fine_tuning.samples_are_identical:
         raise ValueError(
@@ -226,36 +212,133 @@ def _checked_fine_tuning(set_up: SetUp) -> FineTuning:
     return fine_tuning
 
 
-def _check_predictions(
-    set_up: SetUp,
-    fine_tuning: FineTuning,
-    noise: GradientNoise,
-    directions: Tensor,
-    compare_precision: bool,
-    result: Verification,
-) -> None:
-    """Add the checks that need scores to the result."""
-    metric, config, step = set_up.metric, set_up.config, set_up.step
-    advice = _advice(config, noise, directions.size(1))
-    try:
-        output = differentiate(fine_tuning, metric)
-    except FloatingPointError as error:
-        result.checks.append(Check("finite", None, None, "fail", str(error), advice))
-        return
-    result.metric_before, result.metric_after = output.metric_before, output.metric_after
-    agreement = predicted_and_actual(fine_tuning, metric, output.scores, directions, step)
-    result.predicted, result.actual = (values.tolist() for values in agreement)
-    result.slope = agreement.slope
-    meaning = f"correlation of predicted and actual changes of the metric, in {len(directions)} directions"
-    smoothness = metasmoothness(fine_tuning, directions[:3], step)
-    smooth = "whether parameters keep their direction when a change of the data weights grows"
-    result.checks += [
-        _check("pearson", agreement.pearson, PASS, WARN, meaning, advice),
-        _check("spearman", agreement.spearman, WARN, ROUGH, "the same correlation for the ranks", advice),
-        _check("metasmoothness", smoothness, SMOOTH, ROUGH, smooth, advice),
-    ]
-    if compare_precision:
-        result.checks.append(_precision_check(set_up, output.scores))
+class _Verifier:
+    """One verification: what it measures, in this order, and the result so far."""
+
+    def __init__(self, fine_tuning: FineTuning, metric, step: float, bar: Progress, on_figure):
+        self.fine_tuning, self.metric, self.step, self.bar = fine_tuning, metric, step, bar
+        self.config, self.num_samples = fine_tuning.config, len(fine_tuning.samples)
+        self.result = Verification()
+        self._on_figure = on_figure
+        self._started = time.perf_counter()
+
+    def check(self, directions: Tensor, compare_precision: bool, try_remedies: bool) -> None:
+        """Measure everything."""
+        self.bar.measuring("gradient noise")
+        noise = gradient_noise(self.fine_tuning)
+        self.result.noise_scale, self.result.mean_square_gradient = noise.noise_scale, noise.mean_square
+        self.bar.done(2)
+        self.tell(_noise_check(self.config, noise, self.num_samples))
+        self._check_predictions(noise, directions, compare_precision)
+        central = [check for check in self.result.checks if check.name in ("finite", "pearson", "metasmoothness")]
+        if try_remedies and any(check.status != "pass" for check in central):
+            for changes in remedies(self.config, noise, self.num_samples):
+                self.bar.measuring(f"with {Remedy(changes, 0, 0).describe().replace('`', '')}")
+                self.result.remedies.append(self._try(changes, directions[:6]))
+                self.tell()
+                if self.result.remedies[-1].helps:
+                    break
+        self.result.complete = True
+        self.tell()
+
+    def tell(self, *checks: Check) -> None:
+        """Add checks to the result, and tell of it."""
+        self.result.checks += checks
+        self.result.seconds, self.result.passes = time.perf_counter() - self._started, self.bar.passes
+        if self._on_figure is not None:
+            self._on_figure(self.result)
+
+    def _check_predictions(self, noise: GradientNoise, directions: Tensor, compare_precision: bool) -> None:
+        """The checks that need scores."""
+        change = advice(self.config, noise, self.num_samples)
+        self.bar.measuring("scores")
+        seen, result = Remembering(self.metric), self.result
+        try:
+            output = differentiate(self.fine_tuning, seen)
+        except FloatingPointError as error:
+            self.tell(Check("finite", None, None, "fail", str(error), change))
+            return
+        result.metric_before, result.metric_after = output.metric_before, output.metric_after
+        self.bar.done(8)
+        agreement, smoothness = self._agreement(output.scores, directions, seen.theta)
+        low, high = result.pearson_interval = list(agreement.interval)
+        result.slope = agreement.slope
+        meaning = f"correlation of predicted and actual changes of the metric, in {len(agreement.actual)} directions"
+        meaning += f" (95 %: {low:.3f} to {high:.3f})"
+        self.tell(
+            _check("pearson", agreement.pearson, PASS, WARN, meaning, change),
+            _check("spearman", agreement.spearman, WARN, ROUGH, "the same correlation for the ranks", change),
+            _slope_check(agreement.slope),
+            _smoothness_check(smoothness, change),
+        )
+        if compare_precision:
+            self.bar.measuring("scores in another precision")
+            self.tell(self._precision_check(output.scores, output.metric_before))
+
+    def _agreement(self, scores: Tensor, directions: Tensor, theta: Tensor | None) -> tuple[Agreement, float | None]:
+        """Predicted and actual changes in as many directions as are needed, and the metasmoothness (T > 1)."""
+        is_one_step = len(self.fine_tuning.steps) == 1 and self.config.max_grad_norm is None
+        predicted = predicted_changes(scores, directions, self.step)
+        found = changes_along(self.fine_tuning, self.metric, directions, self.step, None if is_one_step else theta)
+        actual, smoothness = self.result.actual, []
+        self.bar.measuring("predictions")
+        for change in found:
+            actual.append(change.actual)
+            smoothness.append(change.smoothness)
+            agreement = Agreement(predicted[: len(actual)], torch.tensor(actual, dtype=torch.float64))
+            self.result.predicted = agreement.predicted.tolist()
+            self.bar.done(2 if len(self.fine_tuning.steps) == 1 else 6)
+            self.tell()
+            if len(actual) >= FEWEST and _is_clear(agreement):
+                break
+        return agreement, None if is_one_step else sum(smoothness) / len(smoothness)
+
+    def _precision_check(self, scores: Tensor, metric_before: float) -> Check:
+        """Correlation of the scores in float32 and in bfloat16. The student computes in one, a copy in the other."""
+        student, config = self.fine_tuning.student, self.config
+        half = compute_dtype(student).itemsize == 2
+        meaning = "correlation of the scores in float32 and in bfloat16"
+        if config.hvp == "finite_difference":
+            reason = "bfloat16 is too coarse for the small changes of hvp='finite_difference'"
+            return Check("bf16_agreement", None, PASS, "skip", reason)
+        try:
+            copy = in_precision(student, torch.float32 if half else torch.bfloat16)
+            other = FineTuning(copy, self.fine_tuning.examples, config)
+            value = pearson(scores, differentiate(other, self.metric, metric_before=metric_before).scores)
+        except torch.OutOfMemoryError:
+            return Check("bf16_agreement", None, PASS, "skip", "there is not enough memory for a copy of the student")
+        except FloatingPointError:
+            value = math.nan
+        self.bar.done(6)
+        larger = ", or raise `eps_root`" if config.optimizer == "adamw" else ""
+        if half:
+            change = 'set `model_init_kwargs` \'{"dtype": "float32"}\''
+            if bnb_modules(student.model, "Linear4bit"):
+                change = "set `bnb_4bit_compute_dtype` float32"
+            return _check("bf16_agreement", value, PASS, WARN, meaning, f"{change}{larger}")
+        if value >= PASS:
+            return Check("bf16_agreement", value, PASS, "pass", meaning)
+        change = f"leave the student in float32{larger}"  # a warning only, because the student computes in float32
+        return Check("bf16_agreement", value, PASS, "warn", meaning, change)
+
+    def _try(self, changes: dict[str, Any], directions: Tensor) -> Remedy:
+        fine_tuning = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, replace(self.config, **changes))
+        seen = Remembering(self.metric)
+        try:
+            scores = differentiate(fine_tuning, seen).scores
+        except FloatingPointError:
+            return Remedy(changes, math.nan, math.nan)
+        found = list(changes_along(fine_tuning, self.metric, directions, self.step, seen.theta))
+        actual = torch.tensor([change.actual for change in found], dtype=torch.float64)
+        correlation = pearson(predicted_changes(scores, directions, self.step), actual)
+        smoothness = sum(change.smoothness for change in found) / len(found)
+        return Remedy(changes, correlation, smoothness, correlation >= PASS and smoothness >= SMOOTH)
+
+
+def _is_clear(agreement: Agreement) -> bool:
+    """Whether more directions would hardly change the verdict on the predictions."""
+    low, high = agreement.interval
+    return (low >= PASS and agreement.spearman >= WARN) or high < WARN
 
 
 def _check(name: str, value: float, passes: float, fails: float, meaning: str, advice: str) -> Check:
@@ -263,83 +346,24 @@ def _check(name: str, value: float, passes: float, fails: float, meaning: str, a
     return Check(name, value, passes, status, meaning, advice if status != "pass" else "")
 
 
+def _slope_check(slope: float) -> Check:
+    meaning = "actual changes as a multiple of the predicted ones"
+    if TOO_FLAT <= slope <= TOO_STEEP:
+        return Check("slope", slope, TOO_FLAT, "pass", meaning)
+    wrong = "predictions have the wrong sign" if not slope > 0 else slope_advice(slope)
+    return Check("slope", slope, TOO_STEEP if slope > 1 else TOO_FLAT, "warn", meaning, wrong)
+
+
+def _smoothness_check(smoothness: float | None, advice: str) -> Check:
+    if smoothness is None:
+        reason = "1 by definition, not measured: the student takes one step. Look at pearson"
+        return Check("metasmoothness", 1.0, SMOOTH, "pass", reason)
+    meaning = "whether parameters keep their direction when a change of the data weights grows"
+    return _check("metasmoothness", smoothness, SMOOTH, ROUGH, meaning, advice)
+
+
 def _noise_check(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> Check:
     share = f"share of noise in a step's gradient; one half at {noise.noise_scale:.0f} samples per step"
     larger = f"raise `batch_size`: the gradient of the {config.batch_size} samples in a step is mostly noise"
     noisy = noise.noise_share > NOISY and config.batch_size < num_samples
     return Check("gradient_noise", noise.noise_share, NOISY, *(("warn", share, larger) if noisy else ("pass", share)))
-
-
-def _precision_check(set_up: SetUp, scores: Tensor) -> Check:
-    """Correlation of the scores in float32 and in bfloat16. The student computes in one, and a copy in the other."""
-    student, config = set_up.student, set_up.config
-    half = compute_dtype(student).itemsize == 2
-    meaning = "correlation of the scores in float32 and in bfloat16"
-    if config.hvp == "finite_difference":
-        reason = "bfloat16 is too coarse for the small changes of hvp='finite_difference'"
-        return Check("bf16_agreement", None, PASS, "skip", reason)
-    try:
-        other = replace(set_up, student=in_precision(student, torch.float32 if half else torch.bfloat16))
-        value = pearson(scores, differentiate(other.fine_tuning(), set_up.metric).scores)
-    except torch.OutOfMemoryError:
-        return Check("bf16_agreement", None, PASS, "skip", "there is not enough memory for a copy of the student")
-    except FloatingPointError:
-        value = math.nan
-    larger = ", or raise `eps_root`" if config.optimizer == "adamw" else ""
-    if half:
-        advice = 'set `model_init_kwargs` \'{"dtype": "float32"}\''
-        if bnb_modules(student.model, "Linear4bit"):
-            advice = "set `bnb_4bit_compute_dtype` float32"
-        return _check("bf16_agreement", value, PASS, WARN, meaning, f"{advice}{larger}")
-    if value >= PASS:
-        return Check("bf16_agreement", value, PASS, "pass", meaning)
-    advice = f"leave the student in float32{larger}"  # a warning only, because the student computes in float32
-    return Check("bf16_agreement", value, PASS, "warn", meaning, advice)
-
-
-def _advice(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> str:
-    """What to change for a smoother fine-tuning."""
-    changes = [f"lower `learning_rate` (now {_short(config.learning_rate)})"]
-    if config.batch_size < min(num_samples, noise.noise_scale):
-        changes.append(f"raise `batch_size` (now {config.batch_size})")
-    if _lacks_eps_root(config, noise):
-        now = f"now {_short(config.eps_root)}; the mean square of a step's gradient is {noise.mean_square:.0e}"
-        changes.insert(0, f"raise `eps_root` to {_short(_fitting_eps_root(noise))} ({now})")
-    return ", or ".join(changes)
-
-
-def _lacks_eps_root(config: InnerLoopConfig, noise: GradientNoise) -> bool:
-    return config.optimizer == "adamw" and config.eps_root < noise.mean_square / 10
-
-
-def _fitting_eps_root(noise: GradientNoise) -> float:
-    """The power of ten that is nearest to the mean square of a step's gradient."""
-    return float(f"1e{round(math.log10(noise.mean_square))}")
-
-
-def _remedies(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> Iterator[dict[str, Any]]:
-    """The changes to try, in this order, as fields of the configuration."""
-    lower = config.learning_rate / 10
-    if _lacks_eps_root(config, noise):
-        yield {"eps_root": _fitting_eps_root(noise)}
-        yield {"eps_root": _fitting_eps_root(noise), "learning_rate": lower}
-    yield {"learning_rate": lower}
-    yield {"learning_rate": lower / 10}
-    larger = 4 * config.batch_size if num_samples % (4 * config.batch_size) == 0 else num_samples
-    if config.batch_size < larger:
-        yield {"batch_size": larger}
-
-
-def _try(changes: dict[str, Any], set_up: SetUp, directions: Tensor) -> Remedy:
-    fine_tuning = replace(set_up, config=replace(set_up.config, **changes)).fine_tuning()
-    try:
-        scores = differentiate(fine_tuning, set_up.metric).scores
-    except FloatingPointError:
-        return Remedy(changes, math.nan, math.nan)
-    agreement = predicted_and_actual(fine_tuning, set_up.metric, scores, directions, set_up.step)
-    return Remedy(changes, agreement.pearson, metasmoothness(fine_tuning, directions[:1], set_up.step))
-
-
-def _short(value: float) -> str:
-    """A number in short form, e.g. 1e-5, 0.5 or 128."""
-    return np.format_float_scientific(value, trim="-", exp_digits=1) if 0 < value < 0.01 else f"{value:g}"

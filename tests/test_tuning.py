@@ -1,0 +1,259 @@
+"""`trl_dpg.tuning`, `trl-dpg tune`, and `"auto"` in training and in the other commands."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig
+
+from tests import small_runs
+from tests.small_runs import PROMPTS, TEXTS, dpg_config, make_student, make_trainer
+from tests.test_verify import METRIC, RECIPE, SAMPLES
+from tests.tiny import make_model, make_samples
+from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli, metagradient
+from trl_dpg.metagradients.config import SettingsError
+from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, search, trials, tune
+from trl_dpg.tuning.search import _rounded
+from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, verify
+from trl_dpg.verification.reweighting import one_step
+
+
+AUTO = InnerLoopConfig(learning_rate="auto", eps_root="auto", batch_size=16)
+OTHERS = make_samples(16, seed=9)
+
+
+def student(peft_config=None):
+    return Student(make_model(), peft_config=peft_config)
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [16, 4], ids=["one step", "four steps"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_chosen_values_hold_for_other_samples(optimizer, batch_size):
+    config = replace(AUTO, optimizer=optimizer, batch_size=batch_size)
+    result = tune(student(), SAMPLES, METRIC, config)
+    assert result.found and result.reward_steps <= MAX_REWARD_STEPS
+    chosen = result.apply(config)
+    verified = verify(student(), OTHERS, METRIC, chosen, compare_precision=False, try_remedies=False)
+    assert verified["pearson"].value >= 0.99 and verified["metasmoothness"].value >= 0.9
+    # Φ moves, and a clearly larger learning rate was tried unless the budget was spent
+    (best,) = [trial for trial in result.trials if {k: getattr(trial, k) for k in result.chosen} == result.chosen]
+    assert abs(best.metric_change) > 1e-3 and best.agrees and best.loss_change < 0
+    larger = [trial for trial in result.trials if trial.learning_rate > best.learning_rate]
+    assert all(not trial.agrees for trial in larger)
+
+
+def test_only_what_is_auto_is_chosen():
+    rate = tune(student(), SAMPLES, METRIC, replace(AUTO, eps_root=1e-3))
+    assert list(rate.chosen) == ["learning_rate"] and {trial.eps_root for trial in rate.trials} == {1e-3}
+    root = tune(student(), SAMPLES, METRIC, replace(AUTO, learning_rate=1e-2))
+    assert list(root.chosen) == ["eps_root"] and {trial.learning_rate for trial in root.trials} == {1e-2}
+    assert root.apply(replace(AUTO, learning_rate=1e-2)) == replace(AUTO, learning_rate=1e-2, **root.chosen)
+    agreeing = [trial.eps_root for trial in root.trials if trial.agrees and trial.pearson >= search.CLOSE]
+    assert root.chosen["eps_root"] == min(agreeing) and len(agreeing) < len(root.trials)
+
+
+def test_a_trial_has_the_figures_of_a_metagradient_and_of_fine_tunings_with_other_weights():
+    for batch_size in (16, 4):
+        config = replace(AUTO, batch_size=batch_size)
+        trial = tune(student(), SAMPLES, METRIC, config, seed=3).trials[0]
+        values = replace(config, learning_rate=trial.learning_rate, eps_root=trial.eps_root)
+        scores = metagradient(student(), SAMPLES, METRIC, values)
+        fine_tuning = FineTuning(student(), SAMPLES, values)
+        directions = random_signs(trial.num_directions, 16, seed=3)
+        agreement = predicted_and_actual(fine_tuning, METRIC, scores.scores, directions)
+        assert trial.pearson == pytest.approx(agreement.mirrored, abs=1e-4)
+        assert trial.slope == pytest.approx(agreement.slope, rel=1e-2)
+        assert trial.metric_change == pytest.approx(scores.metric_after - scores.metric_before, abs=1e-5)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, target_modules="all-linear")], ids=["full", "lora"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize("num_directions", [2, 8], ids=["batches", "samples"])
+def test_the_only_step_is_linear_in_the_data_weights(num_directions, max_grad_norm, peft_config):
+    config = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-4, batch_size=16, max_grad_norm=max_grad_norm)
+    fine_tuning, directions = FineTuning(student(peft_config), SAMPLES, config), random_signs(num_directions, 16, 0)
+    single = one_step(fine_tuning, directions)
+    moved = single.end(config, 0.05, 1)
+    assert (moved - fine_tuning.theta(1 + 0.05 * directions[1])).abs().max() < 1e-7
+    scores = metagradient(student(peft_config), SAMPLES, lambda s: s.theta.sin().sum(), config).scores
+    slopes = single.slopes(config, single.end(config).cos())
+    torch.testing.assert_close(slopes, directions.double() @ scores.double(), rtol=1e-3, atol=1e-5)
+
+
+def judged(predicted, actual, metric=1.0, smoothness=1.0):
+    trial = Trial(1e-3, 1e-9, metric_change=0.1, metasmoothness=smoothness)
+    goes_on = trials.judge(trial, torch.tensor(predicted, dtype=torch.float64), actual, metric)
+    return trial.verdict, goes_on
+
+
+def test_verdicts():
+    assert judged([1.0, 2.0, 3.0], [1.0, 2.0, 3.1]) == ("agrees", True)
+    assert judged([1.0, 2.0, 3.0], [1.0, 2.0, 3.1], smoothness=0.8) == ("rough", True)
+    assert judged([1.0, 2.0, 3.0], [0.6, 1.2, 1.8]) == ("disagrees", False)  # the slope
+    assert judged([1.0, 2.0, 3.0], [1.0, -2.0]) == ("disagrees", False)
+    assert judged([1.0, 2.0, 3.0], [1.4, 1.8]) == ("disagrees", True)  # may still be chance
+    assert judged([1e-7, 2e-7, 3e-7], [1e-7, 2e-7, 3e-7]) == ("still", False)  # rounding errors
+    assert judged([0.0, 0.0, 0.0], [0.0]) == ("still", False)
+    assert judged([1.0, 2.0, 3.0], [math.inf]) == ("diverges", False)
+
+
+def test_opposite_directions_count_as_well():
+    predicted, actual = torch.tensor([[1.0, 2.0, 4.0], [1.1, 1.9, 4.2]], dtype=torch.float64)
+    both = Agreement(torch.cat([predicted, -predicted]), torch.cat([actual, -actual]))
+    assert Agreement(predicted, actual).mirrored == pytest.approx(both.pearson)
+
+
+def test_the_search_ends_with_a_doubt_if_nothing_agrees(monkeypatch):
+    monkeypatch.setattr(trials, "AGREES", 1.1)
+    result = tune(student(), SAMPLES, METRIC, AUTO)
+    assert not result.found and "No values agreed" in result.render()
+    assert result.chosen["learning_rate"] in {trial.learning_rate for trial in result.trials}
+    assert result.reward_steps <= MAX_REWARD_STEPS
+
+
+def test_learning_rates_are_rounded_to_one_digit():
+    assert [_rounded(value) for value in (1.04e-3, 3.2e-3, 0.014, 9.0, 4.4)] == [1e-3, 3e-3, 0.01, 10.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (InnerLoopConfig(), "none of learning_rate, eps_root is 'auto'"),
+        (replace(AUTO, attribution="dataset"), "computes no scores"),
+    ],
+)
+def test_without_a_choice_to_make_it_raises(config, message):
+    with pytest.raises(ValueError, match=message):
+        tune(student(), SAMPLES, METRIC, config)
+
+
+# -- "auto" ----------------------------------------------------------------------------------------------------------
+
+
+def test_auto_must_be_resolved_before_a_student_is_fine_tuned():
+    with pytest.raises(SettingsError, match="`learning_rate` and `eps_root`: 'auto' stands for a number"):
+        metagradient(student(), SAMPLES, METRIC, AUTO)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "eps_root"])
+def test_other_words_are_refused_and_the_remedy_is_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be a number or 'auto', got 'fast'"):
+        InnerLoopConfig(**{name: "fast"})
+    with pytest.raises(ValueError, match=f"`student_...`.*{name} must be a number or 'auto', got 'fast'"):
+        DPGConfig(output_dir="x", **{f"student_{name}": "fast"})
+
+
+def test_the_command_line_takes_numbers_and_auto(tmp_path, capsys):
+    from trl_dpg.scripts.arguments import make_recipe_parser
+
+    (tmp_path / "recipe.yaml").write_text("metric: weight_norm\noutput_dir: x\nstudent_eps_root: auto\nbf16: false\n")
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--dataset_name", "d", "--student_learning_rate", "1e-3"]
+    _, args, *_ = make_recipe_parser().parse_args_and_config(arguments)
+    assert (args.student_learning_rate, args.student_eps_root) == (1e-3, "auto")
+    assert args.inner_loop_config().auto == ("eps_root",)
+    with pytest.raises(SystemExit):
+        cli.main(["dpg", *arguments, "--student_eps_root", "fast"])
+    assert "eps_root must be a number or 'auto', got 'fast'" in capsys.readouterr().err
+
+
+def test_the_reward_chooses_on_its_first_batch_and_never_again(monkeypatch):
+    reward = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))
+    first = reward(PROMPTS, TEXTS)
+    chosen = reward.inner_loop_config
+    assert not chosen.auto and reward.tuning.apply(replace(AUTO, batch_size=4)) == chosen
+    again = DPGReward(make_student(), small_runs.METRIC, chosen)
+    assert again(PROMPTS, TEXTS) == first
+    monkeypatch.setattr(search, "_Search", None)
+    reward(PROMPTS, TEXTS[::-1])
+    assert reward.inner_loop_config == chosen
+
+
+def test_a_resumed_training_does_not_choose_anew_and_all_records_have_numbers(tmp_path, monkeypatch):
+    args = dpg_config(
+        tmp_path,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        student_learning_rate="auto",
+        student_eps_root="auto",
+    )
+    trainer = make_trainer(args)
+    trainer.train()
+    trainer.create_model_card()
+    chosen = json.loads((tmp_path / "tune.json").read_text())["chosen"]
+    config = json.loads((tmp_path / "dpg_config.json").read_text())
+    assert {name: config["inner_loop"][name] for name in chosen} == chosen
+    assert f'"learning_rate": {chosen["learning_rate"]}' in (tmp_path / "README.md").read_text()
+    args = replace_steps(args, 2)
+    monkeypatch.setattr(search, "_Search", None)  # choosing anew would fail
+    resumed = make_trainer(args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert {name: getattr(resumed.dpg_reward.inner_loop_config, name) for name in chosen} == chosen
+    new = make_trainer(args)
+    with pytest.raises(TypeError):  # a new run in the same folder chooses anew
+        new.train()
+
+
+def replace_steps(args, max_steps):
+    args.max_steps = max_steps
+    return args
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+SMALL = ["--num_samples", "32", "--student_batch_size", "8"]
+
+
+def test_the_command_writes_its_evidence_and_a_recipe_that_trains_and_verifies(tmp_path, capsys):
+    cli.main(["tune", "--config", str(RECIPE), "--output_dir", str(tmp_path), *SMALL])
+    figures = json.loads((tmp_path / "tune.json").read_text())
+    out = capsys.readouterr().out
+    assert "| learning rate | eps_root | Pearson |" in out and "Chosen: --student_learning_rate" in out
+    assert figures["found"] and figures["num_samples"] == 32 and len(figures["trials"]) >= 2
+    recipe, before = (yaml.safe_load(path.read_text()) for path in (tmp_path / "tuned.yaml", RECIPE))
+    changed = {"student_learning_rate", "student_eps_root", "student_batch_size"}
+    assert {name: recipe[name] for name in recipe if name not in changed} == {
+        name: before[name] for name in before if name not in changed
+    }
+    assert recipe["student_batch_size"] == 8
+    assert recipe["student_learning_rate"] == figures["chosen"]["learning_rate"]
+    config = ["--config", str(tmp_path / "tuned.yaml")]
+    cli.main(["verify", *config, "--num_samples", "32", "--output_dir", str(tmp_path / "verified")])
+    figures = json.loads((tmp_path / "verified" / "verify.json").read_text())
+    assert figures["complete"] and figures["trustworthy"]
+
+
+def test_verify_and_dpg_resolve_auto_on_their_own_samples(tmp_path):
+    auto = ["--student_learning_rate", "auto", "--student_eps_root", "auto"]
+    cli.main(["verify", "--config", str(RECIPE), "--output_dir", str(tmp_path / "verify"), *SMALL, *auto])
+    assert json.loads((tmp_path / "verify" / "tune.json").read_text())["found"]
+    training = ["--max_steps", "1", "--per_device_train_batch_size", "32", "--num_generations", "16"]
+    training += ["--student_batch_size", "16", "--output_dir", str(tmp_path / "dpg")]
+    cli.main(["dpg", "--config", str(RECIPE), *training, *auto])
+    assert "metric" in json.loads((tmp_path / "dpg" / "summary.json").read_text())["trained"]
+    assert json.loads((tmp_path / "dpg" / "tune.json").read_text())["complete"]
+
+
+def test_attribute_and_evaluate_resolve_auto(tmp_path):
+    make_student().model.save_pretrained(tmp_path)
+    small_runs.TOKENIZER.save_pretrained(tmp_path)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    (tmp_path / "texts.jsonl").write_text(rows)
+    common = ["--student_model_name_or_path", str(tmp_path), "--metric", "weight_norm", "--student_batch_size", "4"]
+    common += ["--student_learning_rate", "auto", "--student_eps_root", "auto"]
+    data = ["--dataset_name", str(tmp_path / "texts.jsonl"), "--output_format", "jsonl", "--dataset_chunk", "8"]
+    for _ in range(2):  # the second time from the journal
+        cli.main(["attribute", *common, *data, "--output_dir", str(tmp_path / "scores")])
+    chosen = json.loads((tmp_path / "scores" / "tune.json").read_text())["chosen"]
+    settings = json.loads((tmp_path / "scores" / "summary.json").read_text())["settings"]
+    assert settings["student_learning_rate"] == chosen["learning_rate"]
+    data = ["--datasets", str(tmp_path / "texts.jsonl"), "--seeds", "0", "--output_dir", str(tmp_path / "fresh")]
+    cli.main(["evaluate", *common, *data])
+    assert (tmp_path / "fresh" / "tune.json").exists() and (tmp_path / "fresh" / "evaluation.json").exists()

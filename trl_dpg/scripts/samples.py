@@ -1,0 +1,90 @@
+"""Samples like those of a reward step: rows of a dataset, or texts of a generator. For `verify` and `tune`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
+from .data import complete_prompts, fits, read_dataset, read_prompts
+from .flags import in_flags
+
+
+@dataclass
+class SampleArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
+    """
+    Arguments for a reward step's samples.
+
+    The dataset has samples (`text`, `messages`, `input_ids`, or `prompt` and `completion`), or it has prompts (a
+    column `prompt`, or the columns of `prompt_template`), which the generator completes.
+
+    Args:
+        num_samples (`int`, *optional*):
+            Number of samples, from the start of the dataset. By default as many as a recipe's reward step has
+            (`generation_batch_size`, or `per_device_train_batch_size` times `gradient_accumulation_steps`), or 256.
+        generation_batch_size (`int`, *optional*), per_device_train_batch_size (`int`, *optional*),
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+            Settings of a recipe, for `num_samples`.
+    """
+
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Number of samples; by default as many as a reward step has, or 256."}
+    )
+    generation_batch_size: int | None = field(default=None, metadata={"help": "A recipe's setting, for num_samples."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "A recipe's setting, for num_samples."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's setting, for num_samples."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_samples is None:
+            self.num_samples = self.generation_batch_size or (
+                self.per_device_train_batch_size * self.gradient_accumulation_steps
+                if self.per_device_train_batch_size
+                else 256
+            )
+        at_least(2, num_samples=self.num_samples)
+
+
+def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
+    """The dataset's samples or, if it has prompts, the generator's texts after them."""
+    num_samples: int = script_args.num_samples  # type: ignore[assignment]  # set by __post_init__
+    data = read_dataset(script_args)
+    columns, template = set(data.column_names), script_args.prompt_template
+    samples = columns & {"text", "messages", "input_ids", "completion"}
+    makes_prompts = template is not None and (not samples or fits(template, columns))
+    if not makes_prompts and ("prompt" not in columns or "completion" in columns):
+        if not samples:
+            raise UsageError(
+                f"--dataset_name: {script_args.dataset_name!r} has the columns {sorted(columns)}; samples have "
+                "`text`, `messages`, `input_ids`, or `prompt` and `completion`."
+            )
+        if template is not None:
+            print(f"The samples are taken as they are: they have no columns for {template!r}.", flush=True)
+        return list(data.select(range(min(num_samples, len(data)))))
+    from trl_dpg.generation import prompt_completion_pairs
+
+    prompts = read_prompts(script_args, num_samples, data)
+    texts = complete_prompts(script_args, prompts, seed)
+    return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
+
+
+def choose_numbers(student_args, student, examples, metric, output_dir: str | Path | None) -> None:
+    """
+    Put numbers in the place of the student's arguments that are `auto`, as the first batch of a training does.
+
+    The choice is written to `<output_dir>/tune.json`, and read from there if it was made for the same set-up. Of
+    several processes, the first one chooses.
+    """
+    from trl_dpg.metagradients.config import SettingsError
+    from trl_dpg.tuning import tune_together
+
+    config = student_args.inner_loop_config()
+    if not config.auto:
+        return
+    path = None if output_dir is None else Path(output_dir) / "tune.json"
+    try:
+        chosen = tune_together(student, examples, metric, config, path)
+    except SettingsError as error:
+        raise UsageError(in_flags(str(error))) from error
+    student_args.set_numbers(chosen.apply(config))
