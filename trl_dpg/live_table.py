@@ -192,8 +192,8 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
         work += f", a metric of {num_tokens:,} tokens"
     if num_tokens > samples * length:
         work += (
-            f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as much "
-            "as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
+            f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as "
+            "much as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
         )
     return work + "."
 
