@@ -296,10 +296,9 @@ def test_the_estimate_leaves_out_what_comes_only_once():
     logs = {f"dpg/seconds/{name}": value for name, value in seconds.items()} | {"dpg/seconds": 50.0}
     state = TrainerState(max_steps=41, global_step=1)
     # Of 50 s of the reward, 30 are no phase, and 4 of the metric's 8 are for the student before its fine-tuning
-    text = estimate(logs, 1, state)
-    assert text == (
-        "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. The rest, 40 steps, takes about 27 "
-        "min."
+    assert estimate(logs, 1, state) == (
+        "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. "
+        "The rest, 40 steps, takes about 27 min."
     )
     assert [duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
 

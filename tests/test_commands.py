@@ -16,11 +16,13 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
 
 from tests.tiny import on_two_processes
 from trl_dpg import cli, toy
+from trl_dpg.scripts.arguments import CommandArguments, say_once
 from trl_dpg.scripts.evaluate import interval
 
 
@@ -418,3 +420,47 @@ def test_a_dataset_is_pushed_with_its_card(world, tmp_path, hub):
     files = committed(hub)
     assert files["train.parquet"] == (tmp_path / "train.parquet").read_bytes()
     assert files["README.md"] == (tmp_path / "README.md").read_bytes()
+
+
+def test_a_command_prints_what_is_its_own(tmp_path):
+    """No loading bars, and no notices about the code of other packages: what a new user can do nothing about."""
+    arguments = ["--config", "recipes/new_language/mini.yaml", "--max_steps", "1", "--output_dir", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TQDM_")}
+    run = subprocess.run(
+        [sys.executable, "-m", "trl_dpg.cli", "dpg", *arguments],
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stderr.splitlines() == ["CPU threads: 1"]
+    lines = [line for line in run.stdout.splitlines() if not line.startswith(("[INFO]", "    "))]
+    assert [line.split(":")[0].split(" ")[0] for line in lines[3:]] == ["1", "fresh", "fresh", "All"]
+    assert all(line.startswith(f"{tmp_path.name}: ") for line in lines[:3])
+
+
+@pytest.mark.parametrize(
+    "given, environment, size, expected",
+    [
+        (None, None, 10, 1),
+        (None, None, 6_000_000, 3),
+        (None, "2", 10, None),
+        (4, None, 10, 4),
+        (4, "2", 6_000_000, 4),
+    ],
+)
+def test_the_default_number_of_threads_fits_the_model(given, environment, size, expected, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 3)
+    say_once.cache_clear()
+    models = [torch.nn.Linear(1, 1), torch.nn.Linear(size, 1, device="meta")]
+    CommandArguments(num_threads=given).set_threads(*models)
+    CommandArguments(num_threads=given).set_threads(*models)
+    assert set(chosen) == ({expected} if expected else set())
+    assert capsys.readouterr().err == "CPU threads: 6\n"
