@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
 from tests.trl_suite.models import IMAGE_SIZE
-from tests.trl_suite.runs import WORDS, Case, conversation, letters, prompts, text
+from tests.trl_suite.runs import WORDS, Case, changed, conversation, letters, prompts, text
 
 
 CASES: dict[str, Case] = {}
@@ -18,7 +18,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 REWARD_KEYS = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio", "entropy", "num_tokens")
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------
+# -- the loss ---------------------------------------------------------------------------------------------------------
 
 CASES["defaults"] = Case(logged=REWARD_KEYS)
 CASES["defaults-conversational"] = Case(conversational=True, logged=REWARD_KEYS)
@@ -49,14 +49,14 @@ def length(completions, **kwargs):
     return [float(len(text(completion))) for completion in completions]
 
 
-# -- the reference model -----------------------------------------------------------------------------------------------
+# -- the reference model ----------------------------------------------------------------------------------------------
 
 
 def reference_follows(trainer):
-    """The reference was synchronised with the trained model."""
-    trained, start = dict(trainer.model.named_parameters()), AutoModelForCausalLM.from_pretrained(trainer.start)
-    follows = [not torch.equal(p, dict(start.named_parameters())[name]) for name, p in trainer.ref_model.named_parameters()]
-    assert all(follows) and set(trained) == {name for name, _ in trainer.ref_model.named_parameters()}
+    """The reference is no longer the model before training."""
+    start = AutoModelForCausalLM.from_pretrained(trainer.model.config._name_or_path)
+    before = dict(start.named_parameters())
+    assert changed(trainer.ref_model, before) == set(before)
 
 
 CASES["reference-synchronised"] = Case(
@@ -64,7 +64,7 @@ CASES["reference-synchronised"] = Case(
 )
 
 
-# -- generation --------------------------------------------------------------------------------------------------------
+# -- generation -------------------------------------------------------------------------------------------------------
 
 CASES["sampling"] = Case(dict(temperature=0.8, top_p=0.9, top_k=10, min_p=0.01, repetition_penalty=1.1))
 CASES["generation-kwargs"] = Case(
@@ -105,7 +105,7 @@ def of_rollout(completions, from_rollout, **kwargs):
 CASES["rollout-function"] = Case(given=lambda models: dict(rollout_func=rollout, reward_funcs=of_rollout))
 
 
-# -- rewards -----------------------------------------------------------------------------------------------------------
+# -- rewards ----------------------------------------------------------------------------------------------------------
 
 
 async def slow(completions, **kwargs):
@@ -126,7 +126,8 @@ def applies_to_some(completions, **kwargs):
 
 
 def of_column(completions, aim, **kwargs):
-    return [-abs(len(text(completion)) - a) + r for completion, a, r in zip(completions, aim, letters(completions))]
+    rewards = zip(completions, aim, letters(completions), strict=True)
+    return [reward - abs(len(text(completion)) - wanted) for completion, wanted, reward in rewards]
 
 
 def of_state(completions, trainer_state, **kwargs):
@@ -207,7 +208,7 @@ def other_reward_model(models):
 CASES["reward-model-of-other-family"] = Case(given=other_reward_model, conversational=True)
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
+# -- models -----------------------------------------------------------------------------------------------------------
 
 for name in ("qwen3", "llama", "mistral", "gemma2"):
     CASES[f"model-{name}"] = Case(model=name)
@@ -237,7 +238,7 @@ CASES["peft-model"] = Case(given=peft_model)
 CASES["peft-model-beta"] = Case(dict(beta=0.1), peft_model, logged=("kl",))
 
 
-# -- data, evaluation, callbacks -----------------------------------------------------------------------------------------
+# -- data, evaluation, callbacks --------------------------------------------------------------------------------------
 
 
 def stream(conversational=False):
@@ -301,7 +302,7 @@ CASES["log-completions"] = Case(dict(log_completions=True, num_completions_to_pr
 CASES["profiled"] = Case(dict(include_num_input_tokens_seen=True))
 
 
-# -- tools and environments ----------------------------------------------------------------------------------------------
+# -- tools and environments -------------------------------------------------------------------------------------------
 
 
 def multiply(a: int, b: int) -> int:
@@ -432,7 +433,7 @@ CASES["environments-by-name"] = environment_case(
 )
 
 
-# -- images --------------------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
 def pictures(num_images=1):

@@ -44,7 +44,9 @@ def conversation(words: str) -> list[dict[str, str]]:
 
 def prompts(conversational: bool = False, **columns) -> Dataset:
     """Six prompts, and further columns of six values."""
-    return Dataset.from_dict({"prompt": [conversation(words) if conversational else words for words in WORDS], **columns})
+    return Dataset.from_dict(
+        {"prompt": [conversation(words) if conversational else words for words in WORDS], **columns}
+    )
 
 
 @dataclass

@@ -31,7 +31,6 @@ def test_trains(trainer_class, name, models, tmp_path):
     given = dict(model=models(case.model), train_dataset=prompts(case.conversational))
     given |= case.given(models) if case.given is not None else {}
     trainer = make_trainer(trainer_class, models, tmp_path, case.args, **given)
-    trainer.start = given["model"]
     trainable, frozen = parameters(trainer.model)
     assert trainable
     if case.replies:
