@@ -9,7 +9,7 @@ export WANDB_MODE = offline
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS = 1
 
-.PHONY: setup quickstart real test lint clean
+.PHONY: setup quickstart real test trl-suite lint clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +34,10 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# All that TRL's tests of its GRPO trainer check, with both trainers; `make test` runs some of it.
+trl-suite: setup
+	$(BIN)/python -m pytest tests/trl_suite -m "" --numprocesses 2 --dist worksteal
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,6 +1,7 @@
 """bergson's MAGIC trainer as a rival of `against_bergson.py`; runs in bergson's own virtual environment."""
 
 import itertools
+import json
 from pathlib import Path
 
 import torch
@@ -32,10 +33,10 @@ def load(settings):
     del state  # each run makes its own optimizer state, as ours does
 
     def stream(data):
-        rows = Dataset.from_dict({"input_ids": data.tolist()})
+        rows = Dataset.from_dict({"input_ids": data})
         return DataStream(rows, min(settings["batch"], len(data)), device=settings["device"])
 
-    queries = stream(torch.load(folder / "held_out.pt"))
+    queries = stream(json.loads((folder / "held_out.json").read_text()))
     runs = itertools.count()
 
     def start(data):

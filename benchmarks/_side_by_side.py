@@ -8,6 +8,7 @@ turns, one repetition of each after the other, so that a busy machine slows all 
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def add_arguments(parser, steps):
     parser.add_argument("--eps-root", type=float, default=1e-6)
     parser.add_argument("--checkpoint-interval", type=int, default=1, help="ours: steps between the states kept")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours: blocks are run again")
+    parser.add_argument("--cpu-seconds", action="store_true", help="seconds in which a core computed; others may work")
 
 
 # -- the workers' half ------------------------------------------------------------------------------------------------
@@ -52,28 +54,34 @@ def serve(load):
 
     Args:
         load (`Callable`):
-            `load(settings)` loads the model and returns `start`. `start(data)` takes token ids `[N, L]` and brings
-            everything to its beginning, at no cost to the rival; it returns the function that is measured, which
-            returns the scores `[N]`.
+            `load(settings)` loads the model and returns `start`. `start(data)` takes the token ids of N samples and
+            brings everything to its beginning, at no cost to the rival; it returns the function that is measured,
+            which returns the scores `[N]`.
     """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get between the replies
     settings = json.loads(sys.argv[-1])
     torch.set_num_threads(settings["threads"])
-    data = torch.load(Path(settings["folder"], "data.pt"))
+    data = json.loads(Path(settings["folder"], "data.json").read_text())
+    clock = cpu_seconds if settings["cpu_seconds"] else time.perf_counter
     start = load(settings)
     start(data[:1])()  # imports, kernels and thread pools: a single step of one sample
     replies.write("ready\n")
     for _ in sys.stdin:
         run = start(data)
         before = _reset_peak(settings["device"])
-        started = time.perf_counter()
+        started = clock()
         scores = run()
         if settings["device"] == "cuda":
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
+        seconds = clock() - started
         peak = _peak(settings["device"]) - before
         replies.write(json.dumps(Measured(seconds, peak, scores.tolist())) + "\n")
+
+
+def cpu_seconds():
+    """User seconds of all threads of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def _reset_peak(device):
@@ -138,11 +146,47 @@ def save_inputs(args, kind, steps, folder):
 
     make_model(args, "full").save_pretrained(folder / "full")
     if kind == "lora":
-        model = make_model(args, "lora")
-        model.peft_config["default"].base_model_name_or_path = str(folder / "full")
-        model.save_pretrained(folder / "lora")
-    torch.save(torch.randint(0, args.vocab, (steps * args.batch, args.length)), folder / "data.pt")
-    torch.save(torch.randint(0, args.vocab, (args.batch, args.length)), folder / "held_out.pt")
+        save_adapters(make_model(args, "lora"), folder)
+    for name, number in (("data", steps * args.batch), ("held_out", args.batch)):
+        save_ids(torch.randint(0, args.vocab, (number, args.length)).tolist(), name, folder)
+
+
+def save_real_inputs(args, kind, steps, folder):
+    """SmolLM2 and paragraphs of the Declaration of Human Rights: half Spanish, half English; held out are Spanish."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from trl_dpg.declaration import declaration_world
+
+    world = folder / "world"
+    world.mkdir()
+    declaration_world(world)
+    (folder / "full").symlink_to((world / "student").resolve(), target_is_directory=True)
+    if kind == "lora":
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(folder / "full", dtype=torch.float32)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        save_adapters(get_peft_model(model, lora), folder)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "full")
+    spanish, english, benchmark = (
+        [json.loads(line)["text"] for line in (world / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("held_out", "held_out_english", "benchmark")
+    )
+    mixed = [text for pair in zip(spanish, english, strict=True) for text in pair]
+    for name, texts, number in (("data", mixed, steps * args.batch), ("held_out", benchmark, args.batch)):
+        if number > len(texts):
+            raise SystemExit(f"There are {len(texts)} paragraphs for {number} samples: use fewer --steps or --batch.")
+        save_ids([tokenizer(text).input_ids[: args.length] for text in texts[:number]], name, folder)
+
+
+def save_adapters(model, folder):
+    model.peft_config["default"].base_model_name_or_path = str(folder / "full")
+    model.save_pretrained(folder / "lora")
+
+
+def save_ids(ids, name, folder):
+    (folder / f"{name}.json").write_text(json.dumps(ids))
 
 
 def measure(commands, settings, repeat):
@@ -156,8 +200,9 @@ def measure(commands, settings, repeat):
     """
     rivals = [Rival(name, command, settings) for name, command in commands.items()]
     try:
-        for rival in rivals:
-            rival.reply()  # ready: no one warms up while another is timed
+        for rival in rivals:  # no one warms up while another is timed
+            while rival.reply() != "ready\n":  # what its packages print when they are imported comes before
+                pass
         runs = {rival.name: [] for rival in rivals}
         for _ in range(repeat):
             for rival in rivals:
@@ -188,13 +233,15 @@ def row(kind, steps, measured, name):
     cells = [kind, steps, name]
     cells += [f"{s:.2f}" for s in (*seconds, *time_ratios)]
     cells += [f"{m.peak / 1e6:.0f}" for m in (*ours, rival)] + [f"{m.peak / rival.peak:.2f}" for m in ours]
-    cells += [f"{error:.1e}" for error in errors] + [f"{pearson:.6f}"]
+    cells += [f"{error:.1e}" for error in errors] + [f"{pearson:.8f}"]
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def describe(args):
+def describe(args, model=None):
+    model = model or f"{args.layers} x {args.hidden}, vocabulary {args.vocab}"
+    seconds = "user seconds of the CPU, " if args.cpu_seconds else ""
     return (
-        f"torch {torch.__version__}, {args.device}, {args.threads} threads; {args.layers} x {args.hidden}, vocabulary "
-        f"{args.vocab},\nsequence {args.length}, {args.batch} samples a step, float32, eps_root {args.eps_root:g}; "
-        f"medians of {args.repeat}\n"
+        f"torch {torch.__version__}, {args.device}, {args.threads} threads; {model},\nsequence {args.length}, "
+        f"{args.batch} samples a step, float32, learning rate {args.learning_rate:g}, eps_root {args.eps_root:g}; "
+        f"{seconds}medians of {args.repeat}\n"
     )

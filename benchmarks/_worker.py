@@ -1,5 +1,6 @@
 """The rivals of `against_unrolling.py` and our own side of `against_bergson.py`: one worker process each."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,12 +10,13 @@ from _side_by_side import serve
 from peft import PeftModel
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 
 
 def load_model(settings):
     folder = Path(settings["folder"])
-    model = LlamaForCausalLM.from_pretrained(folder / "full")
+    model = LlamaForCausalLM.from_pretrained(folder / "full", dtype=torch.float32)
     if settings["kind"] == "lora":
         model = PeftModel.from_pretrained(model, folder / "lora", is_trainable=True)
     model.config.name_or_path = ""  # nowhere to look for a tokenizer: samples are token ids
@@ -27,7 +29,7 @@ def sample_losses(logits, ids):
 
 
 def held_out(settings):
-    return torch.load(Path(settings["folder"], "held_out.pt")).to(settings["device"])
+    return json.loads(Path(settings["folder"], "held_out.json").read_text())
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -37,23 +39,25 @@ def ours(settings, memory_budget):
     from trl_dpg import InnerLoopConfig, Student, metagradient
 
     student = Student(load_model(settings))
-    benchmark = held_out(settings)
+    rows = [torch.tensor(row) for row in held_out(settings)]
+    ids, labels = (pad_sequence(rows, True, padding).to(settings["device"]) for padding in (0, -100))
     config = InnerLoopConfig(
         batch_size=settings["batch"],
         learning_rate=settings["learning_rate"],
         betas=tuple(settings["betas"]),
         eps=settings["eps"],
         eps_root=settings["eps_root"],
+        loss_normalization="batch_tokens",  # bergson's
         memory_budget=memory_budget,
         checkpoint_interval=settings["checkpoint_interval"],
         gradient_checkpointing=settings["gradient_checkpointing"],
     )
 
     def metric(finetuned):
-        return -sample_losses(finetuned(input_ids=benchmark).logits, benchmark).mean()
+        return -finetuned(input_ids=ids, labels=labels).loss
 
     def start(data):
-        samples = [{"input_ids": row} for row in data.tolist()]
+        samples = [{"input_ids": row} for row in data]
         return lambda: metagradient(student, samples, metric, config, metric_before=0.0).scores
 
     return start
@@ -73,7 +77,7 @@ def retention(settings):
 def unrolled(settings, init, update):
     """All steps with `create_graph=True`, the metric at their end, one backward pass through everything."""
     model = load_model(settings)
-    benchmark = held_out(settings)
+    benchmark = torch.tensor(held_out(settings), device=settings["device"])
 
     def run(data):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -90,7 +94,7 @@ def unrolled(settings, init, update):
         return scores.cpu()
 
     def start(data):
-        return lambda: run(data.to(settings["device"]))
+        return lambda: run(torch.tensor(data, device=settings["device"]))
 
     return start
 

@@ -68,7 +68,8 @@ class DPGTrainer(GRPOTrainer):
             Prompts, as for GRPO.
         reward_funcs (*optional*):
             Rewards in addition to that of DPG. `args.reward_weights` then starts with the weight of DPG's reward. If
-            there is one weight less, as in a script for GRPO, DPG's weight is 1.
+            there is one weight less, as in a script for GRPO, DPG's weight is 1. Rewards of environments come last,
+            with weight 1.
         student_peft_config ([`~peft.PeftConfig`], *optional*):
             Adapters of the student; overrides the `student_lora_*` arguments.
         student_quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
@@ -76,7 +77,7 @@ class DPGTrainer(GRPOTrainer):
         student_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer; loaded from its path when `None`.
         reward_processing_classes (*optional*):
-            Tokenizers of the `reward_funcs`, as for GRPO.
+            Tokenizers of the `reward_funcs`, as for GRPO. The first may be `None`, for DPG's reward.
         kwargs:
             All further arguments of [`~trl.GRPOTrainer`].
 
@@ -87,8 +88,8 @@ class DPGTrainer(GRPOTrainer):
     Raises:
         `ValueError`:
             If the student or the metric is missing, if the metric is not callable, if the number of `reward_weights`
-            is wrong, if `args` is not a [`DPGConfig`], if student and generator share parameters, or if there are
-            fewer prompts than a generation batch needs.
+            or `reward_processing_classes` is wrong, if `args` is not a [`DPGConfig`], if student and generator share
+            parameters, or if there are fewer prompts than a generation batch needs.
     """
 
     _tag_names = ["trl", "dpg"]
@@ -147,16 +148,12 @@ class DPGTrainer(GRPOTrainer):
             tuning_file=Path(args.output_dir) / TUNING_NAME,
         )
 
-        if reward_processing_classes is not None:
-            if not isinstance(reward_processing_classes, list):
-                reward_processing_classes = [reward_processing_classes]
-            reward_processing_classes = [None, *reward_processing_classes]
         super().__init__(
             model=model,
             reward_funcs=[self.dpg_reward, *further],
             args=args,
             train_dataset=train_dataset,
-            reward_processing_classes=reward_processing_classes,
+            reward_processing_classes=_with_reward_processing_classes(reward_processing_classes, len(further)),
             **kwargs,
         )
         self.dpg_reward.processing_class = self._tokenizer
@@ -292,17 +289,32 @@ def _advise_on_learning_rate(args) -> None:
 
 def _with_reward_weights(args: DPGConfig, num_further: int) -> DPGConfig:
     """The arguments with a weight for each reward: DPG's, then those of the further ones."""
-    weights = args.reward_weights
-    if weights is None or len(weights) == 1 + num_further:
+    if args.reward_weights is None or len(args.reward_weights) == 1 + num_further:
         return args
-    if len(weights) != num_further:
-        raise ValueError(
-            f"`reward_weights` has {len(weights)} weights for {1 + num_further} rewards: DPG's comes first, then "
-            f"those of the {num_further} `reward_funcs`. Without DPG's, which is then 1, give {num_further}."
-        )
     args = copy(args)
-    args.reward_weights = [1.0, *weights]
+    args.reward_weights = _for_all_rewards("reward_weights", args.reward_weights, num_further, own=1.0)  # type: ignore[arg-type]
     return args
+
+
+def _with_reward_processing_classes(classes, num_further: int) -> list | None:
+    """The tokenizers with one for each reward: none for DPG's, then those of the further ones."""
+    if classes is None:
+        return None
+    classes = classes if isinstance(classes, list) else [classes]
+    return _for_all_rewards("reward_processing_classes", classes, num_further, own=None)
+
+
+def _for_all_rewards(name: str, values: list, num_further: int, own) -> list:
+    """A value for each reward, with DPG's `own` in front if it was left out."""
+    if len(values) == 1 + num_further:
+        return list(values)
+    if len(values) != num_further:
+        raise ValueError(
+            f"`{name}` has {len(values)} {name.rpartition('_')[2]} for {1 + num_further} rewards: DPG's comes first, "
+            f"then those of the {num_further} `reward_funcs`, and the number must match. Without DPG's, which is then "
+            f"{own}, give {num_further}."
+        )
+    return [own, *values]
 
 
 def _check_prompts(args: DPGConfig, train_dataset) -> None:
