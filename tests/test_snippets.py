@@ -50,6 +50,7 @@ GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
     "batch_rewards.md": {"dataset": PROMPTS},
+    "tune.md": {"texts": TEXTS, "benchmark": TEXTS[:2]},
 }
 SMALL = {  # further flags, with which a command takes seconds
     "attribute": "--student_batch_size 8 --num_repeats 1 --overwrite",
@@ -57,6 +58,7 @@ SMALL = {  # further flags, with which a command takes seconds
     "generate": "--num_samples 8 --max_completion_length 4 --use_vllm false --overwrite",
     "verify": "--num_directions 3 --num_samples 16 --student_batch_size 8 --max_completion_length 4 "
     "--compare_precision false --try_remedies false",
+    "tune": "--num_samples 16 --student_batch_size 8 --max_completion_length 4",
     "report": "",
 }
 PROMPTS_HERE = ["--dataset_name", "articles.jsonl", "--dataset_train_split", "train"]
