@@ -119,6 +119,8 @@ def make_place(folder):
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     make_place(folder)
+    (folder / "runs" / "tuned").mkdir(parents=True)  # `tune` writes such a recipe
+    shutil.copy(ROOT / "recipes" / "pattern_67" / "mini.yaml", folder / "runs" / "tuned" / "tuned.yaml")
     return folder
 
 
@@ -281,8 +283,8 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    assert pages_with("yaml") == ["training.md"]
-    settings = yaml.safe_load("\n".join(blocks("training.md", "yaml")))
+    assert pages_with("yaml") == ["training.md", "tune.md"]
+    settings = yaml.safe_load("\n".join(blocks("training.md", "yaml") + blocks("tune.md", "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))
     script_args, training_args, model_args, dataset_args = read(
         ["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch
@@ -290,6 +292,7 @@ def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     assert dataset_args.datasets[1].data_files == "articles.jsonl" and model_args.lora_r == 32
     assert script_args.reward_funcs[0] == "language_id" and training_args.reward_weights == [1.0, 0.0, 0.2]
     assert training_args.generation_batch_size / training_args.student_batch_size == 4
+    assert training_args.inner_loop_config().auto == ("learning_rate", "eps_root")
 
 
 def test_every_command_line_of_the_docs_is_read(place, monkeypatch):
@@ -322,7 +325,11 @@ def test_the_commands_of_a_page_run(page, place, monkeypatch, capsys):
         except SystemExit as stopped:  # these models may well be untrustworthy
             assert argv[0] == "verify" and stopped.code == 1, capsys.readouterr().err
     made = {"attribution.md": "attribution/top.parquet", "training.md": "runs/spanish_data/train.parquet"}
-    made |= {"logging.md": "runs/pattern_67/report/report.html", "experiments.md": "runs/pattern_67/summary.json"}
+    made |= {
+        "tune.md": "runs/tuned/tune.json",
+        "logging.md": "runs/pattern_67/report/report.html",
+        "experiments.md": "runs/pattern_67/summary.json",
+    }
     assert (place / made.get(page, "recipes")).exists()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -483,3 +484,10 @@ def test_samples_that_are_all_the_same_are_refused(tmp_path, capsys):
 def test_only_settings_become_flags():
     assert in_flags("raise `eps_root`, do not use `detach`") == "raise --student_eps_root, do not use `detach`"
     assert in_flags("`num_repeats` 3", {"num_repeats": "num_repeats"}) == "--num_repeats 3"
+
+
+def test_correlations_with_a_metric_that_does_not_move_are_nan():
+    still = Agreement(torch.arange(5.0).double(), torch.zeros(5).double())
+    assert math.isnan(still.pearson) and math.isnan(still.spearman)
+    moving = Agreement(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.tensor([0.1, 0.1, 9.0, 4.0]).double())
+    assert moving.spearman == pytest.approx(scipy.stats.spearmanr(*moving).statistic)

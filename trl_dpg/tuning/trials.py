@@ -120,7 +120,8 @@ class Prober:
     def cosine(self, theta: Tensor, gradient: Tensor) -> float:
         """The cosine between a metric's gradient at θ and that before fine-tuning, over the parameters that moved."""
         moved = theta != self.start.theta
-        return torch.cosine_similarity(gradient[moved], self.start.gradient[moved], dim=0).item()  # type: ignore
+        after, before = gradient[moved].double(), self.start.gradient[moved].double()  # type: ignore[index]
+        return torch.cosine_similarity(after, before, dim=0).item()
 
     def probe(self, trial: Trial, config: InnerLoopConfig) -> None:
         """Measure a trial. Ends early if it is hopeless."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from scipy.stats import norm, spearmanr
+from scipy.stats import norm, rankdata
 from torch import Tensor
 
 from ..metagradients.batches import plan_steps
@@ -50,7 +50,8 @@ class Agreement(NamedTuple):
 
     @property
     def spearman(self) -> float:
-        return spearmanr(self.predicted, self.actual).statistic.item()
+        ranks = (torch.as_tensor(rankdata(values)) for values in self)
+        return pearson(*ranks)
 
     @property
     def interval(self) -> tuple[float, float]:
