@@ -435,8 +435,9 @@ def test_a_command_prints_what_is_its_own(tmp_path):
         check=True,
     )
     assert run.stderr.splitlines() == ["CPU threads: 1"]
-    lines = [line for line in run.stdout.splitlines() if not line.startswith(("[INFO]", "    "))]
-    assert [line.split(":")[0].split(" ")[0] for line in lines[3:]] == ["1", "fresh", "fresh", "All"]
+    lines = [line for line in run.stdout.splitlines() if line and not line.startswith(("[INFO]", "    "))]
+    table = ["texts", "metric", "perplexity", "word_share"]
+    assert [line.split(":")[0].split(" ")[0] for line in lines[3:]] == ["1", "fresh", "fresh", *table, "All"]
     assert all(line.startswith(f"{tmp_path.name}: ") for line in lines[:3])
 
 

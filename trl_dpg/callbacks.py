@@ -87,7 +87,7 @@ class DPGLoggingCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.train_batch = self.reward.last_batch or self.train_batch
-        if self._written not in (None, self.reward.inner_loop_config):  # "auto" became numbers
+        if self._written is not None and self._written != self.reward.inner_loop_config:  # "auto" became numbers
             self._write_config(args)
 
     def on_evaluate(self, args, state, control, **kwargs):

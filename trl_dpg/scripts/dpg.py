@@ -98,7 +98,7 @@ def main(script_args, training_args, model_args, dataset_args):
     path = output_dir / "summary.json"
     if trainer.is_world_process_zero():
         write(path, summary)  # before the fresh students, which may fail
-        print(f"{summary['steps']} steps in {summary['seconds']:.0f} s", flush=True)
+        print(f"{summary['steps']} step{'s' * (summary['steps'] != 1)} in {seconds:.0f} s", flush=True)
 
     try:
         if fresh is not None:

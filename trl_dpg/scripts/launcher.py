@@ -2,10 +2,8 @@
 
 import argparse
 import difflib
-import logging
 import re
 import sys
-import warnings
 from collections.abc import Callable
 from subprocess import CalledProcessError
 
@@ -26,7 +24,7 @@ def run(
     """
     Run a command in this process or, if it has arguments of `accelerate launch`, under accelerate.
 
-    Wrong usage ends with exit status 2. Notices of other packages that a user cannot act on are not shown.
+    Wrong usage ends with exit status 2.
 
     Args:
         command (`str`): Its name; `trl_dpg.scripts.<command>` is its module.
@@ -35,7 +33,6 @@ def run(
         argv (`list[str]`): The arguments.
         may_launch (`bool`, *optional*, defaults to `False`): Whether arguments of `accelerate launch` are allowed.
     """
-    _leave_out_notices()
     parser = make_parser(prog=f"trl-dpg {command}")
     parser.usage = parser.usage or "%(prog)s [--config recipe.yaml] [--argument value ...]"
     parser.allow_abbrev = False  # --student_lr must not be read as --student_lr_scheduler_type
@@ -61,16 +58,6 @@ def run(
         main(*arguments)
     except UsageError as error:
         parser.error(str(error))
-
-
-def _leave_out_notices() -> None:
-    """Leave out what other packages say of their own code, and nothing else."""
-    # TRL reads and sets transformers' deprecated names, which older versions need
-    names = "`(is_)?gradient_checkpointing(_kwargs)?`"
-    warnings.filterwarnings("ignore", f"{names} is deprecated and will be removed in v6", FutureWarning)
-    # A faster kernel for inference with 4-bit models, which training does not use
-    bitsandbytes = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    bitsandbytes.addFilter(lambda record: not record.getMessage().startswith("Failed to load CPU gemm_4bit_forward"))
 
 
 def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unknown: list[str]) -> list[str]:
