@@ -352,8 +352,13 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
         super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
         self.held_out_metrics = from_json("held_out_metrics", self.held_out_metrics)
-        if "metric" in (self.held_out_metrics or {}):
-            raise UsageError("--held_out_metrics: 'metric' is the name of the target metric. Choose another name.")
+        for name, entry in (self.held_out_metrics or {}).items():  # type: ignore[union-attr]
+            if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
+                raise UsageError(
+                    f"--held_out_metrics: {name!r} must have `metric` and perhaps `metric_kwargs`, got {entry!r}."
+                )
+            if name in ("metric", "samples", "greedy", *(self.reward_funcs or ())):
+                raise UsageError(f"--held_out_metrics: {name!r} is the name of another figure. Choose another name.")
         at_least(1, num_fresh_students=self.num_fresh_students)
 
 
