@@ -1,6 +1,7 @@
-"""`trl_dpg.live_table` in runs that resume at their end or reuse a generation batch."""
+"""`trl_dpg.live_table` in runs that resume at their end, reuse a generation batch, or evaluate."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -77,3 +78,14 @@ def test_the_seconds_of_a_step_are_a_mean_over_all_steps_of_a_generation_batch(t
         table.on_log(args, state, None, logs)
     printed = table.console.file.getvalue()
     assert printed.count("11 s a step (generation 4, reward 6, update 1)") == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_figures_of_an_evaluation_are_printed(terminal, tmp_path):
+    args = dpg_config(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8)
+    args.num_generations_eval = 4
+    printed = train(make_table(terminal), args, eval_dataset=TRAIN_PROMPTS.select(range(2)))
+    lines = re.findall(r"a run: step   [12]/2  evaluation: (.*)", printed)
+    assert len(lines) == 2
+    for name in ("loss", "reward", "Φ before", "Φ after", "perplexity"):
+        assert all(re.search(rf"{name} -?\d+\.\d{{4}}", line) for line in lines)

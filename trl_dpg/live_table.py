@@ -22,8 +22,8 @@ class LiveTable(TrainerCallback):
     Shows a run's figures in a table in the terminal, which grows during training. Needs rich.
 
     Below the table are the seconds of a step, the time left, and two completions: how they were at first, and how they
-    are now. If the console is not a terminal, a line of text is printed for each log, and completions for some. A
-    resumed run shows the figures from its beginning.
+    are now. If the console is not a terminal, a line of text is printed for each log, and completions for some. Each
+    evaluation is a line of text. A resumed run shows the figures from its beginning.
 
     Args:
         title (`str`):
@@ -87,6 +87,7 @@ class LiveTable(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if any(name.startswith("eval_") for name in logs):
+            self._print_evaluation(state, logs)
             return
         steps_before, steps = self.last_step - self.first_step, state.global_step - self.first_step
         self.last_step = state.global_step
@@ -119,6 +120,12 @@ class LiveTable(TrainerCallback):
         if self.texts and (row % max(self.every, 5) == 0 or is_last):
             for text in self.texts[-1][1]:
                 self._print(f"    {text[:150]}")
+
+    def _print_evaluation(self, state, logs: dict[str, float]) -> None:
+        figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        columns = {"loss": "loss", "reward": "reward", **(self.columns or table_columns(figures))}
+        text = "  ".join(f"{title} {figures[name]:.4f}" for name, title in columns.items() if name in figures)
+        self._print(f"{self.title}: step {state.global_step:3}/{state.max_steps}  evaluation: {text}")
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.live.is_started:
