@@ -303,13 +303,14 @@ def test_the_estimate_leaves_out_what_comes_only_once(tmp_path):
     assert [duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
 
 
-@pytest.mark.parametrize("metric_texts, warns", [(8, False), (60, True)])
-def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric_texts, warns):
+@pytest.mark.parametrize("metric_texts, says, advises", [(8, False, False), (60, True, False), (72, True, True)])
+def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric_texts, says, advises):
     reward = DPGReward(Student(make_model(), TOKENIZER), LanguageModelingMetric(["w1 w2"] * metric_texts), CONFIG)
     text = work_of_a_step(dpg_config(tmp_path), reward)
     assert text.startswith("16 completions of up to 6 tokens, 4 student steps, a metric of ")
     assert f"a metric of {2 * metric_texts} tokens" in text
-    assert ("more tokens than all completions (96 at most)" in text) == warns
+    assert ("96 at most" in text) == says
+    assert ("more tokens than all completions" in text and "Fewer or shorter texts" in text) == advises
     reward.metric = CombinedMetric([PATTERN, reward.metric, reward.metric])
     assert f"a metric of {4 * metric_texts} tokens" in work_of_a_step(dpg_config(tmp_path), reward)
 

@@ -201,7 +201,7 @@ class LiveTable(TrainerCallback):
 
 
 def work_of_a_step(args, reward: "DPGReward") -> str:
-    """The size of a generation batch and of the metric. It warns if the metric is the larger one."""
+    """The size of a generation batch and of the metric. It advises if the metric is much the larger one."""
     config, samples = reward.inner_loop_config, args.generation_batch_size
     completion = args.max_completion_length or config.max_length
     length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
@@ -210,11 +210,13 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
     num_tokens = reward.metric.num_tokens(reward.student) if isinstance(reward.metric, Metric) else 0
     if num_tokens:
         work += f", a metric of {num_tokens:,} tokens"
-    if num_tokens > samples * length:
+    if num_tokens >= _LARGE * samples * length:
         work += (
             f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as "
             "much as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
         )
+    elif num_tokens > samples * length:
+        work += f" (all completions: {samples * length:,} at most)"
     return work + "."
 
 
@@ -298,6 +300,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+# A metric with this many times the tokens of all completions is called large
+_LARGE = 1.5
 # Parts of the names of figures between 0 and 1
 _SHARES = ("share", "accuracy", "target_language")
 # Logged under `dpg/` for every metric, but not shown in a column
