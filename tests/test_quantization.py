@@ -1,5 +1,7 @@
 """What a 4-bit base does to the metric, and what helps."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -64,6 +66,28 @@ def test_without_4_bits_or_memory_there_is_nothing_to_compare(path, monkeypatch)
     assert without_quantization(student) is None
     monkeypatch.setattr(quantization, "free_memory", lambda device: 2 * size)
     assert without_quantization(student) is not None
+
+
+def test_the_dtype_of_the_base_without_4_bits_is_said(path):
+    student = load(path, student_model_init_kwargs={"dtype": "bfloat16"})
+    check = quantization_check(student, METRIC, start(student), -3.0, {"dtype": "bfloat16"})
+    assert "in bfloat16; fine-tuning" in check.meaning and "float32" not in check.meaning
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_base_that_cannot_be_loaded_or_does_not_fit_is_a_skipped_check(path, tmp_path, monkeypatch):
+    shutil.copytree(path, tmp_path / "student")
+    student = load(str(tmp_path / "student"))
+    check = quantization_check(student, out_of_memory, -4.0, -3.0)
+    assert check.status == "skip" and "not enough memory" in check.meaning
+    shutil.rmtree(tmp_path / "student")  # as a Hub id without a network
+    check = quantization_check(student, METRIC, -4.0, -3.0)
+    assert check.status == "skip" and "could not be loaded without 4 bits: " in check.meaning
+    monkeypatch.setattr(quantization, "Student", out_of_memory)
+    assert quantization_check(student, METRIC, -4.0, -3.0).meaning.endswith("4 bits: CUDA out of memory.")
 
 
 def test_modules_that_are_skipped_and_the_head_are_not_quantised(path):
