@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 
 from tests.tiny import make_model, make_samples, make_tokenizer
 from trl_dpg import InnerLoopConfig, metagradient
@@ -97,3 +98,20 @@ def test_modules_that_are_skipped_and_the_head_are_not_quantised(path):
     in_float32 = start(load(path, student_load_in_4bit=False))
     everything = load(path, student_bnb_4bit_skip_modules=[*quantised, "v_proj", "down_proj"])
     assert start(everything) == pytest.approx(in_float32, rel=1e-5)
+
+
+def test_a_head_of_another_name_is_not_quantised_either(tmp_path):
+    config = GPTNeoXJapaneseConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    GPTNeoXJapaneseForCausalLM(config).save_pretrained(tmp_path)  # its head is called `embed_out`
+    make_tokenizer().save_pretrained(tmp_path)
+    arguments = StudentArguments(
+        student_model_name_or_path=str(tmp_path),
+        student_model_init_kwargs={"dtype": "float32"},
+        student_load_in_4bit=True,
+        student_use_peft=True,
+        student_bnb_4bit_skip_modules=["dense_4h_to_h"],
+    )
+    model = arguments.load_student().model
+    quantised = {name.split(".")[-2] for name in bnb_modules(model, "Linear4bit")}
+    assert quantised == {"query_key_value", "dense", "dense_h_to_4h"}
+    assert type(model.get_output_embeddings()) is torch.nn.Linear
