@@ -63,8 +63,9 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
     return mapping
 
 
+@cache
 def num_cores() -> int:
-    """Physical cores that torch may use."""
+    """Physical cores that torch may use. It is found once, before a number of threads is set."""
     import psutil
     import torch
 
@@ -111,11 +112,12 @@ class CommandArguments:
         """
         import torch
 
+        cores = num_cores()
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         elif models and "OMP_NUM_THREADS" not in os.environ:
             size = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
-            torch.set_num_threads(1 if size < TINY else num_cores())
+            torch.set_num_threads(1 if size < TINY else cores)
         if models:
             say_once(f"CPU threads: {torch.get_num_threads()}")
 
