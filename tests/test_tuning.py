@@ -118,6 +118,21 @@ def test_the_search_ends_with_a_doubt_if_nothing_agrees(monkeypatch):
     assert result.reward_steps <= MAX_REWARD_STEPS
 
 
+@pytest.mark.parametrize(
+    ("tried", "rate"),
+    [
+        ([(1e-3, "overshoots", math.nan), (3e-4, "disagrees", 0.98), (1e-4, "disagrees", 0.99)], 1e-4),
+        ([(1e-3, "turns", math.nan), (1e-4, "overshoots", math.nan), (1e-2, "diverges", math.nan)], 1e-4),
+        ([(1e-3, "still", 0.1), (1e-2, "still", math.nan)], 1e-2),
+        ([(1e-3, "still", 0.1), (1e-2, "still", math.nan), (1e-1, "turns", math.nan)], 1e-1),
+        ([(1e-2, "diverges", math.nan), (1e-3, "diverges", math.nan)], 1e-3),
+    ],
+)
+def test_if_nothing_agrees_no_trial_is_taken_that_was_not_measured_while_another_was(tried, rate):
+    tried = [Trial(value, 1e-6, pearson=pearson, verdict=verdict) for value, verdict, pearson in tried]
+    assert search.most_promising(tried).learning_rate == rate
+
+
 def test_learning_rates_are_rounded_to_one_digit():
     assert [_rounded(value) for value in (1.04e-3, 3.2e-3, 0.014, 9.0, 4.4)] == [1e-3, 3e-3, 0.01, 10.0, 5.0]
 

@@ -265,15 +265,28 @@ class _Search:
         return None
 
     def _choose(self, best: Trial | None) -> None:
-        """The values of a trial that agrees or, without one, of the one that agreed best."""
+        """The values of a trial that agrees or, without one, of the most promising one."""
         self.result.found = best is not None and best.agrees
-        if not self.result.found:
-            moving = [trial for trial in self.result.trials if trial.verdict not in ("still", "diverges")]
-            best = max(
-                moving or self.result.trials, key=lambda trial: trial.pearson if moving else -trial.learning_rate
-            )
-        self.result.chosen = {name: getattr(best, name) for name in self.config.auto}
+        chosen = best if best is not None and best.agrees else most_promising(self.result.trials)
+        self.result.chosen = {name: getattr(chosen, name) for name in self.config.auto}
         self._tell()
+
+
+def most_promising(trials: list[Trial]) -> Trial:
+    """
+    The trial to take if none agrees.
+
+    That is the one that agreed best. If no agreement was measured, it is the smallest learning rate with which Φ
+    moves. If there is none, it is the largest one that hardly moves Φ, or the smallest one that diverges.
+    """
+    measured = [trial for trial in trials if trial.verdict not in ("still", "diverges") and trial.pearson > -math.inf]
+    if measured:  # not a number is not larger than anything
+        return max(measured, key=lambda trial: trial.pearson)
+    moving = [trial for trial in trials if trial.verdict in ("overshoots", "turns")]
+    still = [trial for trial in trials if trial.verdict == "still"]
+    if still and not moving:
+        return max(still, key=lambda trial: trial.learning_rate)
+    return min(moving or trials, key=lambda trial: trial.learning_rate)
 
 
 def _rounded(value: float) -> float:
