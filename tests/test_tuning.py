@@ -16,6 +16,7 @@ from tests.tiny import make_model, make_samples
 from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.metagradients.config import SettingsError
 from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.scripts.tune import TuneArguments, entry, tuned_recipe
 from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, search, trials, tune
 from trl_dpg.tuning.search import _rounded
 from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, verify
@@ -243,6 +244,21 @@ def test_the_command_writes_its_evidence_and_a_recipe_that_trains_and_verifies(t
     cli.main(["verify", *config, "--num_samples", "32", "--output_dir", str(tmp_path / "verified")])
     figures = json.loads((tmp_path / "verified" / "verify.json").read_text())
     assert figures["complete"] and figures["trustworthy"]
+
+
+def test_settings_of_the_command_line_are_written_exactly():
+    arguments = TuneArguments(metric="weight_norm")
+    student = {"student_adam_beta2": 0.999, "student_learning_rate": 1e-5}
+    written = yaml.safe_load(tuned_recipe(arguments, student, {"student_learning_rate": 1e-5}))
+    assert written == student | {"metric": "weight_norm"}
+
+
+@pytest.mark.parametrize(
+    "value", [0.999, 1e-5, 0.12345, 5e-324, [0.9, 1e-8], {"a": {"b": 1e-8}}, "¿qué?\n\n{x}", None]
+)
+def test_a_recipe_is_written_with_the_very_values_of_the_settings(value):
+    read = yaml.safe_load(entry("name", value))["name"]
+    assert read == value and type(read) is type(value)
 
 
 def test_verify_and_dpg_resolve_auto_on_their_own_samples(tmp_path):

@@ -117,12 +117,18 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
     for name, value in (settings | chosen).items():
-        # JSON is YAML, except that a number such as 1e-05 is a text without a point
-        line = f"{name}: {value:.1e}\n" if isinstance(value, float) else f"{name}: {json.dumps(value)}\n"
+        line = entry(name, value)
         lines = rf"^{name}:.*\n?(?:[ \t-].*\n?)*"  # the entry, which may have several lines
         text, count = re.subn(lines, line.replace("\\", r"\\"), text, flags=re.MULTILINE)
         text = text if count else text.rstrip("\n") + f"\n{line}"
     return text.lstrip("\n")
+
+
+def entry(name: str, value: Any) -> str:
+    """An entry of a YAML file from which the very same value is read."""
+    if isinstance(value, str):
+        return f"{name}: {json.dumps(value, ensure_ascii=False)}\n"  # on one line
+    return yaml.safe_dump({name: value}, default_flow_style=False, sort_keys=False, allow_unicode=True)
 
 
 def _default(arguments: type, name: str) -> Any:
