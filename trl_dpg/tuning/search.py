@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..metagradients import InnerLoopConfig
-from ..metagradients.config import AUTO
+from ..metagradients.config import AUTO, SettingsError
 from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.metagradient import check_samples
 from ..student import Examples, FinetunedStudent, Student
@@ -138,10 +138,7 @@ def tune(
     """
     if not config.auto:
         raise ValueError(f"There is nothing to choose: none of {', '.join(AUTO)} is 'auto'.")
-    if config.attribution != "metagradient":
-        raise ValueError(
-            "attribution='dataset' computes no scores that could agree. Give numbers in the place of 'auto'."
-        )
+    check_scores(config)
     stand_ins: dict[str, Any] = dict.fromkeys(config.auto, 1.0)
     plan = FineTuning(student, examples, replace(config, **stand_ins, per_token=False))  # its samples and steps
     check_samples(plan)
@@ -151,6 +148,20 @@ def tune(
         search = _Search(prober(plan, metric, seed, bar), config, budget, bar, on_trial)
         search.run()
     return search.result
+
+
+def check_scores(config: InnerLoopConfig) -> None:
+    """
+    Refuse to choose what is `"auto"` if there are no scores of samples to predict with.
+
+    Raises:
+        `SettingsError`: If the attribution is the naive baseline.
+    """
+    if config.auto and config.attribution == "dataset":
+        names = " and ".join(f"`{name}`" for name in config.auto)
+        raise SettingsError(
+            f"{names}: attribution='dataset' computes no scores that could agree. Give numbers in the place of 'auto'."
+        )
 
 
 class _Search:
