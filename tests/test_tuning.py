@@ -22,7 +22,7 @@ from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.scripts.tune import TuneArguments, entry, tuned_recipe
 from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, reuse, search, trials, tune, tune_together
 from trl_dpg.tuning.search import _rounded
-from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, verify
+from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, reweighting, verify
 from trl_dpg.verification.reweighting import one_step
 
 
@@ -151,6 +151,33 @@ def test_learning_rates_are_rounded_to_one_digit():
 def test_without_a_choice_to_make_it_raises(config, message):
     with pytest.raises(ValueError, match=message):
         tune(student(), SAMPLES, METRIC, config)
+
+
+def test_a_schedule_without_a_learning_rate_is_refused():
+    config = replace(AUTO, lr_scheduler_type="constant_with_warmup", warmup_steps=1)  # one step
+    with pytest.raises(
+        SettingsError, match="is 0 in each of the 1 steps.*`warmup_steps` \\(1\\): a warm-up starts at 0"
+    ):
+        tune(student(), SAMPLES, METRIC, config)
+    assert tune(student(), SAMPLES, METRIC, replace(config, batch_size=8)).chosen
+
+
+@pytest.mark.parametrize("batch_size", [16, 4], ids=["one step", "four steps"])
+@pytest.mark.parametrize(("factor", "value"), [(0.0, "0.0"), (math.nan, "nan")])
+def test_a_gradient_of_zero_or_that_is_not_finite_is_refused(monkeypatch, factor, value, batch_size):
+    for module in (trials, reweighting):  # both use it to find the size of a step's gradient
+        gradient = module.step_gradient
+        monkeypatch.setattr(module, "step_gradient", lambda *a, gradient=gradient: factor * gradient(*a))
+    with pytest.raises(SettingsError, match=f"gradient of the student's loss on these samples is {value}"):
+        tune(student(), SAMPLES, METRIC, replace(AUTO, batch_size=batch_size))
+
+
+@pytest.mark.parametrize(("vectors", "number"), [(1000, 4), (7, 3), (1, 2)])
+def test_with_one_step_directions_are_as_many_as_fit_into_memory(monkeypatch, vectors, number):
+    size = student().initial_theta().nbytes
+    monkeypatch.setattr(reweighting, "free_memory", lambda device: 4 * vectors * size)
+    result = tune(student(), SAMPLES, METRIC, AUTO)
+    assert max(trial.num_directions for trial in result.trials) == number
 
 
 # -- "auto" ----------------------------------------------------------------------------------------------------------

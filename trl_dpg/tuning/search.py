@@ -133,8 +133,9 @@ def tune(
             Called with the result so far after each trial.
 
     Raises:
-        `ValueError`: If nothing is `"auto"`, there are no scores to predict with (`attribution="dataset"`), or for
-            what [`metagradient`] raises it.
+        `ValueError`: If nothing is `"auto"`, there are no scores to predict with (`attribution="dataset"`), the
+            schedule's learning rate is 0 in every step, the gradient on the samples is 0 or not finite, or for what
+            [`metagradient`] raises it.
     """
     if not config.auto:
         raise ValueError(f"There is nothing to choose: none of {', '.join(AUTO)} is 'auto'.")
@@ -142,6 +143,12 @@ def tune(
     stand_ins: dict[str, Any] = dict.fromkeys(config.auto, 1.0)
     plan = FineTuning(student, examples, replace(config, **stand_ins, per_token=False))  # its samples and steps
     check_samples(plan)
+    if not any(plan.config.learning_rates(len(plan.steps))):
+        raise SettingsError(
+            f"The learning rate is 0 in each of the {len(plan.steps)} steps, so no values can move the metric. Look "
+            f"at `learning_rate` ({config.learning_rate}), `lr_scheduler_type` ({config.lr_scheduler_type!r}) and "
+            f"`warmup_steps` ({config.warmup_steps}): a warm-up starts at 0."
+        )
     prober = OneStepProber if len(plan.steps) == 1 else Prober
     budget = MAX_REWARD_STEPS * prober.PASSES_OF_A_REWARD_STEP
     with Progress("Tuning", budget, progress) as bar:
@@ -168,6 +175,12 @@ class _Search:
     """The search over both values."""
 
     def __init__(self, prober: Prober, config: InnerLoopConfig, budget: int, bar: Progress, on_trial):
+        if not 0 < prober.mean_square < math.inf:
+            raise SettingsError(
+                f"The mean square of the gradient of the student's loss on these samples is {prober.mean_square}, so "
+                "no values can be chosen. If it is 0, the samples do not reach a trainable parameter; otherwise the loss "
+                "or its gradient is not finite, e.g. because the weights or the precision do not fit."
+            )
         self.prober, self.config, self.budget, self.bar = prober, config, budget, bar
         self.result = Tuning()
         self._on_trial = on_trial
