@@ -174,5 +174,5 @@ def dependencies(
     """What a choice depends on. The samples are in it only if `data` has them."""
     inner_loop = {name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY}
     name = getattr(metric, "__name__", type(metric).__name__)
-    settings = {"student": student.describe(), "metric": name, "inner_loop": inner_loop, "data": data}
-    return json.loads(json.dumps(settings))
+    settings = {"student": student.describe(), "metric": name, "inner_loop": inner_loop}
+    return json.loads(json.dumps(settings if data is None else settings | {"data": data}))

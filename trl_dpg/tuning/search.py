@@ -178,8 +178,8 @@ class _Search:
         if not 0 < prober.mean_square < math.inf:
             raise SettingsError(
                 f"The mean square of the gradient of the student's loss on these samples is {prober.mean_square}, so "
-                "no values can be chosen. If it is 0, the samples do not reach a trainable parameter; otherwise the loss "
-                "or its gradient is not finite, e.g. because the weights or the precision do not fit."
+                "no values can be chosen. If it is 0, the samples do not reach a trainable parameter. Otherwise the "
+                "loss or its gradient is not finite, e.g. because the weights or the precision do not fit."
             )
         self.prober, self.config, self.budget, self.bar = prober, config, budget, bar
         self.result = Tuning()
