@@ -284,7 +284,7 @@ def test_the_seconds_of_the_phases_sum_to_the_step(tmp_path, monkeypatch):
                 assert 0 < parts < logs["dpg/seconds"] < seconds["reward"]
 
 
-def test_the_estimate_leaves_out_what_comes_only_once():
+def test_the_estimate_leaves_out_what_comes_only_once(tmp_path):
     seconds = {
         "generation": 10.0,
         "reward": 60.0,
@@ -296,20 +296,21 @@ def test_the_estimate_leaves_out_what_comes_only_once():
     logs = {f"dpg/seconds/{name}": value for name, value in seconds.items()} | {"dpg/seconds": 50.0}
     state = TrainerState(max_steps=41, global_step=1)
     # Of 50 s of the reward, 30 are no phase, and 4 of the metric's 8 are for the student before its fine-tuning
-    assert estimate(logs, 1, state) == (
+    assert estimate(logs, 1, state, dpg_config(tmp_path)) == (
         "about 41 s a step: generation 10, reward 26 (its metric 15%), update 5. "
         "The rest, 40 steps, takes about 27 min."
     )
     assert [duration(seconds) for seconds in (99, 120, 7200)] == ["99 s", "2 min", "2.0 h"]
 
 
-@pytest.mark.parametrize("metric_texts, warns", [(8, False), (60, True)])
-def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric_texts, warns):
+@pytest.mark.parametrize("metric_texts, says, advises", [(8, False, False), (60, True, False), (72, True, True)])
+def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric_texts, says, advises):
     reward = DPGReward(Student(make_model(), TOKENIZER), LanguageModelingMetric(["w1 w2"] * metric_texts), CONFIG)
     text = work_of_a_step(dpg_config(tmp_path), reward)
     assert text.startswith("16 completions of up to 6 tokens, 4 student steps, a metric of ")
     assert f"a metric of {2 * metric_texts} tokens" in text
-    assert ("more tokens than all completions (96 at most)" in text) == warns
+    assert ("96 at most" in text) == says
+    assert ("more tokens than all completions" in text and "Fewer or shorter texts" in text) == advises
     reward.metric = CombinedMetric([PATTERN, reward.metric, reward.metric])
     assert f"a metric of {4 * metric_texts} tokens" in work_of_a_step(dpg_config(tmp_path), reward)
 
@@ -325,12 +326,13 @@ def test_the_live_table_shows_two_completions_growing(terminal, tmp_path):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100, height=50)
     reward = DPGReward(Student(make_model(), TOKENIZER), METRIC, CONFIG)
     table = LiveTable("a run", console=console, reward=reward)
-    table.on_train_begin(dpg_config(tmp_path), state_and_logs(0)[0], None)
+    args = dpg_config(tmp_path)
+    table.on_train_begin(args, state_and_logs(0)[0], None)
     for step in range(1, 10):
         texts = [f"first [red]{step}", f"second {step}", f"third\n{step}", f"fourth {step}"]
         reward.last_batch = ScoredBatch(["p", "p", "q", "q"], texts, torch.zeros(4), {})
         state, logs = state_and_logs(step)
-        table.on_log(None, state, None, logs)
+        table.on_log(args, state, None, logs)
     table.on_train_end(None, state, None)
     printed = console.file.getvalue()
     assert table.share == "rewards/word_share/mean"
@@ -346,25 +348,26 @@ def test_the_live_table_shows_two_completions_growing(terminal, tmp_path):
         assert sum("first" in line for line in lines) == 3  # steps 1, 6 and 9
 
 
-def test_the_live_table_of_a_resumed_run_begins_where_the_run_began():
+def test_the_live_table_of_a_resumed_run_begins_where_the_run_began(tmp_path):
     table = LiveTable("a run", console=Console(file=io.StringIO(), force_terminal=True, width=100, height=50))
     state, _ = state_and_logs(2)
     state.log_history = [{**state_and_logs(step)[1], "step": step} for step in (1, 2)] + [{"step": 2, "eval_loss": 1}]
     table.on_train_begin(None, state, None)
     state.global_step = 3
-    table.on_log(None, state, None, state_and_logs(3)[1])
+    table.on_log(dpg_config(tmp_path), state, None, state_and_logs(3)[1])
     assert table.steps == [1, 2, 3] and table.history["dpg/metric_after"] == [-1, -2, -3]
     assert "The rest, 6 steps" in table.console.file.getvalue()
 
 
-def test_the_live_table_fits_on_the_screen():
+def test_the_live_table_fits_on_the_screen(tmp_path):
+    args = dpg_config(tmp_path)
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=24)
     table = LiveTable("a run", console=console, every=1)
     table.on_train_begin(None, TrainerState(max_steps=60, logging_steps=1, is_world_process_zero=True), None)
     for step in range(1, 61):
         state, logs = state_and_logs(step)
         state.max_steps = 60
-        table.on_log(None, state, None, logs)
+        table.on_log(args, state, None, logs)
         table.texts = [(1, ["a", "b"]), (step, ["c", "d"])]
         assert len(console.render_lines(table.render(state))) <= 24
     assert len(console.render_lines(table.render(state, all_rows=True))) > 60

@@ -22,7 +22,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from tests.tiny import on_two_processes
 from trl_dpg import cli, toy
-from trl_dpg.scripts.arguments import CommandArguments, say_once
+from trl_dpg.scripts.arguments import CommandArguments, num_cores, say_once
 from trl_dpg.scripts.evaluate import interval
 
 
@@ -460,8 +460,23 @@ def test_the_default_number_of_threads_fits_the_model(given, environment, size, 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 3)
     say_once.cache_clear()
+    num_cores.cache_clear()
     models = [torch.nn.Linear(1, 1), torch.nn.Linear(size, 1, device="meta")]
     CommandArguments(num_threads=given).set_threads(*models)
     CommandArguments(num_threads=given).set_threads(*models)
     assert set(chosen) == ({expected} if expected else set())
     assert capsys.readouterr().err == "CPU threads: 6\n"
+    num_cores.cache_clear()
+
+
+def test_a_tiny_generator_does_not_take_the_threads_of_a_larger_student(monkeypatch):
+    threads = [6]
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: 8)
+    num_cores.cache_clear()
+    for size in (10, 6_000_000):
+        CommandArguments().set_threads(torch.nn.Linear(size, 1, device="meta"))
+    assert threads == [6, 1, 6]
+    num_cores.cache_clear()

@@ -16,7 +16,7 @@ from trl_dpg import cli, toy
 from trl_dpg.evaluation import evaluate_dataset, generate_texts, sft_config
 from trl_dpg.metagradients import InnerLoopConfig, metagradient
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.scripts import dpg, registry
+from trl_dpg.scripts import dpg, fresh_students, registry
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -327,3 +327,67 @@ def test_gradient_checkpointing_does_not_change_what_is_generated():
     model.gradient_checkpointing_enable()
     assert generate_texts(model, tokenizer, ["w1 w2", "w3"], 8) == texts
     assert model.is_gradient_checkpointing and model.training
+
+
+UUID = RECIPES / "uuid" / "mini.yaml"
+
+
+@pytest.mark.parametrize("resume", ["auto", "true"])
+def test_a_finished_run_that_is_started_again_trains_no_further(resume, tmp_path):
+    arguments = ["--save_strategy", "steps", "--save_steps", "2", "--evaluate", "false"]
+    first = run(UUID, tmp_path, *arguments)
+    again = run(UUID, tmp_path, *arguments, "--resume_from_checkpoint", resume)
+    assert again["steps"] == first["steps"] == 2 and again["curves"] == first["curves"]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path, tmp_path / "checkpoint-2")]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_true_needs_a_checkpoint(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(UUID, tmp_path / "new", "--resume_from_checkpoint", "true", "--evaluate", "false")
+    assert "--resume_from_checkpoint: there is no checkpoint in" in capsys.readouterr().err
+
+
+def test_fresh_students_have_the_numbers_that_auto_chose(tmp_path):
+    """With one reward weight less, the trainer has a copy of the arguments."""
+    auto = ["--student_learning_rate", "auto", "--student_eps_root", "auto", "--reward_weights", "0.0"]
+    summary = run(UUID, tmp_path, *auto)
+    assert torch.isfinite(torch.tensor(summary["trained"]["metric"]))
+
+
+def test_what_was_measured_before_fresh_students_fail_is_kept(tmp_path, monkeypatch):
+    judge, calls = fresh_students.judge, []
+
+    def fails_at_the_sixth(*arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return judge(*arguments)
+
+    monkeypatch.setattr(fresh_students, "judge", fails_at_the_sixth)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(UUID, tmp_path, "--num_fresh_students", "3")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    fresh = summary["fresh_students"]
+    assert fresh["seeds"] == [42, 43] and len(fresh["untrained"]["metric"]) == len(fresh["trained"]["metric"]) == 2
+    assert summary["trained"]["metric"] == pytest.approx(sum(fresh["trained"]["metric"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ('{"a": "language_modeling"}', "'a' must have `metric` and perhaps `metric_kwargs`, got 'language_modeling'"),
+        ('{"a": {"metric": "language_modeling", "kwargs": {}}}', "'a' must have `metric` and perhaps `metric_kwargs`"),
+        ('{"metric": {"metric": "weight_norm"}}', "'metric' is the name of another figure"),
+        ('{"contains": {"metric": "weight_norm"}}', "'contains' is the name of another figure"),
+        ('{"a": {"metric": "language_modeling", "metric_kwargs": null}}', "'a': .*there is no file"),
+        ('{"a": {"metric": "language_modelling"}}', "'a': .*Did you mean 'language_modeling'"),
+    ],
+)
+def test_wrong_held_out_metrics_are_refused_by_their_name(metrics, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(UUID, tmp_path, "--held_out_metrics", metrics)
+    error = capsys.readouterr().err
+    assert re.search(f"--held_out_metrics: {message}", " ".join(error.split()))

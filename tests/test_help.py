@@ -144,3 +144,19 @@ def test_arguments_that_do_not_fit_point_to_the_list(name):
 
 def test_help_of_metric_points_to_the_list(capsys):
     assert "trl-dpg metrics" in printed(capsys, "verify", "--help", "metric", status=0)
+
+
+def metric_of_a_user(scale, **kwargs):
+    """
+    A metric.
+
+    Args:
+        scale (`float`): Its scale.
+        kwargs: Further arguments of the tokenizer.
+    """
+
+
+def test_further_arguments_in_a_users_docstring_are_shown_as_they_are(capsys):
+    cli.main(["metrics", "tests.test_help.metric_of_a_user"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert {"scale (float)", "kwargs (any)", "Further arguments of the tokenizer."} <= set(lines)

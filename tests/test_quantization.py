@@ -1,7 +1,10 @@
 """What a 4-bit base does to the metric, and what helps."""
 
+import shutil
+
 import pytest
 import torch
+from transformers import GPTNeoXJapaneseConfig, GPTNeoXJapaneseForCausalLM
 
 from tests.tiny import make_model, make_samples, make_tokenizer
 from trl_dpg import InnerLoopConfig, metagradient
@@ -66,6 +69,28 @@ def test_without_4_bits_or_memory_there_is_nothing_to_compare(path, monkeypatch)
     assert without_quantization(student) is not None
 
 
+def test_the_dtype_of_the_base_without_4_bits_is_said(path):
+    student = load(path, student_model_init_kwargs={"dtype": "bfloat16"})
+    check = quantization_check(student, METRIC, start(student), -3.0, {"dtype": "bfloat16"})
+    assert "in bfloat16; fine-tuning" in check.meaning and "float32" not in check.meaning
+
+
+def out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_base_that_cannot_be_loaded_or_does_not_fit_is_a_skipped_check(path, tmp_path, monkeypatch):
+    shutil.copytree(path, tmp_path / "student")
+    student = load(str(tmp_path / "student"))
+    check = quantization_check(student, out_of_memory, -4.0, -3.0)
+    assert check.status == "skip" and "not enough memory" in check.meaning
+    shutil.rmtree(tmp_path / "student")  # as a Hub id without a network
+    check = quantization_check(student, METRIC, -4.0, -3.0)
+    assert check.status == "skip" and "could not be loaded without 4 bits: " in check.meaning
+    monkeypatch.setattr(quantization, "Student", out_of_memory)
+    assert quantization_check(student, METRIC, -4.0, -3.0).meaning.endswith("4 bits: CUDA out of memory.")
+
+
 def test_modules_that_are_skipped_and_the_head_are_not_quantised(path):
     student = load(path, student_bnb_4bit_skip_modules=["v_proj", "down_proj"])
     quantised = {name.split(".")[-2] for name in bnb_modules(student.model, "Linear4bit")}  # before .base_layer
@@ -73,3 +98,20 @@ def test_modules_that_are_skipped_and_the_head_are_not_quantised(path):
     in_float32 = start(load(path, student_load_in_4bit=False))
     everything = load(path, student_bnb_4bit_skip_modules=[*quantised, "v_proj", "down_proj"])
     assert start(everything) == pytest.approx(in_float32, rel=1e-5)
+
+
+def test_a_head_of_another_name_is_not_quantised_either(tmp_path):
+    config = GPTNeoXJapaneseConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4)
+    GPTNeoXJapaneseForCausalLM(config).save_pretrained(tmp_path)  # its head is called `embed_out`
+    make_tokenizer().save_pretrained(tmp_path)
+    arguments = StudentArguments(
+        student_model_name_or_path=str(tmp_path),
+        student_model_init_kwargs={"dtype": "float32"},
+        student_load_in_4bit=True,
+        student_use_peft=True,
+        student_bnb_4bit_skip_modules=["dense_4h_to_h"],
+    )
+    model = arguments.load_student().model
+    quantised = {name.split(".")[-2] for name in bnb_modules(model, "Linear4bit")}
+    assert quantised == {"query_key_value", "dense", "dense_h_to_4h"}
+    assert type(model.get_output_embeddings()) is torch.nn.Linear

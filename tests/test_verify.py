@@ -212,12 +212,21 @@ def test_the_interval_of_a_correlation_is_fishers():
         ),
         (1.5, "warn", "1.50 x too small: ranks of samples, and so rewards, are unaffected; total effects are under"),
         (-0.2, "warn", "wrong sign"),
-        (float("nan"), "warn", "wrong sign"),
+        (float("nan"), "warn", "all scores are zero"),
     ],
 )
 def test_a_slope_far_from_one_is_a_warning_that_says_what_it_costs(slope, status, words):
     check = verdict._slope_check(slope)
     assert check.status == status and words in check.advice
+
+
+@pytest.mark.parametrize("metric", [lambda student: 0 * METRIC(student), lambda student: METRIC(student).floor()])
+def test_a_metric_that_does_not_move_is_said_and_no_remedy_is_tried(metric):
+    result = verify(Student(make_model()), SAMPLES, metric, SMOOTH, 20, compare_precision=False)
+    assert not result.trustworthy and result.remedies == [] and len(result.actual) == verdict.FEWEST
+    for name in ("pearson", "slope"):
+        assert "does not change in any direction" in result[name].advice and "`learning_rate`" in result[name].advice
+    assert "wrong sign" not in result.render()
 
 
 def test_predictions_that_are_too_large_get_a_warning():

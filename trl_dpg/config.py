@@ -11,6 +11,7 @@ from trl import GRPOConfig
 
 from .metagradients import InnerLoopConfig
 from .student import Student
+from .student.head import head_names
 
 
 if TYPE_CHECKING:
@@ -279,14 +280,17 @@ class StudentArguments:
             task_type="CAUSAL_LM",
         )
 
-    def student_quantization_config(self) -> BitsAndBytesConfig | None:
-        """The configuration of the student's 4-bit quantisation, or `None`."""
+    def student_quantization_config(self, model: object = None) -> BitsAndBytesConfig | None:
+        """The configuration of a student's 4-bit quantisation, or `None`. `model` is as in `load_student`."""
         if not self.student_load_in_4bit:
             return None
-        skipped = self.student_bnb_4bit_skip_modules
+        skipped, model = self.student_bnb_4bit_skip_modules, model or self.student_model_name_or_path
+        if skipped is not None and isinstance(model, str):
+            # With a list, transformers quantises all else, also the head
+            skipped = [*skipped, *head_names(model, self.student_model_init_kwargs)]  # type: ignore[arg-type]
         return BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=None if skipped is None else [*skipped, "lm_head"],
+            llm_int8_skip_modules=skipped,
             bnb_4bit_quant_type=self.student_bnb_4bit_quant_type,
             bnb_4bit_compute_dtype=self.student_bnb_4bit_compute_dtype,
             bnb_4bit_use_double_quant=self.student_use_bnb_nested_quant,
@@ -305,7 +309,7 @@ class StudentArguments:
             model or self.student_model_name_or_path,  # type: ignore[arg-type]
             processing_class=processing_class,
             peft_config=peft_config or self.student_peft_config(),
-            quantization_config=quantization_config or self.student_quantization_config(),
+            quantization_config=quantization_config or self.student_quantization_config(model),
             model_init_kwargs=self.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         )
 

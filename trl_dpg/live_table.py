@@ -22,8 +22,8 @@ class LiveTable(TrainerCallback):
     Shows a run's figures in a table in the terminal, which grows during training. Needs rich.
 
     Below the table are the seconds of a step, the time left, and two completions: how they were at first, and how they
-    are now. If the console is not a terminal, a line of text is printed for each log, and completions for some. A
-    resumed run shows the figures from its beginning.
+    are now. If the console is not a terminal, a line of text is printed for each log, and completions for some. Each
+    evaluation is a line of text. A resumed run shows the figures from its beginning.
 
     Args:
         title (`str`):
@@ -68,6 +68,7 @@ class LiveTable(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first_step, self.started = state.global_step, time.perf_counter()
+        self.last_step = state.global_step  # the last step in the logs
         self.history, self.steps, self.texts, self.logs = {}, [], [], {}
         self.every = self.every or max(1, math.ceil(state.max_steps / max(state.logging_steps, 1) / 20))
         for logs in state.log_history:  # of a resumed run
@@ -83,9 +84,17 @@ class LiveTable(TrainerCallback):
             self.live.update("The first step ...")
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if "dpg/metric_after" not in logs or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if any(name.startswith("eval_") for name in logs):
+            self._print_evaluation(state, logs)
+            return
+        steps_before, steps = self.last_step - self.first_step, state.global_step - self.first_step
+        self.last_step = state.global_step
+        if "dpg/metric_after" not in logs:
             return
         is_first = not self.logs
+        self.seconds = phases(logs, args, steps_before, steps)
         self._record(state.global_step, logs)
         self.logs = logs
         batch = None if self.reward is None else self.reward.last_batch
@@ -95,7 +104,8 @@ class LiveTable(TrainerCallback):
             self.texts = [*self.texts[:1], (state.global_step, texts)]
         if is_first:
             self.first_log = state.global_step, time.perf_counter()
-            self._print(f"{self.title}: {estimate(logs, state.global_step - self.first_step, state)}")
+            self.expected = sum(expected_phases(logs, steps, args).values())
+            self._print(f"{self.title}: {estimate(logs, steps, state, args)}")
         if self.console.is_terminal:
             self.live.update(self.render(state))
             return
@@ -111,6 +121,12 @@ class LiveTable(TrainerCallback):
             for text in self.texts[-1][1]:
                 self._print(f"    {text[:150]}")
 
+    def _print_evaluation(self, state, logs: dict[str, float]) -> None:
+        figures = {name.removeprefix("eval_"): value for name, value in logs.items()}
+        columns = {"loss": "loss", "reward": "reward", **(self.columns or table_columns(figures))}
+        text = "  ".join(f"{title} {figures[name]:.4f}" for name, title in columns.items() if name in figures)
+        self._print(f"{self.title}: step {state.global_step:3}/{state.max_steps}  evaluation: {text}")
+
     def on_train_end(self, args, state, control, **kwargs):
         if self.live.is_started:
             if self.steps:
@@ -118,16 +134,18 @@ class LiveTable(TrainerCallback):
             self.live.stop()
 
     def times(self, state) -> str:
-        """The seconds of the newest steps, and the time that is left."""
-        now, steps = time.perf_counter(), state.global_step - self.first_step
-        mean = (now - self.started) / steps
-        text = described(phases(self.logs)) or f"{short(mean)} s a step"
+        """The seconds of the newest steps, and the time that is left. Empty if nothing was logged in this run."""
+        if not self.logs:
+            return ""
+        now = time.perf_counter()
+        mean = (now - self.started) / (state.global_step - self.first_step)
+        text = described(self.seconds) or f"{short(mean)} s a step"
         since, moment = self.first_log
         if state.global_step > since:  # the first steps have costs that do not come again
             mean = (now - moment) / (state.global_step - since)
         else:
-            mean = expected_seconds(self.logs, steps) or mean
-        left = state.max_steps - state.global_step
+            mean = self.expected or mean
+        left = max(state.max_steps - state.global_step, 0)  # a run resumed at its end may take one step more
         return f"{text}, {duration(left * mean)} left" if left else text
 
     def render(self, state, all_rows: bool = False) -> "Group":
@@ -143,7 +161,9 @@ class LiveTable(TrainerCallback):
             for step, texts in self.texts:
                 samples.add_row(f"step {step}", Text(texts[place], style="dim" if step != self.texts[-1][0] else ""))
         seconds = time.perf_counter() - self.started
-        caption = f"{state.global_step}/{state.max_steps} steps in {duration(seconds)}; {self.times(state)}"
+        caption = f"{state.global_step}/{state.max_steps} steps in {duration(seconds)}"
+        if times := self.times(state):
+            caption += f"; {times}"
         return Group(self.table(state, all_rows), Text(caption, style="dim"), "", samples)
 
     def table(self, state, all_rows: bool = False) -> "Table":
@@ -181,7 +201,7 @@ class LiveTable(TrainerCallback):
 
 
 def work_of_a_step(args, reward: "DPGReward") -> str:
-    """The size of a generation batch and of the metric. It warns if the metric is the larger one."""
+    """The size of a generation batch and of the metric. It advises if the metric is much the larger one."""
     config, samples = reward.inner_loop_config, args.generation_batch_size
     completion = args.max_completion_length or config.max_length
     length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
@@ -190,18 +210,45 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
     num_tokens = reward.metric.num_tokens(reward.student) if isinstance(reward.metric, Metric) else 0
     if num_tokens:
         work += f", a metric of {num_tokens:,} tokens"
-    if num_tokens > samples * length:
+    if num_tokens >= _LARGE * samples * length:
         work += (
             f". The metric has more tokens than all completions ({samples * length:,} at most), so it may cost as "
             "much as the rest of the reward. Fewer or shorter texts make it faster, e.g. its argument `max_length`"
         )
+    elif num_tokens > samples * length:
+        work += f" (all completions: {samples * length:,} at most)"
     return work + "."
 
 
-def phases(logs: dict[str, float]) -> dict[str, float]:
-    """Mean seconds of generation, reward and update in a step's logs; none if they were not measured."""
+def generation_batches(args, steps: int) -> int:
+    """The generation batches that a number of steps begins. Each is scored by one call of the reward."""
+    return -(-steps * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations))
+
+
+def phases(logs: dict[str, float], args, steps_before: int, steps: int) -> dict[str, float]:
+    """
+    Mean seconds of generation, reward and update in a step, from logs; none if they were not measured.
+
+    A generation batch may serve several steps, see `num_iterations`. If the logs are of the first of them only, their
+    generation and reward are divided among all of them.
+
+    Args:
+        logs (`dict[str, float]`): The logs of all steps since the last logs.
+        args ([`~trl.GRPOConfig`]): The trainer's arguments.
+        steps_before (`int`), steps (`int`): Steps of this run until the last logs, and until these logs.
+    """
     names = ("generation", "reward", "update")
-    return {name: logs[f"dpg/seconds/{name}"] for name in names if f"dpg/seconds/{name}" in logs}
+    seconds = {name: logs[f"dpg/seconds/{name}"] for name in names if f"dpg/seconds/{name}" in logs}
+    calls = generation_batches(args, steps) - generation_batches(args, steps_before) if seconds else 0
+    if calls:
+        typical = (steps - steps_before) * _calls_in_a_step(args)
+        seconds["generation"] *= typical / calls
+        seconds["reward"] *= typical / calls
+    return seconds
+
+
+def _calls_in_a_step(args) -> float:
+    return args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
 
 
 def described(seconds: dict[str, float]) -> str:
@@ -210,32 +257,34 @@ def described(seconds: dict[str, float]) -> str:
     return f"{short(sum(seconds.values()))} s a step ({parts})" if seconds else ""
 
 
-def expected_seconds(logs: dict[str, float], steps: int) -> float:
+def expected_phases(logs: dict[str, float], steps: int, args) -> dict[str, float]:
     """
-    Expected seconds of a later step, from the logs of the first steps; 0 if they were not measured.
+    Expected seconds of a later step's phases, from the logs of the first steps; none if they were not measured.
 
     The first call of a reward has costs that do not come again: the metric of the student before its fine-tuning, and
     everything that is none of the reward's phases, such as a verification.
     """
-    seconds, metric = phases(logs), logs.get("dpg/seconds/metric", 0.0)
-    known = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in ("fine_tuning", "metric", "attribution"))
-    once = max(logs.get("dpg/seconds", 0.0) - known, 0.0) + metric / (steps + 1)
-    return sum(seconds.values()) - once if seconds else 0.0
+    seconds, metric = phases(logs, args, 0, steps), logs.get("dpg/seconds/metric", 0.0)
+    if seconds:
+        known = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in ("fine_tuning", "metric", "attribution"))
+        once = max(logs.get("dpg/seconds", 0.0) - known, 0.0) + metric / (generation_batches(args, steps) + 1)
+        seconds["reward"] -= once * _calls_in_a_step(args)  # the reward's own parts are means over its calls
+    return seconds
 
 
-def estimate(logs: dict[str, float], steps: int, state) -> str:
+def estimate(logs: dict[str, float], steps: int, state, args) -> str:
     """What the first steps took, the metric's part of it, and how long the run takes."""
-    seconds, metric = phases(logs), logs.get("dpg/seconds/metric", 0.0)
+    seconds = expected_phases(logs, steps, args)
     if not seconds:
         return "the seconds of the phases were not measured."
-    metric *= steps / (steps + 1)
-    expected = expected_seconds(logs, steps)
-    reward = expected - seconds["generation"] - seconds["update"]
-    left = state.max_steps - state.global_step
+    calls = generation_batches(args, steps)
+    metric = logs.get("dpg/seconds/metric", 0.0) * calls / (calls + 1) * _calls_in_a_step(args)
+    expected, left = sum(seconds.values()), max(state.max_steps - state.global_step, 0)
     return (
-        f"about {short(expected)} s a step: generation {short(seconds['generation'])}, reward {short(reward)} "
-        f"(its metric {metric / max(reward, 1e-9):.0%}), update {short(seconds['update'])}. "
-        f"The rest, {left} step{'s' * (left != 1)}, takes about {duration(left * expected)}."
+        f"about {short(expected)} s a step: generation {short(seconds['generation'])}, reward "
+        f"{short(seconds['reward'])} (its metric {metric / max(seconds['reward'], 1e-9):.0%}), update "
+        f"{short(seconds['update'])}. The rest, {left} step{'s' * (left != 1)}, takes about "
+        f"{duration(left * expected)}."
     )
 
 
@@ -251,6 +300,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+# A metric with this many times the tokens of all completions is called large
+_LARGE = 1.5
 # Parts of the names of figures between 0 and 1
 _SHARES = ("share", "accuracy", "target_language")
 # Logged under `dpg/` for every metric, but not shown in a column

@@ -63,8 +63,9 @@ def from_json(flag: str, value: dict | str | None) -> dict | None:
     return mapping
 
 
+@cache
 def num_cores() -> int:
-    """Physical cores that torch may use."""
+    """Physical cores that torch may use. It is found once, before a number of threads is set."""
     import psutil
     import torch
 
@@ -111,11 +112,12 @@ class CommandArguments:
         """
         import torch
 
+        cores = num_cores()
         if self.num_threads is not None:
             torch.set_num_threads(self.num_threads)
         elif models and "OMP_NUM_THREADS" not in os.environ:
             size = max(sum(parameter.numel() for parameter in model.parameters()) for model in models)
-            torch.set_num_threads(1 if size < TINY else num_cores())
+            torch.set_num_threads(1 if size < TINY else cores)
         if models:
             say_once(f"CPU threads: {torch.get_num_threads()}")
 
@@ -352,8 +354,13 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
         super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
         self.held_out_metrics = from_json("held_out_metrics", self.held_out_metrics)
-        if "metric" in (self.held_out_metrics or {}):
-            raise UsageError("--held_out_metrics: 'metric' is the name of the target metric. Choose another name.")
+        for name, entry in (self.held_out_metrics or {}).items():  # type: ignore[union-attr]
+            if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
+                raise UsageError(
+                    f"--held_out_metrics: {name!r} must have `metric` and perhaps `metric_kwargs`, got {entry!r}."
+                )
+            if name in ("metric", "samples", "greedy", *(self.reward_funcs or ())):
+                raise UsageError(f"--held_out_metrics: {name!r} is the name of another figure. Choose another name.")
         at_least(1, num_fresh_students=self.num_fresh_students)
 
 

@@ -34,8 +34,8 @@ def document(thing: Any) -> tuple[str, list[Argument]]:
     """
     What a function or class does, and its arguments.
 
-    The entry `kwargs` of a docstring, e.g. "`a` and `b` of [`Class`]", stands for these arguments of that class. If it
-    names none, it stands for all of them.
+    The entry `kwargs` of a docstring, e.g. "`a` and `b` of [`Class`]", stands for these arguments of that class in
+    `trl_dpg.metrics`. If it names none, it stands for all of them. Any other text of this entry is shown as it is.
     """
     docstring = inspect.getdoc(thing) or "No docstring."
     about, _, arguments = docstring.partition("\nArgs:\n")
@@ -47,21 +47,22 @@ def document(thing: Any) -> tuple[str, list[Argument]]:
             continue
         name, kind, text = match.groups()
         text = " ".join(text.split())
-        if name == "kwargs":
-            found += _arguments_of_another(text)
-        else:
-            found.append(Argument(name, plain(kind or "any"), plain(text)))
+        others = _arguments_of_another(text) if name == "kwargs" else []
+        found += others or [Argument(name, plain(kind or "any"), plain(text))]
     return plain(about.strip()), found
 
 
 def _arguments_of_another(text: str) -> list[Argument]:
-    """Those that "`a` and `b` of [`Class`]" names, from the docstring of `trl_dpg.metrics.Class`."""
+    """Those that "`a` and `b` of [`Class`]" names, from the docstring of `trl_dpg.metrics.Class`, if there is one."""
     import trl_dpg.metrics
 
     names, _, rest = text.rpartition(" of [`")
     thing: Any = trl_dpg.metrics
-    for part in rest.partition("`]")[0].split("."):
-        thing = getattr(thing, part)
+    try:
+        for part in rest.partition("`]")[0].split("."):
+            thing = getattr(thing, part)
+    except AttributeError:  # a docstring of a user, of whose classes nothing is known
+        return []
     chosen = re.findall(r"`(\w+)`", names)
     return [argument for argument in document(thing)[1] if argument.name in chosen or not chosen]
 

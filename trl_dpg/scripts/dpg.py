@@ -55,9 +55,9 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
         "target_language": {"language": (script_args.toy_world_kwargs or {}).get("language", "spa")},  # type: ignore
     }
     for name, entry in (script_args.held_out_metrics or {}).items():  # type: ignore[union-attr]
-        kwargs = entry.setdefault("metric_kwargs", {})
-        if entry.get("metric") == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
-            kwargs["dataset"] = str(world / f"{name}.jsonl")
+        kwargs = entry.get("metric_kwargs") or {}
+        if entry["metric"] == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
+            entry["metric_kwargs"] = kwargs | {"dataset": str(world / f"{name}.jsonl")}
     given: dict[str, dict] = script_args.reward_kwargs or {}  # type: ignore[assignment]
     script_args.reward_kwargs = given | {
         name: defaults[name] | given.get(name, {}) for name in script_args.reward_funcs or [] if name in defaults
@@ -91,8 +91,8 @@ def main(script_args, training_args, model_args, dataset_args):
         fresh.sample(UNTRAINED)
 
     started, last = time.perf_counter(), checkpoint(training_args)
-    trainer.train(resume_from_checkpoint=last)
-    set_numbers(training_args, trainer.dpg_reward)
+    train(trainer, last)
+    set_numbers(trainer.args, trainer.dpg_reward)
     seconds = earlier_seconds(last) + time.perf_counter() - started
     summary = training_figures(trainer, seconds, script_args)
     trainer.save_model(training_args.output_dir)
@@ -104,12 +104,10 @@ def main(script_args, training_args, model_args, dataset_args):
     try:
         if fresh is not None:
             fresh.sample(TRAINED)
-            fresh.judge()
+            for figures in fresh.judge():
+                write(path, summary | figures)
+                trainer.fresh_students = {state: figures[state] for state in (UNTRAINED, TRAINED)}
     finally:
-        if fresh is not None:
-            write(path, summary | fresh.figures())
-            trainer.fresh_students = fresh.figures()
-            trainer.fresh_students.pop("fresh_students", None)
         trainer.create_model_card(dataset_name=script_args.dataset_name)
         if training_args.push_to_hub:
             trainer.push_to_hub(dataset_name=script_args.dataset_name)
@@ -135,12 +133,40 @@ def set_numbers(training_args, reward) -> None:
 
 
 def checkpoint(training_args) -> str | None:
-    """The checkpoint to go on from. `"auto"` is the last one of the output folder, if there is one."""
+    """
+    The checkpoint to go on from.
+
+    `"auto"` is the last one of the output folder, or none if there is none. `True` is the last one; there must be one.
+    """
     from transformers.trainer_utils import get_last_checkpoint
 
-    if training_args.resume_from_checkpoint == "auto":
-        return get_last_checkpoint(training_args.output_dir)
-    return training_args.resume_from_checkpoint
+    given, folder = training_args.resume_from_checkpoint, training_args.output_dir
+    if given not in ("auto", True, "true", "True"):
+        return given or None
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is None and given != "auto":
+        raise UsageError(f"--resume_from_checkpoint: there is no checkpoint in {folder!r}. Use 'auto' to start anew.")
+    return last
+
+
+def train(trainer, last: str | None) -> None:
+    """
+    Train, from a checkpoint if there is one.
+
+    A checkpoint of the last step is only loaded. transformers would make one more step.
+    """
+    from transformers import TrainerState
+    from transformers.trainer import TRAINER_STATE_NAME
+
+    path = None if last is None else Path(last, TRAINER_STATE_NAME)
+    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    if path is not None and path.exists() and trainer.args.max_steps > 0 and not sharded:
+        state = TrainerState.load_from_json(str(path))
+        if state.global_step >= trainer.args.max_steps:
+            trainer._load_from_checkpoint(last)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=last)
 
 
 def earlier_seconds(checkpoint: str | None) -> float:

@@ -6,7 +6,7 @@ Stock SFTTrainer fine-tunes the students. Each seed has newly sampled texts and 
 
 import inspect
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
 
@@ -68,26 +68,30 @@ class FreshStudents:
         """Let the generator, which is in this state now, write the texts of all seeds."""
         self.texts[state] = [sample(self.trainer, self.rows["prompt"], seed) for seed in self.seeds]
 
-    def judge(self) -> None:
-        """Test all students. A line is printed for each."""
+    def judge(self) -> Iterator[dict[str, Any]]:
+        """Test all students, seed by seed. After each seed, yield [`figures`]. A line is printed for each student."""
         student = self.trainer.args.load_student()
         metrics = {"metric": self.metric, **self.held_out}
         self.before = {name: metric_before(student, metric) for name, metric in metrics.items()}
         del student
-        for state, samples in self.texts.items():
-            self.students[state] = []
-            for place, (seed, texts) in enumerate(zip(self.seeds, samples, strict=True), start=1):
+        self.students = {state: [] for state in self.texts}
+        for place, seed in enumerate(self.seeds):
+            for state, samples in self.texts.items():
                 args = copy(self.trainer.args)
                 args.seed = seed
-                figures = judge(texts, self.rows, args, self.metric, self.rewards, self.greedy_prompt, self.held_out)
+                figures = judge(
+                    samples[place], self.rows, args, self.metric, self.rewards, self.greedy_prompt, self.held_out
+                )
                 self.students[state].append(figures)
-                print(f"fresh student {place} of {len(self.seeds)}, {state} generator: {_line(figures)}", flush=True)
+                title = f"fresh student {place + 1} of {len(self.seeds)}, {state} generator"
+                print(f"{title}: {_line(figures)}", flush=True)
+            yield self.figures()
 
     def figures(self) -> dict[str, Figures]:
         """
-        Means over the students, by the state of the generator. What is no number is of the first student.
+        Means over the seeds so far, by the state of the generator. What is no number is of the first student.
 
-        With several students, `fresh_students` has the values of all: `seeds`, `before` (the student before any
+        With several seeds, `fresh_students` has the values of all: `seeds`, `before` (the student before any
         fine-tuning), `untrained`, `trained`, and `difference` (mean and half the width of its 95 % interval).
         """
         means = {
@@ -96,18 +100,16 @@ class FreshStudents:
                 for name, value in students[0].items()
             }
             for state, students in self.students.items()
-            if students
         }
-        complete = [len(self.students.get(state, ())) == len(self.seeds) for state in (UNTRAINED, TRAINED)]
-        if len(self.seeds) == 1 or not all(complete):
+        if len(self.seeds) == 1:
             return means
         values = {state: _columns(students) for state, students in self.students.items()}
         difference = {
             name: dict(zip(("mean", "half_width"), interval(_minus(trained, values[UNTRAINED][name])), strict=True))
             for name, trained in values[TRAINED].items()
         }
-        fresh = {"seeds": self.seeds, "before": self.before, **values, "difference": difference}
-        return means | {"fresh_students": fresh}
+        seeds = self.seeds[: len(self.students[TRAINED])]
+        return means | {"fresh_students": {"seeds": seeds, "before": self.before, **values, "difference": difference}}
 
     def render(self) -> str:
         """A table for the terminal."""

@@ -109,21 +109,20 @@ def make_metric(arguments: MetricArguments):
 
 def make_held_out_metrics(arguments: DPGScriptArguments) -> dict[str, Any]:
     """The metrics of the fresh students by name."""
-    flag, metrics = "held_out_metrics", {}
+    metrics = {}
     for name, entry in (arguments.held_out_metrics or {}).items():  # type: ignore[union-attr]
-        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
-            raise UsageError(f"--{flag}: {name!r} has `metric` and perhaps `metric_kwargs`, got {entry!r}.")
-        metrics[name] = named_metric(str(entry["metric"]), entry.get("metric_kwargs"), flag, flag)
+        try:
+            metrics[name] = named_metric(str(entry["metric"]), entry.get("metric_kwargs"))
+        except UsageError as error:
+            raise UsageError(f"--held_out_metrics: {name!r}: {error}") from error
     return metrics
 
 
-def named_metric(
-    name: str, kwargs: dict[str, Any] | None, flag: str = "metric", kwargs_flag: str = "metric_kwargs"
-) -> Any:
-    """The metric with a known name or a dotted import path. Errors name the flags."""
-    metric = resolve(name, METRICS, flag)
+def named_metric(name: str, kwargs: dict[str, Any] | None) -> Any:
+    """The metric with a known name or a dotted import path."""
+    metric = resolve(name, METRICS, "metric")
     if kwargs or name in METRICS or isinstance(metric, type):
-        return call_with(metric, kwargs or {}, kwargs_flag, name)
+        return call_with(metric, kwargs or {}, "metric_kwargs", name)
     return metric
 
 

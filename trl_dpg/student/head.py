@@ -4,9 +4,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+# Arguments of `from_pretrained` that say which files to read
+_WHICH_FILES = ("revision", "subfolder", "cache_dir", "token", "trust_remote_code", "code_revision")
+
+
+def head_names(model: str, model_init_kwargs: dict[str, Any] | None = None) -> list[str]:
+    """Names of a model's head, e.g. `lm_head`, by its path or Hub id. No weights are loaded."""
+    which = {key: value for key, value in (model_init_kwargs or {}).items() if key in _WHICH_FILES}
+    config = AutoConfig.from_pretrained(model, **which)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=which.get("trust_remote_code"))
+    head = empty.get_output_embeddings()
+    return [name for name, module in empty.named_modules() if module is head]
 
 
 @contextmanager

@@ -42,11 +42,24 @@ def advice(config: InnerLoopConfig, noise: GradientNoise, num_samples: int) -> s
 
 def slope_advice(slope: float) -> str:
     """What a slope costs that is far from 1."""
+    if math.isnan(slope):
+        return "all scores are zero, but the metric changes: check that it is differentiable in the student's weights"
+    if slope <= 0:
+        return "predictions have the wrong sign"
     times, wrong = (1 / slope, "large") if slope < 1 else (slope, "small")
     estimated = "overestimated" if slope < 1 else "underestimated"
     return (
         f"predicted changes are {times:.2f} x too {wrong}: ranks of samples, and so rewards, are unaffected; total "
         f"effects are {estimated}. For a slope of 1, lower `learning_rate`"
+    )
+
+
+def advice_without_change(config: InnerLoopConfig) -> str:
+    """What to do if the metric changes in no direction."""
+    return (
+        "the metric does not change in any direction, so there is nothing to compare. Check that it depends on the "
+        "trained weights of the student and is not rounded (e.g. to bfloat16), or raise `learning_rate` (now "
+        f"{short(config.learning_rate)})"
     )
 
 

@@ -78,6 +78,11 @@ class Agreement(NamedTuple):
         return (self.predicted.dot(self.actual) / (self.predicted.norm() * self.actual.norm())).item()
 
     @property
+    def is_still(self) -> bool:
+        """Whether the metric changes in no direction."""
+        return not self.actual.any()
+
+    @property
     def slope(self) -> float:
         """The least-squares slope through the origin: actual ≈ slope · predicted."""
         return (self.predicted.dot(self.actual) / self.predicted.dot(self.predicted)).item()

@@ -11,18 +11,22 @@ from ..metagradients.fine_tuning import modes
 from ..metagradients.memory import free_memory
 from ..student import FinetunedStudent, Student
 from ..student.checks import bnb_modules
+from ..student.precision import compute_dtype
 from .verdict import Check
 
 
 def without_quantization(student: Student, model_init_kwargs: dict[str, Any] | None = None) -> Student | None:
     """
-    A student with the same adapters, and with its base as it is stored, in float32.
+    A student with the same adapters, and with its base in the `dtype` of `model_init_kwargs`, by default float32.
 
     Args:
         student (`Student`):
             A student with a 4-bit base that was quantised while it was loaded from a path or Hub id.
         model_init_kwargs (`dict[str, Any]`, *optional*):
             Those with which the student was loaded.
+
+    Raises:
+        `OSError`: If the base cannot be found any more, e.g. without a network.
 
     Returns:
         `Student` or `None`: `None` if the student has no 4-bit base, the stored base is quantised as well, or the
@@ -54,7 +58,7 @@ def quantization_check(
     """
     Whether the 4-bit base of a student moves the metric by more than the student's fine-tuning does.
 
-    Takes memory for the base in float32, and one evaluation of the metric.
+    Takes memory for the base without quantisation, and one evaluation of the metric.
 
     Args:
         student (`Student`):
@@ -67,24 +71,38 @@ def quantization_check(
             Those with which the student was loaded.
 
     Returns:
-        `Check` or `None`: A check that passes or warns. Its value is Φ in 4 bits minus Φ in float32. `None` if there
-        is nothing to compare with, see [`without_quantization`], or Φ is not finite.
+        `Check` or `None`: A check that passes or warns. Its value is Φ in 4 bits minus Φ without. It is skipped if the
+        base cannot be loaded without quantisation, or the memory is not enough. `None` if there is nothing to compare
+        with, see [`without_quantization`], or Φ is not finite.
     """
-    copy = without_quantization(student, model_init_kwargs) if math.isfinite(metric_after) else None
+    try:
+        copy = without_quantization(student, model_init_kwargs) if math.isfinite(metric_after) else None
+    except (OSError, MemoryError, RuntimeError) as error:  # no network, or no memory
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Check("quantization", None, None, "skip", f"the base could not be loaded without 4 bits: {reason}")
     if copy is None:
         return None
-    theta = copy.initial_theta()
-    finetuned = FinetunedStudent(copy, theta, theta)
-    with modes(copy), torch.no_grad():
-        unquantized = finetuned.evaluate(metric)[0].item()
+    try:
+        unquantized = _at_start(copy, metric)
+    except torch.OutOfMemoryError:
+        return Check("quantization", None, None, "skip", "there is not enough memory for the base without 4 bits")
+    dtype = str(compute_dtype(copy)).removeprefix("torch.")
     shift, change = metric_before - unquantized, abs(metric_after - metric_before)
     meaning = (
-        f"what 4 bits change in the metric before fine-tuning, {unquantized:.4g} in float32; fine-tuning: {change:.3g}"
+        f"what 4 bits change in the metric before fine-tuning, {unquantized:.4g} in {dtype}; fine-tuning: {change:.3g}"
     )
     if abs(shift) <= change:
         return Check("quantization", shift, change, "pass", meaning)
     advice = "leave out `load_in_4bit`, or keep the modules that suffer most: `bnb_4bit_skip_modules` v_proj down_proj"
     return Check("quantization", shift, change, "warn", meaning, advice)
+
+
+def _at_start(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+    """Φ before fine-tuning."""
+    theta = student.initial_theta()
+    finetuned = FinetunedStudent(student, theta, theta)
+    with modes(student), torch.no_grad():
+        return finetuned.evaluate(metric)[0].item()
 
 
 def _trainable(student: Student) -> list[Tensor]:

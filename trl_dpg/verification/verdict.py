@@ -15,7 +15,7 @@ from ..metagradients.metagradient import check_samples, differentiate
 from ..student import Examples, FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype, in_precision
-from .advice import Remedy, advice, remedies, slope_advice
+from .advice import Remedy, advice, advice_without_change, remedies, slope_advice
 from .measurements import (
     STEP,
     Agreement,
@@ -231,7 +231,8 @@ class _Verifier:
         self.tell(_noise_check(self.config, noise, self.num_samples))
         self._check_predictions(noise, directions, compare_precision)
         central = [check for check in self.result.checks if check.name in ("finite", "pearson", "metasmoothness")]
-        if try_remedies and any(check.status != "pass" for check in central):
+        is_still = bool(self.result.actual) and not any(self.result.actual)  # what helps cannot be measured then
+        if try_remedies and not is_still and any(check.status != "pass" for check in central):
             for changes in remedies(self.config, noise, self.num_samples):
                 self.bar.measuring(f"with {Remedy(changes, 0, 0).describe().replace('`', '')}")
                 self.result.remedies.append(self._try(changes, directions[:6]))
@@ -263,12 +264,14 @@ class _Verifier:
         agreement, smoothness = self._agreement(output.scores, directions, seen.theta)
         low, high = result.pearson_interval = list(agreement.interval)
         result.slope = agreement.slope
+        if agreement.is_still:
+            change = advice_without_change(self.config)
         meaning = f"correlation of predicted and actual changes of the metric, in {len(agreement.actual)} directions"
         meaning += f" (95 %: {low:.3f} to {high:.3f})"
         self.tell(
             _check("pearson", agreement.pearson, PASS, WARN, meaning, change),
             _check("spearman", agreement.spearman, WARN, ROUGH, "the same correlation for the ranks", change),
-            _slope_check(agreement.slope),
+            _slope_check(agreement.slope, change if agreement.is_still else ""),
             _smoothness_check(smoothness, change),
         )
         if compare_precision:
@@ -338,7 +341,7 @@ class _Verifier:
 def _is_clear(agreement: Agreement) -> bool:
     """Whether more directions would hardly change the verdict on the predictions."""
     low, high = agreement.interval
-    return (low >= PASS and agreement.spearman >= WARN) or high < WARN
+    return agreement.is_still or (low >= PASS and agreement.spearman >= WARN) or high < WARN
 
 
 def _check(name: str, value: float, passes: float, fails: float, meaning: str, advice: str) -> Check:
@@ -346,11 +349,11 @@ def _check(name: str, value: float, passes: float, fails: float, meaning: str, a
     return Check(name, value, passes, status, meaning, advice if status != "pass" else "")
 
 
-def _slope_check(slope: float) -> Check:
+def _slope_check(slope: float, wrong: str = "") -> Check:
     meaning = "actual changes as a multiple of the predicted ones"
     if TOO_FLAT <= slope <= TOO_STEEP:
         return Check("slope", slope, TOO_FLAT, "pass", meaning)
-    wrong = "predictions have the wrong sign" if not slope > 0 else slope_advice(slope)
+    wrong = wrong or slope_advice(slope)
     return Check("slope", slope, TOO_STEEP if slope > 1 else TOO_FLAT, "warn", meaning, wrong)
 
 
