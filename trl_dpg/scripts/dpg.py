@@ -165,6 +165,7 @@ def train(trainer, last: str | None) -> None:
         if state.global_step >= trainer.args.max_steps:
             trainer._load_from_checkpoint(last)
             trainer.state = state
+            trainer.dpg_reward.begin_training(resumed=True)  # which takes the numbers that `auto` became
             return
     trainer.train(resume_from_checkpoint=last)
 
