@@ -357,6 +357,21 @@ def test_fresh_students_have_the_numbers_that_auto_chose(tmp_path):
     assert torch.isfinite(torch.tensor(summary["trained"]["metric"]))
 
 
+def test_a_finished_run_takes_the_numbers_of_auto_from_its_file(tmp_path, capsys):
+    arguments = ["--save_strategy", "steps", "--save_steps", "2", "--evaluate", "false", "--max_steps", "2"]
+    arguments += ["--student_learning_rate", "auto", "--student_eps_root", "auto"]
+    run(UUID, tmp_path, *arguments)
+    config = (tmp_path / "dpg_config.json").read_text()
+    run(UUID, tmp_path, *arguments, "--resume_from_checkpoint", "auto")
+    rate = json.loads((tmp_path / "tune.json").read_text())["chosen"]["learning_rate"]
+    assert f'"learning_rate": {rate}' in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "dpg_config.json").read_text() == config
+    (tmp_path / "tune.json").unlink()
+    with pytest.raises(SystemExit):
+        run(UUID, tmp_path, *arguments, "--resume_from_checkpoint", "auto")
+    assert "No step was left to train" in capsys.readouterr().err
+
+
 def test_what_was_measured_before_fresh_students_fail_is_kept(tmp_path, monkeypatch):
     judge, calls = fresh_students.judge, []
 

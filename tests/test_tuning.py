@@ -13,12 +13,16 @@ from tests import small_runs
 from tests.small_runs import PROMPTS, TEXTS, dpg_config, make_student, make_trainer
 from tests.test_verify import METRIC, RECIPE, SAMPLES
 from tests.tiny import make_model, make_samples
-from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli, metagradient
+from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli, metagradient, ranks
+from trl_dpg import reward as reward_module
+from trl_dpg.attribution import chunks
+from trl_dpg.config import StudentArguments
 from trl_dpg.metagradients.config import SettingsError
 from trl_dpg.metagradients.fine_tuning import FineTuning
-from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, search, trials, tune
+from trl_dpg.scripts.tune import TuneArguments, entry, tuned_recipe
+from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, reuse, search, trials, tune, tune_together
 from trl_dpg.tuning.search import _rounded
-from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, verify
+from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, reweighting, verify
 from trl_dpg.verification.reweighting import one_step
 
 
@@ -118,6 +122,21 @@ def test_the_search_ends_with_a_doubt_if_nothing_agrees(monkeypatch):
     assert result.reward_steps <= MAX_REWARD_STEPS
 
 
+@pytest.mark.parametrize(
+    ("tried", "rate"),
+    [
+        ([(1e-3, "overshoots", math.nan), (3e-4, "disagrees", 0.98), (1e-4, "disagrees", 0.99)], 1e-4),
+        ([(1e-3, "turns", math.nan), (1e-4, "overshoots", math.nan), (1e-2, "diverges", math.nan)], 1e-4),
+        ([(1e-3, "still", 0.1), (1e-2, "still", math.nan)], 1e-2),
+        ([(1e-3, "still", 0.1), (1e-2, "still", math.nan), (1e-1, "turns", math.nan)], 1e-1),
+        ([(1e-2, "diverges", math.nan), (1e-3, "diverges", math.nan)], 1e-3),
+    ],
+)
+def test_if_nothing_agrees_no_trial_is_taken_that_was_not_measured_while_another_was(tried, rate):
+    tried = [Trial(value, 1e-6, pearson=pearson, verdict=verdict) for value, verdict, pearson in tried]
+    assert search.most_promising(tried).learning_rate == rate
+
+
 def test_learning_rates_are_rounded_to_one_digit():
     assert [_rounded(value) for value in (1.04e-3, 3.2e-3, 0.014, 9.0, 4.4)] == [1e-3, 3e-3, 0.01, 10.0, 5.0]
 
@@ -132,6 +151,31 @@ def test_learning_rates_are_rounded_to_one_digit():
 def test_without_a_choice_to_make_it_raises(config, message):
     with pytest.raises(ValueError, match=message):
         tune(student(), SAMPLES, METRIC, config)
+
+
+def test_a_schedule_without_a_learning_rate_is_refused():
+    config = replace(AUTO, lr_scheduler_type="constant_with_warmup", warmup_steps=1)  # one step
+    with pytest.raises(SettingsError, match=r"is 0 in each of the 1 steps.*`warmup_steps` \(1\): a warm-up starts"):
+        tune(student(), SAMPLES, METRIC, config)
+    assert tune(student(), SAMPLES, METRIC, replace(config, batch_size=8)).chosen
+
+
+@pytest.mark.parametrize("batch_size", [16, 4], ids=["one step", "four steps"])
+@pytest.mark.parametrize(("factor", "value"), [(0.0, "0.0"), (math.nan, "nan")])
+def test_a_gradient_of_zero_or_that_is_not_finite_is_refused(monkeypatch, factor, value, batch_size):
+    for module in (trials, reweighting):  # both use it to find the size of a step's gradient
+        gradient = module.step_gradient
+        monkeypatch.setattr(module, "step_gradient", lambda *a, gradient=gradient: factor * gradient(*a))
+    with pytest.raises(SettingsError, match=f"gradient of the student's loss on these samples is {value}"):
+        tune(student(), SAMPLES, METRIC, replace(AUTO, batch_size=batch_size))
+
+
+@pytest.mark.parametrize(("vectors", "number"), [(1000, 4), (7, 3), (1, 2)])
+def test_with_one_step_directions_are_as_many_as_fit_into_memory(monkeypatch, vectors, number):
+    size = student().initial_theta().nbytes
+    monkeypatch.setattr(reweighting, "free_memory", lambda device: 4 * vectors * size)
+    result = tune(student(), SAMPLES, METRIC, AUTO)
+    assert max(trial.num_directions for trial in result.trials) == number
 
 
 # -- "auto" ----------------------------------------------------------------------------------------------------------
@@ -201,6 +245,96 @@ def test_a_resumed_training_does_not_choose_anew_and_all_records_have_numbers(tm
         new.train()
 
 
+def auto_config(folder, **kwargs):
+    return dpg_config(folder, max_steps=1, student_learning_rate="auto", student_eps_root="auto", **kwargs)
+
+
+def count_choices(monkeypatch):
+    """A list that gets an entry for each search."""
+    searches, run = [], search._Search.run
+
+    def counted(self):
+        searches.append(self)
+        run(self)
+
+    monkeypatch.setattr(search._Search, "run", counted)
+    return searches
+
+
+def test_an_evaluation_before_the_training_chooses_for_evaluations_only(tmp_path, monkeypatch):
+    searches = count_choices(monkeypatch)
+    trainer = make_trainer(auto_config(tmp_path), eval_dataset=small_runs.TRAIN_PROMPTS.select(range(4)))
+    for _ in range(2):
+        trainer.evaluate()
+    assert len(searches) == 1 and not (tmp_path / "tune.json").exists()
+    trainer.train()
+    assert len(searches) == 2 and json.loads((tmp_path / "tune.json").read_text())["complete"]
+    trainer.evaluate()
+    assert len(searches) == 2
+
+
+def test_a_training_with_numbers_leaves_an_earlier_choice_alone(tmp_path):
+    (tmp_path / "tune.json").write_text("{}")
+    make_trainer(dpg_config(tmp_path, max_steps=1)).train()
+    assert (tmp_path / "tune.json").exists()
+
+
+def test_a_resumed_run_without_a_step_keeps_the_numbers_in_its_records(tmp_path, monkeypatch):
+    args = auto_config(tmp_path, save_strategy="steps", save_steps=1)
+    data = {"train_dataset": small_runs.TRAIN_PROMPTS.select(range(4))}  # an epoch is a step
+    make_trainer(args, **data).train()
+    config = (tmp_path / "dpg_config.json").read_text()
+    chosen = json.loads((tmp_path / "tune.json").read_text())["chosen"]
+    monkeypatch.setattr(search, "_Search", None)
+    resumed = make_trainer(args, **data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    resumed.create_model_card()
+    inner_loop = json.loads((tmp_path / "dpg_config.json").read_text())["inner_loop"]
+    assert inner_loop == json.loads(config)["inner_loop"] and inner_loop["eps_root"] == chosen["eps_root"]
+    assert f'"learning_rate": {chosen["learning_rate"]}' in (tmp_path / "README.md").read_text()
+    (tmp_path / "tune.json").unlink()  # then nothing knows the numbers, but the settings keep them
+    make_trainer(args, **data).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert json.loads((tmp_path / "dpg_config.json").read_text())["inner_loop"] == inner_loop
+
+
+def test_a_file_without_settings_is_not_a_choice(tmp_path):
+    """Such files come from elsewhere. A resumed training must not fail on them."""
+    (tmp_path / "tune.json").write_text(json.dumps(tune(student(), SAMPLES, METRIC, AUTO).figures()))
+    result = tune_together(student(), SAMPLES, METRIC, AUTO, tmp_path / "tune.json")
+    written = json.loads((tmp_path / "tune.json").read_text())
+    assert result.found and written["complete"] and written["settings"]
+
+
+def test_a_choice_with_data_is_reused_for_the_same_data_only(tmp_path, monkeypatch):
+    searches = count_choices(monkeypatch)
+    for data, number in (({"samples": "a"}, 1), ({"samples": "a"}, 1), ({"samples": "b"}, 2), (None, 3)):
+        tune_together(student(), SAMPLES, METRIC, AUTO, tmp_path / "tune.json", data)
+        assert len(searches) == number
+
+
+def test_auto_is_refused_early_for_the_naive_baseline():
+    config = replace(AUTO, attribution="dataset")
+    with pytest.raises(SettingsError, match="`learning_rate` and `eps_root`: attribution='dataset' computes no"):
+        DPGReward(make_student(), small_runs.METRIC, config, cross_group_batching=False, num_generations=2)
+
+
+def test_the_student_is_moved_where_an_error_reaches_all_processes(monkeypatch):
+    inside = []
+
+    def from_all_ranks(function, name):
+        inside.append(name)
+        result = ranks.from_all_ranks(function, name)
+        inside.pop()
+        return result
+
+    moved = []
+    for module in (reuse, reward_module):
+        monkeypatch.setattr(module, "from_all_ranks", from_all_ranks)
+    monkeypatch.setattr(DPGReward, "_move_student", lambda self: moved.append(list(inside)))
+    DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))(PROMPTS, TEXTS)
+    assert moved == [["Choosing the inner loop's numbers"], ["The DPG reward"]]
+
+
 def replace_steps(args, max_steps):
     args.max_steps = max_steps
     return args
@@ -230,10 +364,25 @@ def test_the_command_writes_its_evidence_and_a_recipe_that_trains_and_verifies(t
     assert figures["complete"] and figures["trustworthy"]
 
 
+def test_settings_of_the_command_line_are_written_exactly():
+    arguments = TuneArguments(metric="weight_norm")
+    student = {"student_adam_beta2": 0.999, "student_learning_rate": 1e-5}
+    written = yaml.safe_load(tuned_recipe(arguments, student, {"student_learning_rate": 1e-5}))
+    assert written == student | {"metric": "weight_norm"}
+
+
+@pytest.mark.parametrize(
+    "value", [0.999, 1e-5, 0.12345, 5e-324, [0.9, 1e-8], {"a": {"b": 1e-8}}, "¿qué?\n\n{x}", None]
+)
+def test_a_recipe_is_written_with_the_very_values_of_the_settings(value):
+    read = yaml.safe_load(entry("name", value))["name"]
+    assert read == value and type(read) is type(value)
+
+
 def test_verify_and_dpg_resolve_auto_on_their_own_samples(tmp_path):
     auto = ["--student_learning_rate", "auto", "--student_eps_root", "auto"]
     cli.main(["verify", "--config", str(RECIPE), "--output_dir", str(tmp_path / "verify"), *SMALL, *auto])
-    assert json.loads((tmp_path / "verify" / "tune.json").read_text())["found"]
+    assert json.loads((tmp_path / "verify" / "verify_tune.json").read_text())["found"]
     training = ["--max_steps", "1", "--per_device_train_batch_size", "32", "--num_generations", "16"]
     training += ["--student_batch_size", "16", "--output_dir", str(tmp_path / "dpg")]
     cli.main(["dpg", "--config", str(RECIPE), *training, *auto])
@@ -241,19 +390,78 @@ def test_verify_and_dpg_resolve_auto_on_their_own_samples(tmp_path):
     assert json.loads((tmp_path / "dpg" / "tune.json").read_text())["complete"]
 
 
-def test_attribute_and_evaluate_resolve_auto(tmp_path):
+@pytest.fixture
+def texts(tmp_path):
+    """Arguments of commands with a student on disk, and the path of a dataset."""
     make_student().model.save_pretrained(tmp_path)
     small_runs.TOKENIZER.save_pretrained(tmp_path)
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-    (tmp_path / "texts.jsonl").write_text(rows)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     common = ["--student_model_name_or_path", str(tmp_path), "--metric", "weight_norm", "--student_batch_size", "4"]
     common += ["--student_learning_rate", "auto", "--student_eps_root", "auto"]
-    data = ["--dataset_name", str(tmp_path / "texts.jsonl"), "--output_format", "jsonl", "--dataset_chunk", "8"]
+    return common, str(tmp_path / "texts.jsonl")
+
+
+def test_attribute_and_evaluate_resolve_auto(tmp_path, texts, monkeypatch):
+    searches = count_choices(monkeypatch)
+    common, path = texts
+    data = ["--dataset_name", path, "--output_format", "jsonl", "--dataset_chunk", "8"]
     for _ in range(2):  # the second time from the journal
         cli.main(["attribute", *common, *data, "--output_dir", str(tmp_path / "scores")])
-    chosen = json.loads((tmp_path / "scores" / "tune.json").read_text())["chosen"]
+    assert len(searches) == 1
+    chosen = json.loads((tmp_path / "scores" / "attribute_tune.json").read_text())["chosen"]
     settings = json.loads((tmp_path / "scores" / "summary.json").read_text())["settings"]
     assert settings["student_learning_rate"] == chosen["learning_rate"]
-    data = ["--datasets", str(tmp_path / "texts.jsonl"), "--seeds", "0", "--output_dir", str(tmp_path / "fresh")]
-    cli.main(["evaluate", *common, *data])
-    assert (tmp_path / "fresh" / "tune.json").exists() and (tmp_path / "fresh" / "evaluation.json").exists()
+    data = ["--datasets", path, "--seeds", "0", "--output_dir", str(tmp_path / "fresh")]
+    cli.main(["evaluate", *common, *data, "--attribution", "dataset"])  # which plays no part here
+    assert (tmp_path / "fresh" / "evaluate_tune.json").exists() and (tmp_path / "fresh" / "evaluation.json").exists()
+    assert len(searches) == 2
+
+
+def test_attribute_checks_settings_and_journal_before_it_loads_a_student(tmp_path, texts, monkeypatch, capsys):
+    common, path = texts
+    arguments = ["attribute", *common, "--dataset_name", path, "--output_dir", str(tmp_path / "scores")]
+    cli.main(arguments)
+    monkeypatch.setattr(StudentArguments, "load_student", None)
+    for further, message in (
+        (["--seed", "7"], "has scores of other settings"),
+        (["--attribution", "dataset"], "--student_learning_rate and --student_eps_root: attribution='dataset'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*arguments, *further])
+        assert message in capsys.readouterr().err
+    (tmp_path / "scores" / "attribute_tune.json").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "no longer the file with the numbers" in capsys.readouterr().err
+
+
+def test_evaluate_chooses_on_as_many_samples_as_a_chunk_and_writes_only_the_named_file(tmp_path, texts, monkeypatch):
+    common, path = texts
+    numbers = []
+
+    def tune_fewer(student, examples, *args, **kwargs):
+        numbers.append(len(examples))
+        return tune(student, examples, *args, **kwargs)
+
+    monkeypatch.setattr(reuse, "tune", tune_fewer)
+    monkeypatch.setattr(chunks, "SAMPLES_PER_CHUNK", 4)
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    cli.main(["evaluate", *common, "--datasets", path, "--seeds", "0", "--output_file", "x.json"])
+    assert numbers == [4] and set(tmp_path.iterdir()) - before == {tmp_path / "x.json"}
+
+
+def test_tune_leaves_the_folder_of_a_training_alone(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"metric: weight_norm\noutput_dir: {tmp_path / 'run'}\ndataset_name: d\n")
+    from trl_dpg.scripts.tune import make_parser
+
+    arguments = ["--config", str(recipe)]
+    assert make_parser().parse_args_and_config(arguments)[0].output_dir == str(tmp_path / "run_tuned")
+    given = make_parser().parse_args_and_config([*arguments, f"--output_dir={tmp_path / 'run'}"])[0]
+    assert given.output_dir == str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "dpg_config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["tune", *arguments, "--output_dir", str(tmp_path / "run")])
+    assert "holds a training run or a model (dpg_config.json)" in capsys.readouterr().err

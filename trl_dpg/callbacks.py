@@ -67,13 +67,15 @@ class DPGLoggingCallback(TrainerCallback):
         self._written: InnerLoopConfig | None = None  # the inner loop in the file of settings
 
     def on_train_begin(self, args, state, control, **kwargs):
+        resumed = state.global_step > 0
+        self.reward.begin_training(resumed)
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        if state.global_step == 0:  # a new run chooses the inner loop's numbers anew
-            (folder / TUNING_NAME).unlink(missing_ok=True)
-        self._write_config(args)
+        self._written = self.reward.inner_loop_config
+        if not (resumed and self._written.auto):  # the numbers in the file are better than "auto"
+            self._write_config(args)
         log = folder / LOG_NAME
         if log.exists():  # keep the lines up to the checkpoint of a resumed run, and no lines in a new run
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]

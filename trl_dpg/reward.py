@@ -19,7 +19,7 @@ from .ranks import from_all_ranks
 from .student import FinetunedStudent, Student
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, hand_over
-from .tuning import Tuning, tune_together
+from .tuning import Choice, Tuning, check_scores
 from .verification import predicted_and_actual, random_signs
 
 
@@ -103,7 +103,7 @@ class DPGReward:
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
             How the student is fine-tuned, and how its metric is attributed to the samples. What is `"auto"` in it is
-            chosen at the first call by [`~trl_dpg.tuning.tune`], on the first dataset, and is the same on all ranks.
+            chosen at the first call by [`~trl_dpg.tuning.tune`], on the first dataset, while the other ranks wait.
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether all completions are one dataset. If `False`, there are `num_generations` datasets with one
             completion of each prompt. A student is fine-tuned on each, and each rank scores a part of the datasets.
@@ -119,12 +119,14 @@ class DPGReward:
             scores of the (first) dataset predict the metric's change when the data weights change, as
             `dpg/verify/pearson` and `dpg/verify/spearman`; see `trl_dpg.verification`.
         tuning_file (`str` or `Path`, *optional*):
-            Where the choice of the `"auto"` values is written, with its evidence. If the file is there and of the same
-            set-up, nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
+            Where the choice of the `"auto"` values is written, with its evidence. If it is there for the same set-up,
+            nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
 
     Attributes:
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
             The choice of the `"auto"` values, after the first call.
+        choice ([`~trl_dpg.tuning.Choice`]):
+            Makes the choice. [`DPGTrainer`] tells it when its calls are evaluations.
         last_token_scores (`list[torch.Tensor]` or `None`):
             With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call. Each
             completion has a tensor as long as its `completion_ids`, whose sum is the completion's raw score.
@@ -135,7 +137,7 @@ class DPGReward:
         `ValueError`:
             If an option is unknown, or if the student's tokenizer is slow and `per_token=True`. With the naive
             baseline (`attribution="dataset"`), also if `cross_group_batching`, `per_token` or `verify_steps` is set:
-            it has one reward for a whole dataset, and no scores of samples or tokens.
+            it has one reward for a whole dataset, and no scores of samples or tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
@@ -181,6 +183,7 @@ class DPGReward:
             raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
         if verify_steps and inner_loop_config.attribution == "dataset":
             raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
+        check_scores(inner_loop_config)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
         self.student = student
         self.metric = metric
@@ -190,8 +193,7 @@ class DPGReward:
         self.train_on = train_on
         self.processing_class = processing_class
         self.verify_steps = verify_steps
-        self.tuning_file = tuning_file
-        self.tuning: Tuning | None = None
+        self.choice = Choice(tuning_file)
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
@@ -228,8 +230,8 @@ class DPGReward:
         samples = [sample for part in parts for sample in part]
         places = self._split([sample.prompt for sample in samples])  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
-        if self.inner_loop_config.auto:
-            self._choose_numbers([sample.example for sample in datasets[0]])
+        batch = self.student, [sample.example for sample in datasets[0]], self.metric
+        self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
         shares = from_all_ranks(lambda: self._score(datasets), "The DPG reward")
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
         scored = [everyones[index] for index in range(len(datasets))]
@@ -239,8 +241,8 @@ class DPGReward:
         scale = raw.std(correction=0)
         equal = scale <= 1e-6 * raw.abs().max()  # the differences are only rounding errors
         rewards = torch.zeros_like(raw) if equal else raw / scale
-        first = sum(len(part) for part in parts[: PartialState().process_index])
-        mine = slice(first, first + len(completions))
+        start = sum(len(part) for part in parts[: PartialState().process_index])
+        mine = slice(start, start + len(completions))
         if self.last_batch.token_scores is not None:
             self.last_token_scores = self.last_batch.token_scores[mine]
         if log_metric is not None:
@@ -253,11 +255,13 @@ class DPGReward:
                 log_extra("dpg_token_scores", [scores.tolist() for scores in self.last_token_scores])
         return rewards[mine].tolist()
 
-    def _choose_numbers(self, examples: list[Any]) -> None:
-        """Put numbers in the place of what is `"auto"`. The first rank chooses them for all."""
-        self._move_student()
-        self.tuning = tune_together(self.student, examples, self.metric, self.inner_loop_config, self.tuning_file)
-        self.inner_loop_config = self.tuning.apply(self.inner_loop_config)
+    @property
+    def tuning(self) -> Tuning | None:
+        return self.choice.tuning
+
+    def begin_training(self, resumed: bool) -> None:
+        """Take the choice of the `"auto"` values from the file, or remove it before a new one. On all ranks."""
+        self.inner_loop_config = self.choice.begin(self.student, self.metric, self.inner_loop_config, resumed)
 
     def _move_student(self) -> None:
         """Move the student to the trainer's device."""

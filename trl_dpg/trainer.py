@@ -44,8 +44,8 @@ class DPGTrainer(GRPOTrainer):
     respect to [`~trl.GRPOTrainer`] are:
 
     - the reward [`DPGReward`], which comes before any other `reward_funcs`;
-    - `_calculate_rewards`, which sets the reward's number of generations in training and evaluation, switches its
-      verification off in evaluation, and takes the time;
+    - `_calculate_rewards`, which tells the reward whether this is an evaluation, sets its number of generations,
+      switches its verification off in evaluation, and takes the time;
     - `create_model_card`, which adds metric, student and inner loop;
     - a [`DPGLoggingCallback`], which logs samples, scores and pictures;
     - a [`PhaseTimer`], which logs the seconds of generation, reward and update.
@@ -164,6 +164,7 @@ class DPGTrainer(GRPOTrainer):
         self.add_callback(self.phases)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        self.dpg_reward.choice.training = self.model.training
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self.dpg_reward.verify_steps = self.args.verify_steps if self.model.training else 0
         with self.phases.rewarding():

@@ -30,22 +30,22 @@ from trl_dpg.attribution import plan_chunks as plan_chunks
 from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.attribution.journal import JournalError, digest
-from trl_dpg.callbacks import CONFIG_NAME, LOG_NAME
 from trl_dpg.config import StudentArguments
+from trl_dpg.metagradients import InnerLoopConfig
+from trl_dpg.metagradients.config import AUTO, SettingsError
 from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
-from trl_dpg.metagradients.config import SettingsError
+from trl_dpg.tuning import check_scores
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import FORMATS, check_student, load_data, make_folder, process_state
+from .data import FORMATS, check_no_training, check_student, load_data, make_folder, process_state
 from .flags import in_flags
 from .registry import make_metric
-from .samples import choose_numbers
+from .samples import choose_numbers, tuning_file
 from .toy_world import toy_world
 
 
 MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
-OF_A_TRAINING = (CONFIG_NAME, LOG_NAME, "checkpoint-*", "config.json", "adapter_config.json", "*.safetensors", "*.bin")
 FLAGS = {name: name for name in ("overwrite", "num_repeats")} | {"chunk_size": "dataset_chunk"}
 """What the library's arguments are called here, beside those of the student."""
 
@@ -178,12 +178,7 @@ def preview(row: dict[str, Any], student, width: int = 90) -> str:
 
 def check_folder(output_dir: Path) -> None:
     """Refuse the folder of another command."""
-    found = sorted(path.name for pattern in OF_A_TRAINING for path in output_dir.glob(pattern))
-    if found:
-        raise UsageError(
-            f"--output_dir {str(output_dir)!r} holds a training run or a model ({found[0]}). A recipe's `output_dir` "
-            "is that of its training. Choose another folder."
-        )
+    check_no_training(output_dir)
     if not (output_dir / "attribution.jsonl").exists() and (output_dir / "summary.json").exists():
         raise UsageError(
             f"--output_dir {str(output_dir)!r} has the summary.json of another command. Choose another folder."
@@ -214,18 +209,22 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
             check_student(student_args)
             dataset, samples = load_samples(script_args)
-        metric, student = make_metric(script_args), student_args.load_student()
-        script_args.set_threads(student.model)
-        choose_numbers(student_args, student, samples.select(range(min(size, len(samples)))), metric, output_dir)
-        config = student_args.inner_loop_config()
+        check_scores(config)
+        metric = make_metric(script_args)
         settings = run_settings(script_args, student_args, samples, size)
         with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
+            check_choice(config, output_dir, journal)
             if state.is_main_process and journal.is_new:
                 for name in (*RESULTS, "summary.json"):  # of other settings
                     (output_dir / name).unlink(missing_ok=True)
             if state.is_main_process and journal.done:
                 print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
-            repeats = script_args.num_repeats
+            student = student_args.load_student()
+            script_args.set_threads(student.model)
+            first = samples.select(range(min(size, len(samples))))
+            choose_numbers(script_args, student_args, student, first, metric, tuning_file(output_dir, "attribute"))
+            config, repeats = student_args.inner_loop_config(), script_args.num_repeats
+            settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
             result = attribute(student, samples, metric, config, size, repeats, journal, progress=True)
             if state.is_main_process:
                 finish(script_args, result, dataset, samples, student, settings)
@@ -233,6 +232,15 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
     except SettingsError as error:
         raise UsageError(in_flags(str(error), FLAGS)) from error
+
+
+def check_choice(config: InnerLoopConfig, output_dir: Path, journal: Journal) -> None:
+    """Refuse to go on with scores if the numbers are lost that were chosen for them."""
+    if config.auto and journal.done and not tuning_file(output_dir, "attribute").exists():
+        raise JournalError(
+            f"{str(output_dir)!r} has scores, but no longer the file with the numbers that were chosen for them in "
+            "the place of auto. Choose another folder, or delete the scores with `overwrite`."
+        )
 
 
 def finish(script_args: AttributeArguments, result: Attribution, dataset, samples, student, settings: dict) -> None:

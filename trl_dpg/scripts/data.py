@@ -190,3 +190,17 @@ def make_folder(flag: str, path: str | Path) -> Path:
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--{flag} {str(path)!r} is a file or is inside a file. Name a folder.") from error
     return Path(path)
+
+
+OF_A_TRAINING = ("dpg_config.json", "dpg_log.jsonl", "checkpoint-*")
+OF_A_MODEL = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
+
+
+def check_no_training(output_dir: Path) -> None:
+    """Refuse the folder of a training or of a model, whose files must stay as they are."""
+    found = sorted(path.name for pattern in OF_A_TRAINING + OF_A_MODEL for path in output_dir.glob(pattern))
+    if found:
+        raise UsageError(
+            f"--output_dir {str(output_dir)!r} holds a training run or a model ({found[0]}). A recipe's `output_dir` "
+            "is that of its training. Choose another folder."
+        )

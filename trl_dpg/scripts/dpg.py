@@ -22,6 +22,7 @@ from typing import Any
 
 from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
 from .data import check_model, check_student, load_data, make_folder, make_prompts
+from .flags import in_flags
 from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
 from .registry import make_held_out_metrics, make_metric, make_rewards
 from .toy_world import make_world, world_folder
@@ -123,12 +124,12 @@ def main(script_args, training_args, model_args, dataset_args):
 
 def set_numbers(training_args, reward) -> None:
     """Set arguments of the student that are `auto` to the numbers that the training chose."""
-    from trl_dpg.tuning import read_figures
-
-    config = reward.inner_loop_config
-    if config.auto:  # a run that was resumed at its end has made no reward step
-        config = read_figures(reward.tuning_file).apply(config)
-    training_args.set_numbers(config)
+    if reward.inner_loop_config.auto:  # a run that was resumed at its end makes no reward step
+        raise UsageError(
+            f"No step was left to train, and {str(reward.choice.path)!r} has no choice for this set-up. Give the "
+            "numbers of the training in the place of auto, e.g. those of its dpg_config.json."
+        )
+    training_args.set_numbers(reward.inner_loop_config)
 
 
 def checkpoint(training_args) -> str | None:
@@ -164,6 +165,7 @@ def train(trainer, last: str | None) -> None:
         if state.global_step >= trainer.args.max_steps:
             trainer._load_from_checkpoint(last)
             trainer.state = state
+            trainer.dpg_reward.begin_training(resumed=True)  # which takes the numbers that `auto` became
             return
     trainer.train(resume_from_checkpoint=last)
 
@@ -195,6 +197,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
     from trl import get_peft_config, get_quantization_config
 
     from trl_dpg import DPGTrainer
+    from trl_dpg.metagradients.config import SettingsError
 
     weights = training_args.reward_weights
     if weights is not None and len(weights) not in (len(rewards), 1 + len(rewards)):
@@ -223,6 +226,8 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),
         )
+    except SettingsError as error:
+        raise UsageError(in_flags(str(error))) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -22,13 +22,14 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
 from .data import FORMATS, check_student, load_data, make_folder, one_process
 from .flags import in_flags
 from .registry import make_metric
-from .samples import choose_numbers
+from .samples import choose_numbers, tuning_file
 from .toy_world import toy_world
 
 
@@ -100,9 +101,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         metric = make_metric(script_args)
         datasets = load_datasets(script_args)
         if student_args.inner_loop_config().auto:
-            first = next(iter(datasets.values()))
-            first = first.select(range(min(script_args.num_samples or len(first), len(first))))
-            choose_numbers(student_args, student_args.load_student(), first, metric, path and path.parent)
+            choose(script_args, student_args, next(iter(datasets.values())), metric)
         try:
             comparison = compare_datasets(
                 lambda seed: load_student(script_args, student_args, seed),
@@ -128,6 +127,17 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
     if path is not None:
         print(f"All figures: {path}")
     return figures
+
+
+def choose(script_args: EvaluateArguments, student_args, dataset, metric) -> None:
+    """Put numbers in the place of `auto`, on as many samples of a dataset as a reward step may have."""
+    most = min(script_args.num_samples or len(dataset), chunk_size(None, student_args.student_batch_size))
+    first = dataset.select(range(min(most, len(dataset))))
+    folder = script_args.output_dir if script_args.output_file is None else None
+    path = None if folder is None else tuning_file(folder, "evaluate")
+    student = load_student(script_args, student_args, student_args.seed)
+    # only the search needs scores, so those that the naive baseline lacks are not missed later
+    choose_numbers(script_args, student_args, student, first, metric, path, attribution="metagradient")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Samples like those of a reward step: rows of a dataset, or texts of a generator. For `verify` and `tune`."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +70,37 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
-def choose_numbers(student_args, student, examples, metric, output_dir: str | Path | None) -> None:
+def tuning_file(output_dir: str | Path, command: str) -> Path:
+    """Where a command writes its choice of numbers: not into the `tune.json` of a training in the same folder."""
+    return Path(output_dir) / f"{command}_tune.json"
+
+
+def choice_data(script_args: MetricArguments, examples) -> dict[str, Any]:
+    """What a choice of numbers depends on, beside student and inner loop, as values that JSON can hold."""
+    from trl_dpg.attribution.journal import digest
+
+    metric = {"metric": script_args.metric, "metric_kwargs": script_args.metric_kwargs}
+    return json.loads(json.dumps(metric, default=str)) | {"samples": digest(examples)}
+
+
+def choose_numbers(
+    script_args: MetricArguments, student_args, student, examples, metric, path: Path | None, **changes
+) -> None:
     """
     Put numbers in the place of the student's arguments that are `auto`, as the first batch of a training does.
 
-    The choice is written to `<output_dir>/tune.json`, and read from there if it was made for the same set-up. Of
-    several processes, the first one chooses.
+    Of several processes, the first one chooses.
+
+    Args:
+        script_args ([`MetricArguments`]), student_args ([`StudentArguments`]), student ([`Student`]), metric
+            (`Callable`):
+            The set-up.
+        examples (`list` or [`~datasets.Dataset`]):
+            The samples on which the numbers are chosen.
+        path (`Path`, *optional*):
+            The choice is written to this file, or taken from it if it was made for the same set-up and samples.
+        changes:
+            Fields of the inner loop that are other ones while numbers are chosen.
     """
     from trl_dpg.metagradients.config import SettingsError
     from trl_dpg.tuning import tune_together
@@ -82,9 +108,9 @@ def choose_numbers(student_args, student, examples, metric, output_dir: str | Pa
     config = student_args.inner_loop_config()
     if not config.auto:
         return
-    path = None if output_dir is None else Path(output_dir) / "tune.json"
+    data = None if path is None else choice_data(script_args, examples)
     try:
-        chosen = tune_together(student, examples, metric, config, path)
+        chosen = tune_together(student, examples, metric, replace(config, **changes), path, data)
     except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error
     student_args.set_numbers(chosen.apply(config))

@@ -24,11 +24,11 @@ from typing import Any
 import yaml
 
 from .arguments import UsageError
-from .data import check_student, make_folder, one_process
+from .data import check_no_training, check_student, make_folder, one_process
 from .flags import in_flags
-from .output import say, write_json
+from .output import say
 from .registry import make_metric
-from .samples import SampleArguments, read_samples
+from .samples import SampleArguments, choice_data, read_samples
 from .toy_world import toy_world
 
 
@@ -39,7 +39,8 @@ class TuneArguments(SampleArguments):
 
     Args:
         output_dir (`str`, *optional*, defaults to `"tuned"`):
-            Folder for `tune.json` and `tuned.yaml`.
+            Folder for `tune.json` and `tuned.yaml`. A recipe's `output_dir` is that of its training, so the default is
+            then `<output_dir>_tuned` beside it.
     """
 
     output_dir: str = field(default="tuned", metadata={"help": "Folder for tune.json and tuned.yaml."})
@@ -53,26 +54,30 @@ class TuneArguments(SampleArguments):
 class Report:
     """Prints each trial as soon as it is known, and writes the figures so far to a file."""
 
-    def __init__(self, path: Path, num_samples: int):
-        self.path, self.num_samples, self._num_lines = path, num_samples, 0
+    def __init__(self, path: Path, settings: dict[str, Any], num_samples: int):
+        self.path, self.settings, self.num_samples, self._num_lines = path, settings, num_samples, 0
 
     def __call__(self, result) -> None:
+        from trl_dpg.tuning.reuse import write_figures
+
         lines = result.render().split("\n")[: len(result.trials) + 2]  # columns, rule and rows
         for line in lines[self._num_lines :]:
             say(line)
         self._num_lines = len(lines)
-        write_json(self.path, {"num_samples": self.num_samples} | result.figures())
+        write_figures(self.path, result, self.settings, num_samples=self.num_samples)
 
 
 def main(script_args: TuneArguments, student_args) -> None:
     from trl_dpg.metagradients.config import AUTO, SettingsError
     from trl_dpg.tuning import tune
+    from trl_dpg.tuning.reuse import dependencies
 
     one_process("tune", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
     if student_args.attribution != "metagradient":
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing that could agree.")
     output_dir = make_folder("output_dir", script_args.output_dir)
+    check_no_training(output_dir)
     given = asdict(student_args)  # before a toy world fills in its files
     if not student_args.inner_loop_config().auto:
         for name in AUTO:
@@ -84,9 +89,11 @@ def main(script_args: TuneArguments, student_args) -> None:
         student = student_args.load_student()
         script_args.set_threads(student.model)
     say(f"Student: {student.describe()}; {len(examples)} samples.")
-    report = Report(output_dir / "tune.json", len(examples))
+    config = student_args.inner_loop_config()
+    settings = dependencies(student, metric, config, choice_data(script_args, examples))
+    report = Report(output_dir / "tune.json", settings, len(examples))
     try:
-        result = tune(student, examples, metric, student_args.inner_loop_config(), progress=True, on_trial=report)
+        result = tune(student, examples, metric, config, progress=True, on_trial=report)
     except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error
     chosen = {f"student_{name}": value for name, value in result.chosen.items()}
@@ -117,12 +124,18 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
     for name, value in (settings | chosen).items():
-        # JSON is YAML, except that a number such as 1e-05 is a text without a point
-        line = f"{name}: {value:.1e}\n" if isinstance(value, float) else f"{name}: {json.dumps(value)}\n"
+        line = entry(name, value)
         lines = rf"^{name}:.*\n?(?:[ \t-].*\n?)*"  # the entry, which may have several lines
         text, count = re.subn(lines, line.replace("\\", r"\\"), text, flags=re.MULTILINE)
         text = text if count else text.rstrip("\n") + f"\n{line}"
     return text.lstrip("\n")
+
+
+def entry(name: str, value: Any) -> str:
+    """An entry of a YAML file from which the very same value is read."""
+    if isinstance(value, str):
+        return f"{name}: {json.dumps(value, ensure_ascii=False)}\n"  # on one line
+    return yaml.safe_dump({name: value}, default_flow_style=False, sort_keys=False, allow_unicode=True)
 
 
 def _default(arguments: type, name: str) -> Any:
@@ -140,7 +153,11 @@ def make_parser(prog: str | None = None):
         def parse_args_and_config(self, args=None, **kwargs):
             parsed = super().parse_args_and_config(args=args, **kwargs)
             if args is not None and "--config" in args:
-                parsed[0].recipe = Path(args[args.index("--config") + 1])
+                recipe = Path(args[args.index("--config") + 1])
+                parsed[0].recipe = recipe
+                given = any(argument.partition("=")[0] == "--output_dir" for argument in args)
+                if not given and "output_dir" in yaml.safe_load(recipe.read_text(encoding="utf-8")):
+                    parsed[0].output_dir = f"{parsed[0].output_dir.rstrip('/')}_tuned"
             return parsed
 
     return Parser((TuneArguments, StudentArguments), prog=prog)

@@ -18,7 +18,7 @@ from .data import check_student, make_folder, one_process
 from .flags import in_flags
 from .output import say, write_json
 from .registry import make_metric
-from .samples import SampleArguments, choose_numbers, read_samples
+from .samples import SampleArguments, choose_numbers, read_samples, tuning_file
 from .toy_world import toy_world
 
 
@@ -87,8 +87,10 @@ def main(script_args: VerifyArguments, student_args) -> None:
         student = student_args.load_student()
         script_args.set_threads(student.model)
     say(f"Student: {student.describe()}; {len(examples)} samples.")
-    choose_numbers(student_args, student, examples, metric, script_args.output_dir)
-    path = None if script_args.output_dir is None else Path(script_args.output_dir) / "verify.json"
+    folder = script_args.output_dir
+    path = None if folder is None else Path(folder) / "verify.json"
+    chosen = None if folder is None else tuning_file(folder, "verify")
+    choose_numbers(script_args, student_args, student, examples, metric, chosen)
     report = Report(path, len(examples))
     try:
         result = verify(

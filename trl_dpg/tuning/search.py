@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..metagradients import InnerLoopConfig
-from ..metagradients.config import AUTO
+from ..metagradients.config import AUTO, SettingsError
 from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.metagradient import check_samples
 from ..student import Examples, FinetunedStudent, Student
@@ -133,18 +133,22 @@ def tune(
             Called with the result so far after each trial.
 
     Raises:
-        `ValueError`: If nothing is `"auto"`, there are no scores to predict with (`attribution="dataset"`), or for
-            what [`metagradient`] raises it.
+        `ValueError`: If nothing is `"auto"`, there are no scores to predict with (`attribution="dataset"`), the
+            schedule's learning rate is 0 in every step, the gradient on the samples is 0 or not finite, or for what
+            [`metagradient`] raises it.
     """
     if not config.auto:
         raise ValueError(f"There is nothing to choose: none of {', '.join(AUTO)} is 'auto'.")
-    if config.attribution != "metagradient":
-        raise ValueError(
-            "attribution='dataset' computes no scores that could agree. Give numbers in the place of 'auto'."
-        )
+    check_scores(config)
     stand_ins: dict[str, Any] = dict.fromkeys(config.auto, 1.0)
     plan = FineTuning(student, examples, replace(config, **stand_ins, per_token=False))  # its samples and steps
     check_samples(plan)
+    if not any(plan.config.learning_rates(len(plan.steps))):
+        raise SettingsError(
+            f"The learning rate is 0 in each of the {len(plan.steps)} steps, so no values can move the metric. Look "
+            f"at `learning_rate` ({config.learning_rate}), `lr_scheduler_type` ({config.lr_scheduler_type!r}) and "
+            f"`warmup_steps` ({config.warmup_steps}): a warm-up starts at 0."
+        )
     prober = OneStepProber if len(plan.steps) == 1 else Prober
     budget = MAX_REWARD_STEPS * prober.PASSES_OF_A_REWARD_STEP
     with Progress("Tuning", budget, progress) as bar:
@@ -153,10 +157,30 @@ def tune(
     return search.result
 
 
+def check_scores(config: InnerLoopConfig) -> None:
+    """
+    Refuse to choose what is `"auto"` if there are no scores of samples to predict with.
+
+    Raises:
+        `SettingsError`: If the attribution is the naive baseline.
+    """
+    if config.auto and config.attribution == "dataset":
+        names = " and ".join(f"`{name}`" for name in config.auto)
+        raise SettingsError(
+            f"{names}: attribution='dataset' computes no scores that could agree. Give numbers in the place of 'auto'."
+        )
+
+
 class _Search:
     """The search over both values."""
 
     def __init__(self, prober: Prober, config: InnerLoopConfig, budget: int, bar: Progress, on_trial):
+        if not 0 < prober.mean_square < math.inf:
+            raise SettingsError(
+                f"The mean square of the gradient of the student's loss on these samples is {prober.mean_square}, so "
+                "no values can be chosen. If it is 0, the samples do not reach a trainable parameter. Otherwise the "
+                "loss or its gradient is not finite, e.g. because the weights or the precision do not fit."
+            )
         self.prober, self.config, self.budget, self.bar = prober, config, budget, bar
         self.result = Tuning()
         self._on_trial = on_trial
@@ -265,15 +289,28 @@ class _Search:
         return None
 
     def _choose(self, best: Trial | None) -> None:
-        """The values of a trial that agrees or, without one, of the one that agreed best."""
+        """The values of a trial that agrees or, without one, of the most promising one."""
         self.result.found = best is not None and best.agrees
-        if not self.result.found:
-            moving = [trial for trial in self.result.trials if trial.verdict not in ("still", "diverges")]
-            best = max(
-                moving or self.result.trials, key=lambda trial: trial.pearson if moving else -trial.learning_rate
-            )
-        self.result.chosen = {name: getattr(best, name) for name in self.config.auto}
+        chosen = best if best is not None and best.agrees else most_promising(self.result.trials)
+        self.result.chosen = {name: getattr(chosen, name) for name in self.config.auto}
         self._tell()
+
+
+def most_promising(trials: list[Trial]) -> Trial:
+    """
+    The trial to take if none agrees.
+
+    That is the one that agreed best. If no agreement was measured, it is the smallest learning rate with which Φ
+    moves. If there is none, it is the largest one that hardly moves Φ, or the smallest one that diverges.
+    """
+    measured = [trial for trial in trials if trial.verdict not in ("still", "diverges") and trial.pearson > -math.inf]
+    if measured:  # not a number is not larger than anything
+        return max(measured, key=lambda trial: trial.pearson)
+    moving = [trial for trial in trials if trial.verdict in ("overshoots", "turns")]
+    still = [trial for trial in trials if trial.verdict == "still"]
+    if still and not moving:
+        return max(still, key=lambda trial: trial.learning_rate)
+    return min(moving or trials, key=lambda trial: trial.learning_rate)
 
 
 def _rounded(value: float) -> float:

@@ -13,7 +13,7 @@ from ..student import FinetunedStudent
 from ..verification import SMOOTH, STEP, Agreement, random_signs
 from ..verification.measurements import changes_along, predicted_changes
 from ..verification.progress import Progress
-from ..verification.reweighting import OneStep, Remembering, one_step, step_gradient
+from ..verification.reweighting import OneStep, Remembering, num_together, one_step, step_gradient
 
 
 AGREES = 0.995
@@ -92,7 +92,7 @@ class Prober:
     def __init__(self, plan: FineTuning, metric, seed: int, bar: Progress):
         self.plan, self.metric, self.bar = plan, metric, bar
         self.student = plan.student
-        self.directions = random_signs(self.NUM_DIRECTIONS, len(plan.samples), seed)
+        self.directions = random_signs(self.num_directions(), len(plan.samples), seed)
         bar.measuring("the start")
         self.start = Remembering(metric)
         self.metric_before = metric_at_start(self.start, self.student)
@@ -100,9 +100,12 @@ class Prober:
         bar.done(3)
         self.mean_square = self._mean_square()
 
+    def num_directions(self) -> int:
+        return self.NUM_DIRECTIONS
+
     @property
     def passes_of_a_trial(self) -> int:
-        return self.PASSES_OF_SCORES + self.NUM_DIRECTIONS * self.PASSES_OF_A_DIRECTION
+        return self.PASSES_OF_SCORES + len(self.directions) * self.PASSES_OF_A_DIRECTION
 
     def _mean_square(self) -> float:
         """The mean square of the first step's gradient, over the parameters that have one."""
@@ -153,7 +156,7 @@ class OneStepProber(Prober):
     Measures trials of a fine-tuning with one step.
 
     Its gradient does not depend on the learning rate or on `eps_root`. So it is computed once, also along each
-    direction, and a trial takes only evaluations of the metric.
+    direction, and a trial takes only evaluations of the metric. The gradients along the directions stay in memory.
     """
 
     PASSES_OF_A_REWARD_STEP = 5  # the reverse sweep takes one
@@ -162,10 +165,14 @@ class OneStepProber(Prober):
     NUM_DIRECTIONS = 4
     single: OneStep
 
+    def num_directions(self) -> int:
+        """As many as fit into memory. One alone is not enough for a correlation."""
+        return num_together(self.plan, self.NUM_DIRECTIONS, least=2)
+
     def _mean_square(self) -> float:
         self.bar.measuring("gradients")
         self.single = one_step(self.plan, self.directions)
-        self.bar.done(2 * (1 + self.NUM_DIRECTIONS))
+        self.bar.done(2 * (1 + len(self.directions)))
         return _mean_square(self.single.gradient)
 
     def probe(self, trial: Trial, config: InnerLoopConfig) -> None:

@@ -115,13 +115,17 @@ def ends(fine_tuning: FineTuning, directions: Tensor, step: float) -> Iterator[t
         for d in directions:
             yield fine_tuning.theta(1 + step * d), fine_tuning.theta(1 - step * d)
         return
-    student = fine_tuning.student
-    theta = student.initial_theta()
-    together = max(1, min(TOGETHER, free_memory(student.device) // 4 // theta.nbytes - 4))
-    for some in directions.split(together):
+    for some in directions.split(num_together(fine_tuning, TOGETHER)):
         single = one_step(fine_tuning, some)
         for k in range(len(some)):
             yield single.end(fine_tuning.config, step, k), single.end(fine_tuning.config, -step, k)
+
+
+def num_together(fine_tuning: FineTuning, most: int, least: int = 1) -> int:
+    """How many directions' gradients fit into a quarter of the free memory, beside four more vectors of that size."""
+    student = fine_tuning.student
+    fitting = free_memory(student.device) // 4 // student.initial_theta().nbytes - 4
+    return max(least, min(most, fitting))
 
 
 class Remembering:
