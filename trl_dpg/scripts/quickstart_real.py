@@ -74,6 +74,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes[1].set(title="change of Φ by the student's fine-tuning", ylabel="nats per token", xlabel="generator step")
     axes[2].set(title="fresh students: change of Φ on held-out texts", xticks=range(len(labels)), xticklabels=labels)
     axes[2].axhline(0, color="black", linewidth=0.8)
+    axes[2].set_ylim(top=1.3 * axes[2].get_ylim()[1])  # room for the legend
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
