@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from .environment import device_name, environment
-from .live_table import LiveTable, table_columns
+from .live_table import PHASES, LiveTable, table_columns
 from .metagradients import InnerLoopConfig
 from .metrics.base import metric_name
 from .reward import DPGReward, ScoredBatch
@@ -174,8 +174,7 @@ class PhaseTimer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         update = time.perf_counter() - self.step_began - self.generation - self.reward
-        seconds = {"generation": self.generation, "reward": self.reward, "update": update}
-        for name, value in seconds.items():
+        for name, value in zip(PHASES, (self.generation, self.reward, update), strict=True):
             self.metrics[f"dpg/seconds/{name}"].append(value)
 
 

@@ -60,8 +60,7 @@ class Evaluation:
 
     def measure(self, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Another metric of the fine-tuned student."""
-        with torch.no_grad(), self.finetuned.student.train_mode():
-            return metric(self.finetuned).item()
+        return _value(self.finetuned, metric)
 
 
 def evaluate_dataset(
@@ -116,8 +115,8 @@ def evaluate_dataset(
                 parameter.data = parameter.data.float()
         trainer.train()
     finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta())
+    value = _value(finetuned, metric)
     with torch.no_grad(), start.train_mode():
-        value = metric(finetuned).item()
         proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
     return Evaluation(value, proxies, finetuned)
 
@@ -247,8 +246,12 @@ def _compare_seed_by_seed(
 def metric_before(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
     """Φ of a student before any fine-tuning."""
     theta = student.initial_theta()
-    with torch.no_grad(), student.train_mode():
-        return metric(FinetunedStudent(student, theta, theta)).item()
+    return _value(FinetunedStudent(student, theta, theta), metric)
+
+
+def _value(student: FinetunedStudent, metric: Callable[[FinetunedStudent], Tensor]) -> float:
+    with torch.no_grad(), student.student.train_mode():
+        return metric(student).item()
 
 
 def summarize(students: list[dict[str, float]]) -> dict[str, Any]:

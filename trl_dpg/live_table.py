@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .reward import DPGReward
 
 
+PHASES = ("generation", "reward", "update")
+"""The parts of a training step whose seconds are logged, under `dpg/seconds/`. They sum to the whole step."""
+
+
 class LiveTable(TrainerCallback):
     """
     Shows a run's figures in a table in the terminal, which grows during training. Needs rich.
@@ -237,8 +241,7 @@ def phases(logs: dict[str, float], args, steps_before: int, steps: int) -> dict[
         args ([`~trl.GRPOConfig`]): The trainer's arguments.
         steps_before (`int`), steps (`int`): Steps of this run until the last logs, and until these logs.
     """
-    names = ("generation", "reward", "update")
-    seconds = {name: logs[f"dpg/seconds/{name}"] for name in names if f"dpg/seconds/{name}" in logs}
+    seconds = {name: logs[f"dpg/seconds/{name}"] for name in PHASES if f"dpg/seconds/{name}" in logs}
     calls = generation_batches(args, steps) - generation_batches(args, steps_before) if seconds else 0
     if calls:
         typical = (steps - steps_before) * _calls_in_a_step(args)

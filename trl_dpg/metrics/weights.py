@@ -105,12 +105,14 @@ class WeightPatternMetric(Metric):
         to the input embedding, the token's occurrences in the input move the row as well.
         """
         weight, initial = student.weight(self.weight), student.initial_weight(self.weight)
-        moved = (weight - initial).abs() > 2 * torch.finfo(weight.dtype).eps * initial.abs()
         height = self.pattern.size(1 if self.transpose else 0)
-        patch = self._patch(moved)
+        patch = _moved(self._patch(weight), self._patch(initial))
         share = patch.double().mean(0 if self.transpose else 1)
         still = (share < 0.5).nonzero().flatten().tolist()
-        if not still or not moved.any():
+        if not still:
+            return
+        moved = _moved(weight, initial)
+        if not moved.any():
             return
         self._still_rows_checked = True
         top = self.offset[1 if self.transpose else 0]
@@ -196,6 +198,11 @@ class QRCodeMetric(WeightPatternMetric):
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         return super().readout(student) | {"scanned_text": self.scan(student)}
+
+
+def _moved(weight: Tensor, initial: Tensor) -> Tensor:
+    """Which entries changed by more than rounding."""
+    return (weight - initial).abs() > 2 * torch.finfo(weight.dtype).eps * initial.abs()
 
 
 class WeightNormMetric(Metric):

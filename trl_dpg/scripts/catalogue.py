@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from trl import TrlParser
 
 from .registry import resolve
 
@@ -93,6 +94,21 @@ def details(name: str, known: dict[str, str], example: str, flag: str) -> str:
     if example:
         lines += ["", "In a recipe:", textwrap.indent(example, "    ").rstrip()]
     return "\n".join(lines)
+
+
+def show(name: str | None, known: dict[str, str], recipe: dict[str, Any], command: str, flag: str) -> None:
+    """Print all metrics or rewards, or one in full with keys of a recipe as an example."""
+    if name is None:
+        print(listing(known, command, flag))
+    else:
+        print(details(name, known, as_yaml(recipe) if recipe else "", flag))
+
+
+def name_parser(what: str, prog: str | None = None) -> TrlParser:
+    """The parser of a command whose argument is a name."""
+    parser = TrlParser(prog=prog, usage="%(prog)s [name]")
+    parser.add_argument("name", nargs="?", help=f"a {what}'s name or dotted import path")
+    return parser
 
 
 def as_yaml(recipe: dict[str, Any]) -> str:

@@ -175,11 +175,13 @@ def earlier_seconds(checkpoint: str | None) -> float:
     from transformers import TrainerState
     from transformers.trainer import TRAINER_STATE_NAME
 
+    from trl_dpg.live_table import PHASES
+
     if checkpoint is None or not Path(checkpoint, TRAINER_STATE_NAME).exists():
         return 0.0
     total, before = 0.0, 0
     for logs in TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).log_history:
-        seconds = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in ("generation", "reward", "update"))
+        seconds = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in PHASES)
         if seconds:
             total += seconds * (logs["step"] - before)
             before = logs["step"]

@@ -12,7 +12,7 @@ from typing import Any
 from trl import TrlParser
 
 from .arguments import METRICS
-from .catalogue import as_yaml, details, listing
+from .catalogue import name_parser, show
 
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -32,17 +32,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 def main(script_args: argparse.Namespace) -> None:
     name = script_args.name
-    if name is None:
-        print(listing(METRICS, "metrics", "metric"))
-        return
     recipe = {"metric": name, "metric_kwargs": EXAMPLES[name]} if name in EXAMPLES else {}
-    print(details(name, METRICS, as_yaml(recipe) if recipe else "", "metric"))
+    show(name, METRICS, recipe, "metrics", "metric")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    parser = TrlParser(prog=prog, usage="%(prog)s [name]")
-    parser.add_argument("name", nargs="?", help="a metric's name or dotted import path")
-    return parser
+    return name_parser("metric", prog)
 
 
 if __name__ == "__main__":

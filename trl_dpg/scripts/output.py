@@ -1,11 +1,6 @@
-"""What commands print beside a progress bar, and files that are written while they work."""
+"""What commands print beside a progress bar."""
 
-import json
-import math
-import os
 import sys
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -14,19 +9,3 @@ def say(text: str) -> None:
     """Print a text at once, above a progress bar."""
     tqdm.write(text)
     sys.stdout.flush()
-
-
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures such that the file is whole at any time. JSON has no `nan` and `inf`; they become `null`."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(finite(figures), indent=2))
-    os.replace(beside, path)
-
-
-def finite(value: Any) -> Any:
-    """The value with `None` in the place of `nan` and `inf`."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

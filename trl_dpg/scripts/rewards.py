@@ -12,7 +12,7 @@ from typing import Any
 from trl import TrlParser
 
 from .arguments import REWARDS
-from .catalogue import as_yaml, details, listing
+from .catalogue import name_parser, show
 
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -27,19 +27,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 
 def main(script_args: argparse.Namespace) -> None:
     name = script_args.name
-    if name is None:
-        print(listing(REWARDS, "rewards", "reward_funcs"))
-        return
     recipe: dict[str, Any] = {}
     if name in EXAMPLES:  # DPG's weight comes first; this reward is only logged
         recipe = {"reward_funcs": [name], "reward_kwargs": {name: EXAMPLES[name]}, "reward_weights": [1.0, 0.0]}
-    print(details(name, REWARDS, as_yaml(recipe) if recipe else "", "reward_funcs"))
+    show(name, REWARDS, recipe, "rewards", "reward_funcs")
 
 
 def make_parser(prog: str | None = None) -> TrlParser:
-    parser = TrlParser(prog=prog, usage="%(prog)s [name]")
-    parser.add_argument("name", nargs="?", help="a reward's name or dotted import path")
-    return parser
+    return name_parser("reward", prog)
 
 
 if __name__ == "__main__":

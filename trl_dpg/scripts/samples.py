@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import complete_prompts, fits, read_dataset, read_prompts
+from .data import check_student, complete_prompts, fits, read_dataset, read_prompts
 from .flags import in_flags
+from .output import say
+from .registry import make_metric
+from .toy_world import toy_world
 
 
 @dataclass
@@ -68,6 +71,18 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
     prompts = read_prompts(script_args, num_samples, data)
     texts = complete_prompts(script_args, prompts, seed)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
+
+
+def load_set_up(script_args: SampleArguments, student_args, output_dir: str | None):
+    """The student, the samples and the metric. A toy world is kept beside `output_dir`."""
+    with toy_world(script_args, student_args.seed, student_args, output_dir=output_dir):
+        check_student(student_args)
+        metric = make_metric(script_args)
+        examples = read_samples(script_args, student_args.seed)
+        student = student_args.load_student()
+        script_args.set_threads(student.model)
+    say(f"Student: {student.describe()}; {len(examples)} samples.")
+    return student, examples, metric
 
 
 def tuning_file(output_dir: str | Path, command: str) -> Path:

@@ -24,12 +24,10 @@ from typing import Any
 import yaml
 
 from .arguments import UsageError
-from .data import check_no_training, check_student, make_folder, one_process
+from .data import check_no_training, make_folder, one_process
 from .flags import in_flags
 from .output import say
-from .registry import make_metric
-from .samples import SampleArguments, choice_data, read_samples
-from .toy_world import toy_world
+from .samples import SampleArguments, choice_data, load_set_up
 
 
 @dataclass
@@ -82,13 +80,7 @@ def main(script_args: TuneArguments, student_args) -> None:
     if not student_args.inner_loop_config().auto:
         for name in AUTO:
             setattr(student_args, f"student_{name}", "auto")
-    with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
-        check_student(student_args)
-        metric = make_metric(script_args)
-        examples = read_samples(script_args, student_args.seed)
-        student = student_args.load_student()
-        script_args.set_threads(student.model)
-    say(f"Student: {student.describe()}; {len(examples)} samples.")
+    student, examples, metric = load_set_up(script_args, student_args, script_args.output_dir)
     config = student_args.inner_loop_config()
     settings = dependencies(student, metric, config, choice_data(script_args, examples))
     report = Report(output_dir / "tune.json", settings, len(examples))

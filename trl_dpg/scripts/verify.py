@@ -13,13 +13,15 @@ import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..files import write_json
 from .arguments import UsageError, at_least
-from .data import check_student, make_folder, one_process
+from .data import make_folder, one_process
 from .flags import in_flags
-from .output import say, write_json
-from .registry import make_metric
-from .samples import SampleArguments, choose_numbers, read_samples, tuning_file
-from .toy_world import toy_world
+from .output import say
+from .samples import SampleArguments, choose_numbers, load_set_up, read_samples, tuning_file
+
+
+__all__ = ["VerifyArguments", "main", "make_parser", "read_samples"]
 
 
 @dataclass
@@ -80,13 +82,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing to verify.")
     if script_args.output_dir is not None:
         make_folder("output_dir", script_args.output_dir)
-    with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
-        check_student(student_args)
-        metric = make_metric(script_args)
-        examples = read_samples(script_args, student_args.seed)
-        student = student_args.load_student()
-        script_args.set_threads(student.model)
-    say(f"Student: {student.describe()}; {len(examples)} samples.")
+    student, examples, metric = load_set_up(script_args, student_args, script_args.output_dir)
     folder = script_args.output_dir
     path = None if folder is None else Path(folder) / "verify.json"
     chosen = None if folder is None else tuning_file(folder, "verify")

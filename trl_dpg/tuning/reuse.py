@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +11,10 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers.utils import logging
 
+from ..files import write_json
 from ..metagradients import InnerLoopConfig
 from ..metagradients.config import MEMORY_ONLY
+from ..metrics.base import metric_name
 from ..ranks import from_all_ranks
 from ..student import Examples, FinetunedStudent, Student
 from .search import Tuning, tune
@@ -143,10 +144,7 @@ def write_figures(path: str | Path, result: Tuning, settings: dict[str, Any], **
     """Write a result, and what it depends on, such that the file is whole at any time."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.tmp")
-    figures = further | result.figures() | {"complete": bool(result.chosen), "settings": settings}
-    beside.write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    os.replace(beside, path)
+    write_json(path, further | result.figures() | {"complete": bool(result.chosen), "settings": settings})
 
 
 def read_choice(path: str | Path, settings: dict[str, Any]) -> Tuning | None:
@@ -154,12 +152,15 @@ def read_choice(path: str | Path, settings: dict[str, Any]) -> Tuning | None:
     if not Path(path).exists():
         return None
     written = json.loads(Path(path).read_text(encoding="utf-8"))
-    return read_figures(path) if written.get("complete") and written.get("settings") == settings else None
+    return _as_tuning(written) if written.get("complete") and written.get("settings") == settings else None
 
 
 def read_figures(path: str | Path) -> Tuning:
     """The result in a file."""
-    figures = json.loads(Path(path).read_text(encoding="utf-8"))
+    return _as_tuning(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _as_tuning(figures: dict[str, Any]) -> Tuning:
     trials: list[Any] = [
         Trial(**{name: math.nan if value is None else value for name, value in trial.items()})  # type: ignore[arg-type]
         for trial in figures["trials"]
@@ -173,6 +174,5 @@ def dependencies(
 ) -> dict[str, Any]:
     """What a choice depends on. The samples are in it only if `data` has them."""
     inner_loop = {name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY}
-    name = getattr(metric, "__name__", type(metric).__name__)
-    settings = {"student": student.describe(), "metric": name, "inner_loop": inner_loop}
+    settings = {"student": student.describe(), "metric": metric_name(metric), "inner_loop": inner_loop}
     return json.loads(json.dumps(settings if data is None else settings | {"data": data}))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..files import finite
 from ..metagradients import InnerLoopConfig
 from ..metagradients.config import AUTO, SettingsError
 from ..metagradients.fine_tuning import FineTuning
@@ -89,12 +90,7 @@ class Tuning:
 
     def figures(self) -> dict[str, Any]:
         """All figures, as values that JSON can hold. Those that are not finite are `None`."""
-        figures = asdict(self)
-        for trial in figures["trials"]:
-            for name, value in trial.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    trial[name] = None
-        return figures
+        return finite(asdict(self))
 
 
 def tune(
@@ -193,8 +189,8 @@ class _Search:
             best = self._raise_learning_rate(self._first_learning_rate())
         if "eps_root" in self.config.auto and self.config.optimizer == "adamw":
             best = self._lower_eps_root(best)
-        if best is None:
-            best = self._try(float(self._first_learning_rate()), self._eps_root) if not self.result.trials else None
+        if not self.result.trials:
+            best = self._try(self._first_learning_rate(), self._eps_root)
         self._choose(best)
 
     def _first_eps_root(self) -> float:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from ..metagradients.batches import plan_steps
 from ..metagradients.fine_tuning import FineTuning
-from ..metagradients.gradient import micro_batch_gradient
 from ..student import FinetunedStudent
-from .reweighting import ends
+from .reweighting import ends, step_gradient
 
 
 STEP = 0.05
@@ -223,10 +222,7 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
     mean, mean_norm = torch.zeros_like(theta), 0.0
     with fine_tuning.sweeping():
         for group in groups:
-            gradient = torch.zeros_like(theta)
-            for micro_batch in group:
-                part = micro_batch_gradient(student, theta, micro_batch, weights, config)
-                gradient += torch.cat([value.flatten() for value in part.values])
+            gradient = step_gradient(fine_tuning, theta, group, weights)
             mean += gradient / num_groups
             mean_norm += gradient.square().sum().item() / num_groups
     norm_of_mean = mean.square().sum().item()
