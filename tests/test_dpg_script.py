@@ -315,7 +315,9 @@ def test_all_empty_texts_are_refused():
 def test_generated_texts_are_the_models_own_and_repeat_with_the_seed():
     tokenizer = toy.word_tokenizer(toy.LANGUAGE_A)
     model = toy.tiny_llama(tokenizer, hidden_size=32, num_layers=1, seed=0)
+    state = torch.random.get_rng_state()
     texts = [generate_texts(model, tokenizer, ["ba be", "do"], 5, seed=seed, batch_size=1) for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)  # of a training around it, for example
     assert texts[0] == texts[1] != texts[2]
     assert all(set(text.split()) <= set(toy.LANGUAGE_A) for text in texts[0])
     assert model.training

@@ -11,6 +11,7 @@ from peft import LoraConfig
 
 from tests import small_runs
 from tests.small_runs import PROMPTS, TEXTS, dpg_config, make_student, make_trainer
+from tests.test_reward import on_two_ranks
 from tests.test_verify import METRIC, RECIPE, SAMPLES
 from tests.tiny import make_model, make_samples
 from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli, metagradient, ranks
@@ -217,6 +218,32 @@ def test_the_reward_chooses_on_its_first_batch_and_never_again(monkeypatch):
     monkeypatch.setattr(search, "_Search", None)
     reward(PROMPTS, TEXTS[::-1])
     assert reward.inner_loop_config == chosen
+
+
+RANKS_THAT_CHOOSE = """
+    import json, pathlib, sys
+    sys.path.insert(0, {root!r})
+    import tests.conftest
+    from accelerate import PartialState
+    from tests.test_tuning import *
+
+    state = PartialState(cpu=True)
+    mine = slice(4 * state.process_index, 4 * state.process_index + 4)
+    reward = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4), tuning_file={out!r} + "/tune.json")
+    rewards = reward(PROMPTS[mine], TEXTS[mine])
+    results = [reward.inner_loop_config.learning_rate, reward.inner_loop_config.eps_root, rewards]
+    pathlib.Path({out!r}, f"{{state.process_index}}.json").write_text(json.dumps(results))
+"""
+
+
+def test_two_ranks_make_the_choice_of_one(tmp_path):
+    both = on_two_ranks(RANKS_THAT_CHOOSE, tmp_path)
+    alone = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))
+    rewards, chosen = alone(PROMPTS, TEXTS), alone.inner_loop_config
+    for rank, (learning_rate, eps_root, mine) in enumerate(both):
+        assert (learning_rate, eps_root) == (chosen.learning_rate, chosen.eps_root)
+        assert mine == pytest.approx(rewards[4 * rank : 4 * rank + 4], rel=1e-5)
+    assert json.loads((tmp_path / "tune.json").read_text())["complete"]
 
 
 def test_a_resumed_training_does_not_choose_anew_and_all_records_have_numbers(tmp_path, monkeypatch):
@@ -465,3 +492,9 @@ def test_tune_leaves_the_folder_of_a_training_alone(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["tune", *arguments, "--output_dir", str(tmp_path / "run")])
     assert "holds a training run or a model (dpg_config.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings, number", [({}, 64), ({"cross_group_batching": False, "num_generations": 4}, 16)])
+def test_samples_are_as_many_as_a_student_is_fine_tuned_on(settings, number):
+    batch = {"per_device_train_batch_size": 32, "gradient_accumulation_steps": 2}
+    assert TuneArguments(metric="weight_norm", dataset_name="texts.jsonl", **batch, **settings).num_samples == number

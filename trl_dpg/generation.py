@@ -11,7 +11,6 @@ from transformers import (
     BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -35,7 +34,7 @@ def generate_texts(
     """
     Sample a completion of each prompt.
 
-    The model is not switched to eval mode, because bitsandbytes repacks 4-bit layers on a CPU in eval mode.
+    The random state of torch is left as it was. The model is not switched to eval mode, because bitsandbytes repacks 4-bit layers on a CPU in eval mode.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -57,18 +56,20 @@ def generate_texts(
         sampling:
             Arguments of `generate`. By default, texts are sampled from the model's distribution (temperature 1).
     """
-    set_seed(seed)
     plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}
     sampling = {"do_sample": True, **plain} | sampling  # overrides the model's own generation config
     sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": processing_class.pad_token_id}
     sampling |= generation_kwargs or {}
     texts = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        inputs = encode_prompts(processing_class, batch, chat_template_kwargs or {}).to(model.device)
-        with disable_gradient_checkpointing(model):  # with it, layers in train mode get no key-value cache
+    devices = [] if model.device.type == "cpu" else [model.device]
+    # With gradient checkpointing, layers in train mode get no key-value cache.
+    with torch.random.fork_rng(devices, device_type=model.device.type), disable_gradient_checkpointing(model):
+        torch.manual_seed(seed)
+        for first in range(0, len(prompts), batch_size):
+            batch = prompts[first : first + batch_size]
+            inputs = encode_prompts(processing_class, batch, chat_template_kwargs or {}).to(model.device)
             output = model.generate(**inputs, **sampling)
-        texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
+            texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
     return texts
 
 

@@ -25,8 +25,11 @@ class SampleArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
         num_samples (`int`, *optional*):
             Number of samples, from the start of the dataset. By default as many as a recipe's reward step has
             (`generation_batch_size`, or `per_device_train_batch_size` times `gradient_accumulation_steps`), or 256.
+            Without `cross_group_batching`, it is divided by `num_generations`.
         generation_batch_size (`int`, *optional*), per_device_train_batch_size (`int`, *optional*),
-        gradient_accumulation_steps (`int`, *optional*, defaults to `1`):
+        gradient_accumulation_steps (`int`, *optional*, defaults to `1`),
+        cross_group_batching (`bool`, *optional*, defaults to `True`), num_generations (`int`, *optional*, defaults to
+        `8`):
             Settings of a recipe, for `num_samples`.
     """
 
@@ -38,6 +41,8 @@ class SampleArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
         default=None, metadata={"help": "A recipe's setting, for num_samples."}
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "A recipe's setting, for num_samples."})
+    cross_group_batching: bool = field(default=True, metadata={"help": "A recipe's setting, for num_samples."})
+    num_generations: int = field(default=8, metadata={"help": "A recipe's setting, for num_samples."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +52,8 @@ class SampleArguments(MetricArguments, GeneratorArguments, ToyWorldArguments):
                 if self.per_device_train_batch_size
                 else 256
             )
+            if not self.cross_group_batching:
+                self.num_samples //= self.num_generations
         at_least(2, num_samples=self.num_samples)
 
 
