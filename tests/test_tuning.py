@@ -229,7 +229,8 @@ RANKS_THAT_CHOOSE = """
 
     state = PartialState(cpu=True)
     mine = slice(4 * state.process_index, 4 * state.process_index + 4)
-    reward = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4), tuning_file={out!r} + "/tune.json")
+    config, path = replace(AUTO, batch_size=4), {out!r} + "/tune.json"
+    reward = DPGReward(make_student(), small_runs.METRIC, config, tuning_file=path)
     rewards = reward(PROMPTS[mine], TEXTS[mine])
     results = [reward.inner_loop_config.learning_rate, reward.inner_loop_config.eps_root, rewards]
     pathlib.Path({out!r}, f"{{state.process_index}}.json").write_text(json.dumps(results))

@@ -34,7 +34,8 @@ def generate_texts(
     """
     Sample a completion of each prompt.
 
-    The random state of torch is left as it was. The model is not switched to eval mode, because bitsandbytes repacks 4-bit layers on a CPU in eval mode.
+    The random state of torch is left as it was. The model is not switched to eval mode, because bitsandbytes repacks
+    4-bit layers on a CPU in eval mode.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
