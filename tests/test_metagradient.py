@@ -117,9 +117,9 @@ def float64_scores(model, config, weights):
     kept = {}
     original = module_function.__globals__["reverse_sweep"]
 
-    def keep(student, trajectory, gradient, w, token_scores, c):
-        original(student, trajectory, gradient, w, token_scores, c)
-        kept["scores"] = token_scores.sum(dim=1)
+    def keep(student, trajectory, gradient, w, scores, token_scores, c):
+        original(student, trajectory, gradient, w, scores, token_scores, c)
+        kept["scores"] = scores + token_scores.sum(dim=1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module_function.__globals__, "reverse_sweep", keep)

@@ -51,6 +51,38 @@ def linear_cross_entropy(
     return _Loss.apply(labels, loss_weights, bias, len(inputs), through_theta, skip_values, *inputs, *weights)
 
 
+@torch.no_grad()
+def loss_derivative(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    directions: Sequence[Tensor | None],
+    bias_direction: Tensor | None,
+) -> Tensor:
+    """
+    The derivative of each token's loss along a direction of W_j and b, of shape `[N]`: Σ (P - Y) ∘ Ż with
+    Ż = Σ_j X_j Ẇ_jᵀ + ḃ.
+
+    Args:
+        inputs, weights, bias, labels: See [`linear_cross_entropy`].
+        directions (`Sequence[torch.Tensor or None]` of shapes `[V, D_j]`): Ẇ_j; `None` for zero.
+        bias_direction (`torch.Tensor` of shape `[V]`, *optional*): ḃ.
+    """
+    dtype = next(x for x in (*directions, bias_direction) if x is not None).dtype
+    derivative = torch.empty(len(labels), dtype=dtype, device=labels.device)
+    moved = [(x, w.to(x.dtype)) for x, w in zip(inputs, directions, strict=True) if w is not None]
+    for rows in _chunks(len(labels), weights[0]):
+        probabilities = _product([x[rows] for x in inputs], weights, bias, dtype).softmax(1)
+        if moved:
+            z_dot = _product([x[rows] for x, _ in moved], [w for _, w in moved], bias_direction, dtype)
+        else:
+            z_dot = torch.zeros_like(probabilities).add_(bias_direction)
+        chosen = z_dot.gather(1, labels[rows, None]).squeeze(1)
+        derivative[rows] = torch.linalg.vecdot(probabilities, z_dot) - chosen
+    return derivative
+
+
 def _chunks(num_rows: int, weight: Tensor) -> Iterator[slice]:
     size = max(1, chunk_elements(weight.device) // weight.size(0))
     return (slice(first, first + size) for first in range(0, num_rows, size))

@@ -16,12 +16,14 @@ class MicroBatch(NamedTuple):
 
     Attributes:
         batch (`Batch`): The samples' tokens, `[B, L]`.
+        samples (`torch.Tensor` of shape `[B]`): Index i of each sample in the dataset.
         rows (`torch.Tensor` of shape `[n]`): Index i of the sample in the dataset, for each supervised token.
         columns (`torch.Tensor` of shape `[n]`): Position k of each supervised token in its sample.
         coefficients (`torch.Tensor` of shape `[n]`): Normaliser c_{i,k} of each supervised token's loss.
     """
 
     batch: Batch
+    samples: Tensor
     rows: Tensor
     columns: Tensor
     coefficients: Tensor
@@ -59,6 +61,7 @@ def _micro_batch(student, examples, rows, step_samples, step_tokens, config) -> 
         normalizers = torch.ones(len(rows), dtype=student.accumulator_dtype) / step_tokens
     return MicroBatch(
         batch,
+        samples=torch.tensor(rows).to(student.device),
         rows=torch.tensor(rows).repeat_interleave(counts).to(student.device),
         columns=batch.targets % batch.input_ids.size(1),
         coefficients=normalizers.repeat_interleave(counts).to(student.device),

@@ -145,7 +145,7 @@ class InnerLoopConfig:
     def __post_init__(self):
         _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
-        _check_choice("attribution", self.attribution, ("metagradient", "dataset"))
+        _check_choice("attribution", self.attribution, ("metagradient", "first_order", "dataset"))
         _check_choice("hvp", self.hvp, ("double_backward", "finite_difference"))
         if isinstance(self.memory_budget, str):
             _check_choice("memory_budget", self.memory_budget, ("auto",))
@@ -212,7 +212,7 @@ class InnerLoopConfig:
     @property
     def differentiates_twice(self) -> bool:
         """Whether the reverse sweep differentiates the graph of the gradient."""
-        return self.attribution == "metagradient" and self.hvp == "double_backward"
+        return self.attribution != "dataset" and self.hvp == "double_backward"
 
     def learning_rates(self, num_steps: int) -> list[float]:
         """The learning rate of each of `num_steps` steps, computed by the schedules of transformers."""

@@ -48,7 +48,7 @@ class GraphSize(torch.autograd.graph.saved_tensors_hooks):
 
 class GraphBudget:
     """
-    Memory that is left for the graphs of micro-batches.
+    Memory that is left for the graphs of micro-batches, or for the gradients of their samples (`by_sample`).
 
     The size of a graph is known once a graph of the same shape has been built. Before that it is estimated: the size
     of the graph with the most similar number of tokens, scaled by the numbers of tokens. If a graph does not fit, the
@@ -60,29 +60,30 @@ class GraphBudget:
 
     def __init__(self, left: int):
         self.left = left
-        self._sizes: dict[tuple[int, ...], int] = {}  # bytes by shape
+        self._sizes: dict[tuple[tuple[int, ...], bool], int] = {}  # bytes by shape and kind
 
-    def has_room_for(self, micro_batch: MicroBatch) -> bool:
+    def has_room_for(self, micro_batch: MicroBatch, by_sample: bool = False) -> bool:
         """Whether the micro-batch's graph probably fits. Before the first measurement: whether any memory is left."""
-        if not self._sizes:
+        sizes = {shape: size for (shape, kind), size in self._sizes.items() if kind == by_sample}
+        if not sizes:
             return self.left > 0
         shape, num_tokens = _shape(micro_batch), micro_batch.batch.input_ids.numel()
-        if shape in self._sizes:
-            return self._sizes[shape] <= self.left
-        nearest = min(self._sizes, key=lambda other: abs(math.log(other[0] * other[1] / num_tokens)))
-        return self._sizes[nearest] * num_tokens / (nearest[0] * nearest[1]) <= self.left
+        if shape in sizes:
+            return sizes[shape] <= self.left
+        nearest = min(sizes, key=lambda other: abs(math.log(other[0] * other[1] / num_tokens)))
+        return sizes[nearest] * num_tokens / (nearest[0] * nearest[1]) <= self.left
 
     def knows(self, micro_batch: MicroBatch) -> bool:
         """Whether a graph of the same shape was measured."""
-        return _shape(micro_batch) in self._sizes
+        return (_shape(micro_batch), False) in self._sizes
 
-    def learn(self, micro_batch: MicroBatch, size: int) -> None:
+    def learn(self, micro_batch: MicroBatch, size: int, by_sample: bool = False) -> None:
         """Note the size of the micro-batch's graph, in bytes."""
-        self._sizes[_shape(micro_batch)] = size
+        self._sizes[_shape(micro_batch), by_sample] = size
 
-    def take(self, micro_batch: MicroBatch) -> bool:
+    def take(self, micro_batch: MicroBatch, by_sample: bool = False) -> bool:
         """Whether the micro-batch's graph fits. If so, its size is subtracted from the budget."""
-        size = self._sizes[_shape(micro_batch)]
+        size = self._sizes[_shape(micro_batch), by_sample]
         if size > self.left:
             return False
         self.left -= size

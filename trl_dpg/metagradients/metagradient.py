@@ -136,7 +136,7 @@ def differentiate(
     _check_student(student, config)
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
-    attribute = config.attribution == "metagradient"
+    attribute = config.attribution != "dataset"
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
@@ -164,9 +164,10 @@ def differentiate(
         if metric_gradient is not None:
             length = max(len(sample.input_ids) for sample in samples)
             token_scores = torch.zeros(len(samples), length, device=student.device, dtype=student.accumulator_dtype)
+            scores = token_scores.new_zeros(len(samples))
             with fine_tuning.sweeping():
-                reverse_sweep(student, trajectory, metric_gradient, data_weights, token_scores, config)
-            scores = token_scores.sum(dim=1).float().cpu()
+                reverse_sweep(student, trajectory, metric_gradient, data_weights, scores, token_scores, config)
+            scores = (scores + token_scores.sum(dim=1)).float().cpu()
             token_scores = token_scores.float().cpu() if config.per_token else None
     _check_scores(scores, fine_tuning)
     before, forward, after, reverse = (end - begin for begin, end in pairwise([*times, time.perf_counter()]))

@@ -10,6 +10,7 @@ from .batches import MicroBatch
 from .config import InnerLoopConfig
 from .gradient import Gradient, micro_batch_gradient
 from .optimizers import clip, clip_vjp
+from .per_sample import sample_products
 from .trajectory import Trajectory
 
 
@@ -18,6 +19,7 @@ def reverse_sweep(
     trajectory: Trajectory,
     metric_gradient: Tensor,
     weights: Tensor,
+    scores: Tensor,
     token_scores: Tensor,
     config: InnerLoopConfig,
 ) -> None:
@@ -30,14 +32,16 @@ def reverse_sweep(
         3. λ_t = λ' + ∇_θ ⟨u, g_t(θ_t)⟩                          not needed at t = 0
 
     Steps 2 and 3 are one double backward. Since g_t is linear in the token weights, the derivative of ⟨u, g_t⟩ in the
-    token weights gives 2. Its derivative in θ gives 3.
+    token weights gives 2. Its derivative in θ gives 3. Where 3 is not needed, the samples' own gradients give 2, see
+    `per_sample.py`. With `attribution="first_order"`, 3 is left out everywhere: λ_t = λ'.
 
     Args:
         student (`Student`): Runs the model.
         trajectory (`Trajectory`): The forward sweep.
         metric_gradient (`torch.Tensor` of shape `[P]`): ∇Φ(θ_T).
         weights (`torch.Tensor` of shape `[N]`): Data weights w, the same as in the forward sweep.
-        token_scores (`torch.Tensor` of shape `[N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} is added to this.
+        scores (`torch.Tensor` of shape `[N]`): τ_i = ∂Φ/∂w_i of samples that were not scored token by token is added.
+        token_scores (`torch.Tensor` of shape `[N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
         config (`InnerLoopConfig`): The same as in the forward sweep.
     """
     optimizer = config.make_optimizer()
@@ -57,7 +61,17 @@ def reverse_sweep(
             u_parts = list(student.unflatten(u, cast=False).values())
             for micro_batch in step.micro_batches:
                 part = step.retained.pop(0)
-                token_bar, products = _products(student, theta, micro_batch, part, weights, u, u_parts, config, t > 0)
+                if step.by_sample and not isinstance(part, Gradient):
+                    found = part.products(u_parts) if part else None
+                    if found is None:
+                        found = sample_products(student, theta, micro_batch, config, u_parts)
+                    del part
+                    if found is not None:
+                        scores[micro_batch.samples] += found
+                        continue
+                    part = None
+                exact = t > 0 and config.attribution != "first_order"
+                token_bar, products = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
                 del part  # frees its graph
                 if token_bar is not None:
                     token_scores[micro_batch.rows, micro_batch.columns] += token_bar

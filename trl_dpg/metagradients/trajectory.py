@@ -15,6 +15,7 @@ from .config import InnerLoopConfig
 from .gradient import Gradient, micro_batch_gradient
 from .memory import GraphBudget, GraphSize, free_memory, map_state, pinned
 from .optimizers import Optimizer, clip
+from .per_sample import SampleGradients, sample_gradients
 
 
 class Step(NamedTuple):
@@ -27,7 +28,9 @@ class Step(NamedTuple):
         state (`NamedTuple`): The optimizer's state s_t.
         gradient (`torch.Tensor` of shape `[P]`): g_t, before clipping.
         lr (`float`): The learning rate.
-        retained (`list[Gradient | None]`): Each micro-batch's gradient with its graph; `None` if it was not kept.
+        by_sample (`bool`): Whether its scores come from the backward pass of the samples, without a Hessian.
+        retained (`list[Gradient | SampleGradients | None]`): Each micro-batch's gradient with its graph or, with
+            `by_sample`, the gradients of its samples; `None` if they were not kept.
     """
 
     micro_batches: list[MicroBatch]
@@ -35,7 +38,8 @@ class Step(NamedTuple):
     state: Any
     gradient: Tensor
     lr: float
-    retained: list[Gradient | None]
+    by_sample: bool
+    retained: list[Gradient | SampleGradients | None]
 
 
 class Stretch(NamedTuple):
@@ -66,6 +70,7 @@ class InnerLoop:
         student (`Student`): The student before fine-tuning. Its stored weights are only read.
         steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
         weights (`torch.Tensor` of shape `[N]`): Data weights w.
+        plain (`bool`): Whether all of them are 1.
         config (`InnerLoopConfig`): Optimizer and schedule.
         optimizer (`Optimizer`): The optimizer, whose step is U.
         rates (`list[float]`): Learning rates of the T steps.
@@ -74,6 +79,7 @@ class InnerLoop:
     student: Student
     steps: Sequence[list[MicroBatch]]
     weights: Tensor
+    plain: bool
     config: InnerLoopConfig
     optimizer: Optimizer
     rates: list[float]
@@ -92,7 +98,7 @@ class InnerLoop:
         for t in range(first, end):
             gradient, loss, retained = self._gradient(t, theta, budget)
             if budget is not None:
-                step = Step(self.steps[t], theta, state, gradient, self.rates[t], retained)
+                step = Step(self.steps[t], theta, state, gradient, self.rates[t], self.by_sample(t), retained)
                 kept.append(step._replace(theta=self.put(theta), state=self.put(state), gradient=self.put(gradient)))
             losses.append(loss)
             clip_norm = self.config.max_grad_norm
@@ -100,22 +106,17 @@ class InnerLoop:
             theta, state = self.optimizer.update(clipped, state, theta, self.rates[t])
         return Stretch(first, kept, theta, state, losses)
 
+    def by_sample(self, t: int) -> bool:
+        """Whether a step's scores come from the backward pass of its samples: it needs no Hessian-vector product."""
+        return not self.config.per_token and (t == 0 or self.config.attribution == "first_order")
+
     def _gradient(
         self, t: int, theta: Tensor, budget: GraphBudget | None
-    ) -> tuple[Tensor, Tensor, list[Gradient | None]]:
-        """g_t, the training loss, and the graphs of the micro-batches (`None` for those that are not kept)."""
+    ) -> tuple[Tensor, Tensor, list[Gradient | SampleGradients | None]]:
+        """g_t, the training loss, and what is kept of each micro-batch."""
         gradient, loss, retained = None, theta.new_zeros(()), []
         for micro_batch in self.steps[t]:
-            arguments = (self.student, theta, micro_batch, self.weights, self.config)
-            keep = False
-            if budget is not None and budget.has_room_for(micro_batch):
-                with nullcontext() if budget.knows(micro_batch) else GraphSize() as size:
-                    part = micro_batch_gradient(*arguments, differentiable=True, through_theta=t > 0)
-                if size is not None:
-                    budget.learn(micro_batch, size.bytes(theta, *self.student.model.parameters()))
-                keep = budget.take(micro_batch)
-            else:
-                part = micro_batch_gradient(*arguments)
+            part, keep = self._part(t, theta, micro_batch, budget)
             if gradient is None:
                 gradient = torch.cat([value.flatten() for value in part.values])
             else:
@@ -127,6 +128,30 @@ class InnerLoop:
         if gradient is None:  # a batch of empty samples
             gradient = torch.zeros_like(theta)
         return gradient, loss, retained
+
+    def _part(
+        self, t: int, theta: Tensor, micro_batch: MicroBatch, budget: GraphBudget | None
+    ) -> tuple[Gradient | SampleGradients, bool]:
+        """A micro-batch's contribution to g_t, and whether there is room to keep what the reverse sweep needs of it."""
+        held = (theta, *self.student.model.parameters())
+        by_sample = self.by_sample(t) and self.student.tells_samples_apart is not False
+        if budget is None or not budget.has_room_for(micro_batch, by_sample):
+            return micro_batch_gradient(self.student, theta, micro_batch, self.weights, self.config), False
+        if by_sample:
+            weights = None if self.plain else self.weights
+            part = sample_gradients(self.student, theta, micro_batch, weights, self.config)
+            if part is not None:
+                budget.learn(micro_batch, part.bytes(*held), by_sample)
+                return part, budget.take(micro_batch, by_sample)
+        arguments = (self.student, theta, micro_batch, self.weights, self.config)
+        if not self.config.differentiates_twice:
+            return micro_batch_gradient(*arguments), False
+        through_theta = t > 0 and self.config.attribution != "first_order"
+        with nullcontext() if budget.knows(micro_batch) else GraphSize() as size:
+            graph = micro_batch_gradient(*arguments, differentiable=True, through_theta=through_theta)
+        if size is not None:
+            budget.learn(micro_batch, size.bytes(*held))
+        return graph, budget.take(micro_batch)
 
     def put(self, state: Any) -> Any:
         """A state in the memory where states are kept."""
@@ -202,7 +227,8 @@ def forward_sweep(
         keep_states (`bool`, *optional*, defaults to `True`):
             Keep what the reverse sweep needs. If `False`, memory does not grow with T.
     """
-    loop = InnerLoop(student, steps, weights, config, config.make_optimizer(), config.learning_rates(len(steps)))
+    plain, rates = bool((weights == 1).all()), config.learning_rates(len(steps))
+    loop = InnerLoop(student, steps, weights, plain, config, config.make_optimizer(), rates)
     initial_theta = theta = student.initial_theta()
     state = loop.optimizer.init(theta)
     length, budget = _plan_memory(loop, theta) if keep_states else (len(steps), 0)
@@ -231,8 +257,6 @@ def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
         interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
     # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
     length = num_steps if interval == 1 else interval
-    if not config.differentiates_twice:
-        return length, 0
     if isinstance(config.memory_budget, int):
         return length, config.memory_budget
     held = 0 if config.offload_trajectory else step_bytes * (length + num_steps // length)

@@ -129,6 +129,7 @@ class Student:
         self._scope = _Scope(model)
         self._quantization_verified = False
         self._head_comes_last: bool | None = None  # not yet known
+        self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
 
     def _resolve_pad_token_id(self) -> int:
         if self.processing_class is None:
@@ -199,6 +200,7 @@ class Student:
         loss_weights: Tensor,
         through_theta: bool = True,
         skip_values: bool = False,
+        head_loss: Callable[..., tuple[Tensor, Tensor]] = linear_cross_entropy,
     ) -> tuple[Tensor, Tensor]:
         """
         Weighted cross-entropy of a batch's supervised tokens, in nats.
@@ -213,6 +215,7 @@ class Student:
             loss_weights (`torch.Tensor` of shape `[n]`): Weight of each token's loss, in `accumulator_dtype`.
             through_theta (`bool`): See `linear_cross_entropy`.
             skip_values (`bool`): See `linear_cross_entropy`.
+            head_loss (`Callable`): Takes the place of `linear_cross_entropy`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The weighted sum of the losses, and the losses `[n]`, detached.
@@ -228,7 +231,7 @@ class Student:
             self._head_comes_last = False
         if self._head_comes_last:
             inputs, weights, bias = linear_factors(head, hidden.flatten(0, 1)[batch.targets - 1])
-            return linear_cross_entropy(inputs, weights, bias, batch.labels, loss_weights, through_theta, skip_values)
+            return head_loss(inputs, weights, bias, batch.labels, loss_weights, through_theta, skip_values)
         logits = model(**arguments).logits.flatten(0, 1)[batch.targets - 1]
         losses = F.cross_entropy(logits.to(loss_weights.dtype), batch.labels, reduction="none")
         return torch.dot(loss_weights, losses), losses.detach()

@@ -1,0 +1,352 @@
+"""
+The gradient of each sample, out of the backward pass that computes the gradient of all samples together.
+
+Samples of a batch do not meet before their losses are added. So a layer y = W x of a sample with tokens l has the
+gradient Σ_l δ_l x_lᵀ in W, with δ the cotangents of its outputs, and the batch's gradient is the sum over the samples.
+Either the samples' gradients are kept, `[B, out, in]`, or the factors x and δ, whichever is smaller. Products with a
+direction U follow without another pass: ⟨U, Σ_l δ_l x_lᵀ⟩ = Σ_l δ_l · (U x_l).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+from .activations import RMSNorm
+from .cross_entropy import linear_cross_entropy, loss_derivative
+
+
+class Dense(NamedTuple):
+    """The gradients of B samples in a parameter: `[B, *shape]`."""
+
+    place: int
+    gradients: Tensor
+
+    def along(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`."""
+        direction = u[self.place].flatten()
+        return self.gradients.flatten(1).to(direction.dtype) @ direction
+
+
+class Factors(NamedTuple):
+    """The inputs `[*, in]` and the outputs' cotangents `[*, out]` of a linear layer."""
+
+    place: int
+    inputs: Tensor
+    cotangents: Tensor
+    transposed: bool  # whether the weight is stored as [in, out]
+
+    def along(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, δ xᵀ⟩ for each token, of shape `[*]`."""
+        direction = u[self.place].to(self.inputs.dtype)
+        return torch.linalg.vecdot(self.inputs @ (direction if self.transposed else direction.mT), self.cotangents)
+
+
+class Lookup(NamedTuple):
+    """The rows `[B, L]` that an embedding took, and their cotangents `[B, L, D]`."""
+
+    place: int
+    ids: Tensor
+    cotangents: Tensor
+
+    def along(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, ∇⟩ for each token, of shape `[B, L]`."""
+        return torch.linalg.vecdot(u[self.place][self.ids].to(self.cotangents.dtype), self.cotangents)
+
+
+class Head(NamedTuple):
+    """The factors of a linear head, whose logits are Σ_j X_j W_jᵀ + b, and the loss on them."""
+
+    places: list[int | None]  # of W_j and b
+    inputs: list[Tensor]
+    matrices: list[Tensor]
+    bias: Tensor | None
+    labels: Tensor
+    loss_weights: Tensor
+
+    def along(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, ∇⟩ for each supervised token, of shape `[n]`."""
+        *directions, bias = (None if place is None else u[place] for place in self.places)
+        derivative = loss_derivative(self.inputs, self.matrices, self.bias, self.labels, directions, bias)
+        return self.loss_weights * derivative
+
+
+class Recorder:
+    """
+    Collects what a backward pass says about each sample.
+
+    Args:
+        parameters (`Sequence[torch.Tensor]`):
+            The trained parameters, as the model uses them.
+        num_samples (`int`):
+            B. The first dimension of the model's activations is that of the samples.
+        owners (`torch.Tensor` of shape `[n]`):
+            The sample of each supervised token. The head may only see these tokens.
+        weights (`torch.Tensor` of shape `[B]`, *optional*):
+            Data weights of the samples. The gradient of all samples together is weighted by them, that of each sample
+            is not. Ones if `None`.
+        along (`Sequence[torch.Tensor]`, *optional*):
+            One direction for each parameter. Then nothing is kept, and no gradient of all samples is computed: only the
+            products with the directions are, in the backward pass itself.
+
+    Attributes:
+        covers (`bool`): Whether all uses of the parameters are of a known kind. If not, the result is incomplete.
+        parts (`list`): What was kept.
+        scores (`torch.Tensor` of shape `[B]`): The products with `along`.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        num_samples: int,
+        owners: Tensor,
+        weights: Tensor | None = None,
+        along: Sequence[Tensor] | None = None,
+    ):
+        self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self.num_samples, self.owners, self.weights, self.directions = num_samples, owners, weights, along
+        self.covers = True
+        self.parts: list = []
+        self.scores = torch.zeros(num_samples, device=owners.device, dtype=parameters[0].dtype)
+        if along is not None:
+            self.scores = self.scores.to(along[0].dtype)
+
+    def place(self, parameter: Tensor | None) -> int | None:
+        """The place of a trained parameter. `None` for any other tensor."""
+        return None if parameter is None else self.places.get(id(parameter))
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether the sample of each row of an activation is known."""
+        return x.dim() > 2 and x.size(0) == self.num_samples or x.dim() == 2 and x.size(0) == len(self.owners)
+
+    def add(self, part) -> None:
+        """Keep a part, or its product with its direction."""
+        if self.directions is None:
+            self.parts.append(part)
+        else:
+            self.scores += self.by_sample(part.along(self.directions))
+
+    def products(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`, with one tensor of `u` for each parameter."""
+        total = torch.zeros_like(self.scores, dtype=u[0].dtype)
+        for part in self.parts:
+            total += self.by_sample(part.along(u))
+        return total
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that are kept."""
+        for part in self.parts:
+            for value in part:
+                yield from (x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor))
+
+    def by_sample(self, values: Tensor) -> Tensor:
+        """The sum over each sample's tokens, of shape `[B]`, in the type of the scores."""
+        return self.sums(values.unsqueeze(-1)).squeeze(-1).to(self.scores.dtype)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum over each sample's tokens: `[B, D]` of `[B, *, D]` or `[n, D]`."""
+        if values.dim() == 2 and values.size(0) == len(self.owners) != self.num_samples:
+            total = values.new_zeros(self.num_samples, values.size(-1))
+            return total.index_add_(0, self.owners, values)
+        return values.reshape(self.num_samples, -1, values.size(-1)).sum(1)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Cotangents `[B, *]` or `[n, D]`, times the data weights of their samples."""
+        if self.weights is None:
+            return values
+        weights = self.weights if values.size(0) == self.num_samples else self.weights[self.owners]
+        return values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+
+    def linear(self, place: int, x: Tensor, y_bar: Tensor, transposed: bool) -> Tensor | None:
+        """Record a linear layer. Returns the gradient of all samples in its weight, if it is wanted."""
+        left, right = (x, y_bar) if transposed else (y_bar, x)
+        tokens = x.shape[1:-1].numel()
+        size = left.size(-1) * right.size(-1)
+        if self.directions is None and x.dim() > 2 and size <= tokens * (left.size(-1) + right.size(-1)):
+            gradients = left.flatten(1, -2).mT @ right.flatten(1, -2)
+            self.add(Dense(place, gradients))
+            return self.total(gradients)
+        self.add(Factors(place, x, y_bar, transposed))
+        if self.directions is not None:
+            return None
+        y_bar = self.weighted(y_bar)
+        left, right = (x, y_bar) if transposed else (y_bar, x)
+        return left.flatten(0, -2).mT @ right.flatten(0, -2)
+
+    def vector(self, place: int, values: Tensor) -> Tensor | None:
+        """Record a bias or a scale, whose gradient is the sum of `values` over the tokens."""
+        gradients = self.sums(values)
+        self.add(Dense(place, gradients))
+        return None if self.directions is not None else self.total(gradients)
+
+    def head_loss(self, inputs, matrices, bias, labels, loss_weights, *_) -> tuple[Tensor, Tensor]:
+        """
+        Record a linear head. See [`~trl_dpg.kernels.cross_entropy.linear_cross_entropy`] for arguments and results.
+
+        Only the loss that belongs to the gradient of the hidden states is returned. If there are data weights, its
+        value is not weighted.
+        """
+        places = [self.place(matrix) for matrix in (*matrices, bias)]
+        if all(place is None for place in places):
+            return linear_cross_entropy(inputs, matrices, bias, labels, loss_weights, False)
+        fixed = [matrix.detach() for matrix in matrices], None if bias is None else bias.detach()
+        seen = [x.detach() for x in inputs]
+        self.add(Head(places, seen, *fixed, labels, loss_weights))
+        if self.directions is None and self.weights is None:
+            return linear_cross_entropy(inputs, matrices, bias, labels, loss_weights, False)
+        loss, losses = linear_cross_entropy(inputs, *fixed, labels, loss_weights, False)
+        if self.weights is not None and self.directions is None:
+            weighted = self.weights[self.owners] * loss_weights
+            loss = loss + linear_cross_entropy(seen, matrices, bias, labels, weighted, False)[0]
+        return loss, losses
+
+    def total(self, gradients: Tensor) -> Tensor:
+        """The gradient of all samples, of those of each sample."""
+        if self.weights is None:
+            return gradients.sum(0)
+        return torch.tensordot(self.weights.to(gradients.dtype), gradients, dims=1)
+
+
+class BySample(TorchFunctionMode):
+    """
+    Runs the operations that use a trained parameter such that their backward pass tells a [`Recorder`] of each sample.
+
+    Linear layers, embeddings, RMSNorm and LayerNorm are known. If a parameter is used in any other way, `covers` of the
+    recorder becomes `False`.
+    """
+
+    def __init__(self, recorder: Recorder):
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        used = [x for group in (*args, *kwargs.values()) for x in _tensors(group) if id(x) in self.recorder.places]
+        if used:
+            known = self._known(function, *args, **kwargs)
+            if known is not None:
+                return known
+        elif function is F.rms_norm and kwargs["weight"] is not None and kwargs["eps"] is not None:
+            return RMSNorm.apply(args[0], kwargs["weight"], kwargs["eps"], False)
+        result = function(*args, **kwargs)
+        if used and any(x.requires_grad for x in _tensors(result)):
+            self.recorder.covers = False
+        return result
+
+    def _known(self, function, *args, **kwargs) -> Tensor | None:
+        """The result of an operation of a known kind."""
+        recorder = self.recorder
+        if function is F.linear:
+            return self._linear(*args, **kwargs)
+        if function is torch.addmm and not kwargs:  # the linear layer of GPT-2, whose input has no dimension of samples
+            bias, x, weight = args
+            if x.size(0) % recorder.num_samples:
+                return None
+            return self._linear(x.view(recorder.num_samples, -1, x.size(-1)), weight, bias, True).flatten(0, 1)
+        if function is F.embedding:
+            return self._embedding(*args, **kwargs)
+        if function is F.rms_norm:
+            normalized = function(*args, **kwargs | {"weight": None})
+            return self._affine(normalized, kwargs["weight"], None)
+        if function is F.layer_norm:
+            return self._layer_norm(*args, **kwargs)
+        return None
+
+    def _linear(self, x, weight, bias=None, transposed=False):
+        places = self.recorder.place(weight), self.recorder.place(bias)
+        return _Linear.apply(x, weight, bias, transposed, self.recorder, *places) if self.recorder.knows(x) else None
+
+    def _embedding(self, ids, weight, padding_idx=None, max_norm=None, *further, **kwargs):
+        if ids.dim() == 2 and ids.size(0) == 1:  # positions, which all samples share
+            ids = ids.expand(self.recorder.num_samples, -1)
+        if max_norm is not None or ids.dim() != 2 or ids.size(0) != self.recorder.num_samples:
+            return None
+        return _Embedding.apply(ids, weight, padding_idx, self.recorder, self.recorder.place(weight))
+
+    def _layer_norm(self, x, shape, weight=None, bias=None, eps=1e-5):
+        return self._affine(F.layer_norm(x, shape, eps=eps), weight, bias) if len(shape) == 1 else None
+
+    def _affine(self, x, weight, bias):
+        if not self.recorder.knows(x) or weight is None or weight.dim() != 1:
+            return None
+        return _Affine.apply(x, weight, bias, self.recorder, self.recorder.place(weight), self.recorder.place(bias))
+
+
+def _tensors(value) -> list[Tensor]:
+    """A tensor, or those in a list."""
+    return [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+
+
+class _Linear(Function):
+    """Y = X Wᵀ + b"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, recorder, weight_place, bias_place):
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.recorder, ctx.places = transposed, recorder, (weight_place, bias_place)
+        return F.linear(x, weight.mT if transposed else weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar):
+        x, weight = ctx.saved_tensors
+        weight_place, bias_place = ctx.places
+        weight_bar = bias_bar = None
+        if weight_place is not None:
+            weight_bar = ctx.recorder.linear(weight_place, x, y_bar, ctx.transposed)
+        if bias_place is not None:
+            bias_bar = ctx.recorder.vector(bias_place, y_bar)
+        x_bar = y_bar @ (weight.mT if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
+        return x_bar, weight_bar, bias_bar, None, None, None, None
+
+
+class _Embedding(Function):
+    """The rows of a table. The gradient of the row `padding_idx` is zero, as in `torch.nn.functional.embedding`."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, padding_idx, recorder, place):
+        ctx.save_for_backward(ids)
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx % weight.size(0)
+        ctx.num_rows, ctx.recorder, ctx.place = weight.size(0), recorder, place
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar):
+        (ids,) = ctx.saved_tensors
+        if ctx.padding_idx >= 0:
+            y_bar = y_bar.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0.0)
+        ctx.recorder.add(Lookup(ctx.place, ids, y_bar))
+        if ctx.recorder.directions is not None:
+            return None, None, None, None, None
+        y_bar = ctx.recorder.weighted(y_bar).flatten(0, 1)
+        total = y_bar.new_zeros(ctx.num_rows, y_bar.size(-1)).index_add_(0, ids.flatten(), y_bar)
+        return None, total, None, None, None
+
+
+class _Affine(Function):
+    """Y = w ∘ X + b over the last dimension"""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, recorder, weight_place, bias_place):
+        ctx.save_for_backward(x, weight)
+        ctx.recorder, ctx.places = recorder, (weight_place, bias_place)
+        return x * weight if bias is None else torch.addcmul(bias, x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, y_bar):
+        x, weight = ctx.saved_tensors
+        weight_place, bias_place = ctx.places
+        weight_bar = bias_bar = None
+        if weight_place is not None:
+            weight_bar = ctx.recorder.vector(weight_place, y_bar * x)
+        if bias_place is not None:
+            bias_bar = ctx.recorder.vector(bias_place, y_bar)
+        return y_bar * weight, weight_bar, bias_bar, None, None, None

@@ -1,0 +1,148 @@
+"""
+Gradients of the samples out of the fine-tuning's own backward pass.
+
+Where no Hessian is needed, the scores c_i ⟨u, ∇ℓ_i(θ_t)⟩ then cost no pass of their own: in the first step, which is
+the last of the reverse sweep, and in every step of `attribution="first_order"`.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.by_sample import BySample, Recorder
+from ..student import Student
+from ..student.block_checkpointing import block_checkpointing
+from .batches import MicroBatch
+from .config import InnerLoopConfig
+
+
+class SampleGradients(NamedTuple):
+    """
+    A micro-batch's contribution to a step's gradient g_t, and what its B samples contribute to it.
+
+    Attributes:
+        loss (`torch.Tensor`): Σ w_i c_{i,k} ℓ_{i,k}(θ_t), detached.
+        values (`list[torch.Tensor]`): Gradient of the loss in each parameter.
+        recorder (`Recorder`): The gradients of the samples, each for w_i = 1.
+    """
+
+    loss: Tensor
+    values: list[Tensor]
+    recorder: Recorder
+
+    def products(self, u: Sequence[Tensor]) -> Tensor:
+        """⟨u, ∇_θ Σ_k c_{i,k} ℓ_{i,k}⟩ for each sample, of shape `[B]`; `u` has one tensor for each parameter."""
+        return self.recorder.products(u)
+
+    def bytes(self, *others: Tensor) -> int:
+        """Memory of the samples' gradients, without the storages of `others`, which are in memory anyway."""
+        held = {other.untyped_storage().data_ptr() for other in others}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.recorder.tensors}
+        return sum(size for pointer, size in storages.items() if pointer not in held)
+
+
+def sample_gradients(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor | None, config: InnerLoopConfig
+) -> SampleGradients | None:
+    """
+    Compute the gradient of a micro-batch's weighted loss at `theta`, and keep those of its samples.
+
+    Args:
+        student (`Student`): Runs the model.
+        theta (`torch.Tensor` of shape `[P]`): Trainable parameters.
+        micro_batch (`MicroBatch`): The samples.
+        weights (`torch.Tensor` of shape `[N]`, *optional*): Data weights w of the whole dataset; ones if `None`.
+        config (`InnerLoopConfig`): The inner loop.
+
+    Returns:
+        `SampleGradients` or `None`: `None` if a parameter is used in a way in which samples cannot be told apart. This
+        is then noted in `student.tells_samples_apart`.
+    """
+    if student.tells_samples_apart is False:
+        return None
+    found = _backward(student, theta, micro_batch, config, None if weights is None else weights[micro_batch.samples])
+    if found is not None and student.tells_samples_apart is None:
+        student.tells_samples_apart = _is_right(student, theta, micro_batch, config, found)
+    return found if student.tells_samples_apart else None
+
+
+def sample_products(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig, u: Sequence[Tensor]
+) -> Tensor | None:
+    """
+    ⟨u, ∇_θ Σ_k c_{i,k} ℓ_{i,k}(θ)⟩ for each sample, of shape `[B]`, by a forward and a backward pass.
+
+    No gradient in a parameter is computed, and none is kept. See [`sample_gradients`] for the arguments and for `None`.
+    """
+    if student.tells_samples_apart is None:  # the first time
+        sample_gradients(student, theta, micro_batch, None, config)
+    if student.tells_samples_apart is False:
+        return None
+    found = _backward(student, theta, micro_batch, config, along=u)
+    return None if found is None else found.recorder.scores
+
+
+def _backward(
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    config: InnerLoopConfig,
+    weights: Tensor | None = None,
+    along: Sequence[Tensor] | None = None,
+) -> SampleGradients | None:
+    batch, coefficients = micro_batch.batch, micro_batch.coefficients
+    leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
+    parameters = student.cast(leaves)
+    owners = batch.targets // batch.input_ids.size(1)
+    recorder = Recorder(list(parameters.values()), len(batch.input_ids), owners, weights, along)
+
+    def run(model):
+        loss, losses = student.loss(model, batch, coefficients, head_loss=recorder.head_loss)
+        if not recorder.covers:
+            student.tells_samples_apart = False
+            return None
+        return losses, torch.autograd.grad(loss, leaves, materialize_grads=True) if along is None else _run(loss, leaves)
+
+    with block_checkpointing(student.model, config.gradient_checkpointing, lambda: BySample(recorder)):
+        with BySample(recorder):
+            found = student.run(parameters, run)
+    if found is None:
+        return None
+    losses, values = found
+    weighted = coefficients if weights is None else coefficients * weights[owners]
+    return SampleGradients(torch.dot(weighted, losses), [value.detach() for value in values], recorder)
+
+
+def _run(loss: Tensor, leaves: Sequence[Tensor]) -> tuple:
+    """Run the backward pass for what it records."""
+    if loss.requires_grad:
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+    return ()
+
+
+def _is_right(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig, found: SampleGradients
+) -> bool:
+    """
+    Whether the last sample's gradient is that of the batch without the other samples.
+
+    A model may change the order of the rows of its activations, so that they belong to other samples. Then the result
+    is wrong by much more than rounding errors.
+    """
+    batch = micro_batch.batch
+    last = batch.targets // batch.input_ids.size(1) == len(batch.input_ids) - 1
+    leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
+    coefficients = micro_batch.coefficients * last
+
+    def gradient(model):
+        return torch.autograd.grad(student.loss(model, batch, coefficients)[0], leaves, materialize_grads=True)
+
+    with block_checkpointing(student.model, config.gradient_checkpointing, nullcontext):
+        alone = student.run(student.cast(leaves), gradient)
+    norms = [value.square().sum() for value in alone]
+    along = [value / norm if norm > 0 else value for value, norm in zip(alone, norms, strict=True)]
+    expected = sum((norm > 0).to(norm.dtype) for norm in norms)  # each parameter counts as much
+    return torch.isclose(found.products(along)[-1], expected, rtol=0.02, atol=0.0).item()
