@@ -93,6 +93,8 @@ class Recorder:
         along (`Sequence[torch.Tensor]`, *optional*):
             One direction for each parameter. Then nothing is kept, and no gradient of all samples is computed: only the
             products with the directions are, in the backward pass itself.
+        keep (`bool`, *optional*, defaults to `True`):
+            Keep the samples' gradients. The gradient of all samples is bit for bit the same without.
 
     Attributes:
         covers (`bool`): Whether all uses of the parameters are of a known kind. If not, the result is incomplete.
@@ -107,9 +109,12 @@ class Recorder:
         owners: Tensor,
         weights: Tensor | None = None,
         along: Sequence[Tensor] | None = None,
+        keep: bool = True,
     ):
         self.places = {id(parameter): place for place, parameter in enumerate(parameters)}
+        self.shapes = [parameter.shape for parameter in parameters]
         self.num_samples, self.owners, self.weights, self.directions = num_samples, owners, weights, along
+        self.keep = keep and along is None
         self.covers = True
         self.parts: list = []
         self.scores = torch.zeros(num_samples, device=owners.device, dtype=parameters[0].dtype)
@@ -126,17 +131,39 @@ class Recorder:
 
     def add(self, part) -> None:
         """Keep a part, or its product with its direction."""
-        if self.directions is None:
+        if self.keep:
             self.parts.append(part)
-        else:
+        elif self.directions is not None:
             self.scores += self.by_sample(part.along(self.directions))
 
+    @torch.no_grad()
     def products(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`, with one tensor of `u` for each parameter."""
         total = torch.zeros_like(self.scores, dtype=u[0].dtype)
         for part in self.parts:
             total += self.by_sample(part.along(u))
         return total
+
+    @torch.no_grad()
+    def combinations(self, weights: Tensor) -> list[Tensor] | None:
+        """
+        Σ_i a_i ∇ℓ_i for each row a of `weights` `[K, B]`: one tensor `[K, *shape]` for each parameter.
+
+        `None` if an embedding or a head is trained, whose samples' gradients are not of a size to be combined.
+        """
+        found = [weights.new_zeros(len(weights), *shape) for shape in self.shapes]
+        for part in self.parts:
+            if isinstance(part, Dense):
+                flat = part.gradients.flatten(1).to(weights.dtype)
+                found[part.place].flatten(1).addmm_(weights, flat)
+            elif isinstance(part, Factors):
+                for total, row in zip(found[part.place], weights, strict=True):
+                    inputs, cotangents = part.inputs.flatten(0, -2), self.weighted(part.cotangents, row).flatten(0, -2)
+                    left, right = (inputs, cotangents) if part.transposed else (cotangents, inputs)
+                    total.addmm_(left.mT.to(total.dtype), right.to(total.dtype))
+            else:
+                return None
+        return found
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -156,34 +183,33 @@ class Recorder:
             return total.index_add_(0, self.owners, values)
         return values.reshape(self.num_samples, -1, values.size(-1)).sum(1)
 
-    def weighted(self, values: Tensor) -> Tensor:
-        """Cotangents `[B, *]` or `[n, D]`, times the data weights of their samples."""
-        if self.weights is None:
+    def weighted(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """Cotangents `[B, *]` or `[n, D]`, times weights `[B]` of their samples."""
+        if weights is None:
             return values
-        weights = self.weights if values.size(0) == self.num_samples else self.weights[self.owners]
+        weights = weights if values.size(0) == self.num_samples else weights[self.owners]
         return values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
 
     def linear(self, place: int, x: Tensor, y_bar: Tensor, transposed: bool) -> Tensor | None:
         """Record a linear layer. Returns the gradient of all samples in its weight, if it is wanted."""
+        x = x.detach()  # without its graph
         left, right = (x, y_bar) if transposed else (y_bar, x)
-        tokens = x.shape[1:-1].numel()
-        size = left.size(-1) * right.size(-1)
-        if self.directions is None and x.dim() > 2 and size <= tokens * (left.size(-1) + right.size(-1)):
-            gradients = left.flatten(1, -2).mT @ right.flatten(1, -2)
-            self.add(Dense(place, gradients))
-            return self.total(gradients)
-        self.add(Factors(place, x, y_bar, transposed))
+        width, tokens = left.size(-1) + right.size(-1), x.shape[1:-1].numel()
+        if self.keep and x.dim() > 2 and left.size(-1) * right.size(-1) <= tokens * width:
+            self.add(Dense(place, left.flatten(1, -2).mT @ right.flatten(1, -2)))
+        else:
+            self.add(Factors(place, x, y_bar, transposed))
         if self.directions is not None:
             return None
-        y_bar = self.weighted(y_bar)
+        y_bar = self.weighted(y_bar, self.weights)
         left, right = (x, y_bar) if transposed else (y_bar, x)
         return left.flatten(0, -2).mT @ right.flatten(0, -2)
 
     def vector(self, place: int, values: Tensor) -> Tensor | None:
         """Record a bias or a scale, whose gradient is the sum of `values` over the tokens."""
-        gradients = self.sums(values)
-        self.add(Dense(place, gradients))
-        return None if self.directions is not None else self.total(gradients)
+        if self.keep or self.directions is not None:
+            self.add(Dense(place, self.sums(values)))
+        return None if self.directions is not None else self.weighted(values, self.weights).flatten(0, -2).sum(0)
 
     def head_loss(self, inputs, matrices, bias, labels, loss_weights, *_) -> tuple[Tensor, Tensor]:
         """
@@ -197,7 +223,8 @@ class Recorder:
             return linear_cross_entropy(inputs, matrices, bias, labels, loss_weights, False)
         fixed = [matrix.detach() for matrix in matrices], None if bias is None else bias.detach()
         seen = [x.detach() for x in inputs]
-        self.add(Head(places, seen, *fixed, labels, loss_weights))
+        if self.keep or self.directions is not None:
+            self.add(Head(places, seen, *fixed, labels, loss_weights))
         if self.directions is None and self.weights is None:
             return linear_cross_entropy(inputs, matrices, bias, labels, loss_weights, False)
         loss, losses = linear_cross_entropy(inputs, *fixed, labels, loss_weights, False)
@@ -205,12 +232,6 @@ class Recorder:
             weighted = self.weights[self.owners] * loss_weights
             loss = loss + linear_cross_entropy(seen, matrices, bias, labels, weighted, False)[0]
         return loss, losses
-
-    def total(self, gradients: Tensor) -> Tensor:
-        """The gradient of all samples, of those of each sample."""
-        if self.weights is None:
-            return gradients.sum(0)
-        return torch.tensordot(self.weights.to(gradients.dtype), gradients, dims=1)
 
 
 class BySample(TorchFunctionMode):
@@ -325,7 +346,7 @@ class _Embedding(Function):
         ctx.recorder.add(Lookup(ctx.place, ids, y_bar))
         if ctx.recorder.directions is not None:
             return None, None, None, None, None
-        y_bar = ctx.recorder.weighted(y_bar).flatten(0, 1)
+        y_bar = ctx.recorder.weighted(y_bar, ctx.recorder.weights).flatten(0, 1)
         total = y_bar.new_zeros(ctx.num_rows, y_bar.size(-1)).index_add_(0, ids.flatten(), y_bar)
         return None, total, None, None, None
 

@@ -73,9 +73,9 @@ class GraphBudget:
         nearest = min(sizes, key=lambda other: abs(math.log(other[0] * other[1] / num_tokens)))
         return sizes[nearest] * num_tokens / (nearest[0] * nearest[1]) <= self.left
 
-    def knows(self, micro_batch: MicroBatch) -> bool:
+    def knows(self, micro_batch: MicroBatch, by_sample: bool = False) -> bool:
         """Whether a graph of the same shape was measured."""
-        return (_shape(micro_batch), False) in self._sizes
+        return (_shape(micro_batch), by_sample) in self._sizes
 
     def learn(self, micro_batch: MicroBatch, size: int, by_sample: bool = False) -> None:
         """Note the size of the micro-batch's graph, in bytes."""

@@ -45,7 +45,12 @@ class SampleGradients(NamedTuple):
 
 
 def sample_gradients(
-    student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor | None, config: InnerLoopConfig
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    weights: Tensor | None,
+    config: InnerLoopConfig,
+    keep: bool = True,
 ) -> SampleGradients | None:
     """
     Compute the gradient of a micro-batch's weighted loss at `theta`, and keep those of its samples.
@@ -56,6 +61,7 @@ def sample_gradients(
         micro_batch (`MicroBatch`): The samples.
         weights (`torch.Tensor` of shape `[N]`, *optional*): Data weights w of the whole dataset; ones if `None`.
         config (`InnerLoopConfig`): The inner loop.
+        keep (`bool`): Keep the samples' gradients.
 
     Returns:
         `SampleGradients` or `None`: `None` if a parameter is used in a way in which samples cannot be told apart. This
@@ -63,10 +69,19 @@ def sample_gradients(
     """
     if student.tells_samples_apart is False:
         return None
-    found = _backward(student, theta, micro_batch, config, None if weights is None else weights[micro_batch.samples])
-    if found is not None and student.tells_samples_apart is None:
+    weights = None if weights is None else weights[micro_batch.samples]
+    found = _backward(student, theta, micro_batch, config, weights, keep=keep)
+    if found is not None and keep and student.tells_samples_apart is None:
         student.tells_samples_apart = _is_right(student, theta, micro_batch, config, found)
-    return found if student.tells_samples_apart else None
+    return None if student.tells_samples_apart is False else found
+
+
+def estimated_bytes(student: Student, micro_batch: MicroBatch) -> int:
+    """What the samples' gradients take at most: of each matrix the gradients, or inputs and outputs of its layer."""
+    num_samples, length = micro_batch.batch.input_ids.shape
+    parameters = [p for p in student.model.parameters() if p.requires_grad]
+    sizes = (min(p.numel(), length * sum(p.shape)) if p.dim() > 1 else p.numel() for p in parameters)
+    return num_samples * sum(size * p.element_size() for size, p in zip(sizes, parameters, strict=True))
 
 
 def sample_products(
@@ -92,12 +107,13 @@ def _backward(
     config: InnerLoopConfig,
     weights: Tensor | None = None,
     along: Sequence[Tensor] | None = None,
+    keep: bool = True,
 ) -> SampleGradients | None:
     batch, coefficients = micro_batch.batch, micro_batch.coefficients
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
     parameters = student.cast(leaves)
     owners = batch.targets // batch.input_ids.size(1)
-    recorder = Recorder(list(parameters.values()), len(batch.input_ids), owners, weights, along)
+    recorder = Recorder(list(parameters.values()), len(batch.input_ids), owners, weights, along, keep)
 
     def run(model):
         loss, losses = student.loss(model, batch, coefficients, head_loss=recorder.head_loss)

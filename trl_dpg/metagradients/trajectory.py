@@ -15,7 +15,7 @@ from .config import InnerLoopConfig
 from .gradient import Gradient, micro_batch_gradient
 from .memory import GraphBudget, GraphSize, free_memory, map_state, pinned
 from .optimizers import Optimizer, clip
-from .per_sample import SampleGradients, sample_gradients
+from .per_sample import SampleGradients, estimated_bytes, sample_gradients
 
 
 class Step(NamedTuple):
@@ -135,16 +135,20 @@ class InnerLoop:
         """A micro-batch's contribution to g_t, and whether there is room to keep what the reverse sweep needs of it."""
         held = (theta, *self.student.model.parameters())
         by_sample = self.by_sample(t) and self.student.tells_samples_apart is not False
-        if budget is None or not budget.has_room_for(micro_batch, by_sample):
-            return micro_batch_gradient(self.student, theta, micro_batch, self.weights, self.config), False
+        if budget is not None and by_sample and not budget.knows(micro_batch, by_sample):
+            budget.learn(micro_batch, estimated_bytes(self.student, micro_batch), by_sample)
+        keep = budget is not None and budget.has_room_for(micro_batch, by_sample)
         if by_sample:
             weights = None if self.plain else self.weights
-            part = sample_gradients(self.student, theta, micro_batch, weights, self.config)
-            if part is not None:
+            part = sample_gradients(self.student, theta, micro_batch, weights, self.config, keep)
+            if part is not None and budget is not None and keep:
                 budget.learn(micro_batch, part.bytes(*held), by_sample)
-                return part, budget.take(micro_batch, by_sample)
+                keep = budget.take(micro_batch, by_sample)
+            if part is not None:
+                return part, keep
+            keep = budget is not None and budget.has_room_for(micro_batch)
         arguments = (self.student, theta, micro_batch, self.weights, self.config)
-        if not self.config.differentiates_twice:
+        if budget is None or not keep or not self.config.differentiates_twice:
             return micro_batch_gradient(*arguments), False
         through_theta = t > 0 and self.config.attribution != "first_order"
         with nullcontext() if budget.knows(micro_batch) else GraphSize() as size:

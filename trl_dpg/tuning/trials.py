@@ -172,7 +172,7 @@ class OneStepProber(Prober):
     def _mean_square(self) -> float:
         self.bar.measuring("gradients")
         self.single = one_step(self.plan, self.directions)
-        self.bar.done(2 * (1 + len(self.directions)))
+        self.bar.done(2)
         return _mean_square(self.single.gradient)
 
     def probe(self, trial: Trial, config: InnerLoopConfig) -> None:

@@ -13,6 +13,7 @@ from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.gradient import micro_batch_gradient
 from ..metagradients.memory import free_memory
 from ..metagradients.optimizers import clip, clip_vjp
+from ..metagradients.per_sample import sample_gradients
 from ..student import FinetunedStudent
 
 
@@ -70,7 +71,9 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
     """
     The gradients of a fine-tuning's only step.
 
-    Takes a sweep for g(1) and for each direction or, if there are few samples, one sweep with a sample at a time.
+    Takes one sweep, which keeps the gradients of all samples of a micro-batch. If they are too large for it, or cannot
+    be told apart, it takes a sweep for g(1) and for each direction or, if there are few samples, one sweep with a
+    sample at a time.
 
     Args:
         fine_tuning (`FineTuning`): A fine-tuning with T = 1 on N samples.
@@ -81,7 +84,9 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
     rows = torch.cat([torch.ones_like(directions[:1]), directions]).to(theta)
     gradients = theta.new_zeros(len(rows), theta.numel())
     with fine_tuning.sweeping():
-        if len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
+        if _from_samples(fine_tuning, theta, rows, gradients):
+            pass
+        elif len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
             (step,) = plan_steps(student, fine_tuning.samples, replace(config, micro_batch_size=1))
             for sample in step:
                 gradients.addr_(rows[:, sample.rows[0]], step_gradient(fine_tuning, theta, [sample], rows[0]))
@@ -89,6 +94,22 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
             for weights, gradient in zip(rows, gradients, strict=True):
                 gradient.copy_(step_gradient(fine_tuning, theta, step, weights))
     return OneStep(theta, gradients[0], gradients[1:])
+
+
+def _from_samples(fine_tuning: FineTuning, theta: Tensor, rows: Tensor, gradients: Tensor) -> bool:
+    """Add Σ_i a_i ∇ℓ_i for each row a of `rows` `[K, N]` to `gradients` `[K, P]`. Whether this was possible."""
+    student, config = fine_tuning.student, fine_tuning.config
+    fitting = max(1, free_memory(student.device) // 4 // theta.nbytes)
+    config = replace(config, micro_batch_size=min(config.micro_batch_size or config.batch_size, fitting))
+    (step,) = plan_steps(student, fine_tuning.samples, config)
+    for micro_batch in step:
+        part = sample_gradients(student, theta, micro_batch, None, config)
+        found = None if part is None else part.recorder.combinations(rows[:, micro_batch.samples])
+        if found is None:
+            return False  # of the first micro-batch, so nothing was added
+        for total, value in zip(gradients.split([v[0].numel() for v in found], dim=1), found, strict=True):
+            total += value.flatten(1)
+    return True
 
 
 def step_gradient(fine_tuning: FineTuning, theta: Tensor, step: list[MicroBatch], weights: Tensor) -> Tensor:
