@@ -260,10 +260,10 @@ def test_each_figure_is_told_as_soon_as_it_is_known():
         told.append((len(result.actual), [check.name for check in result.checks], result.complete))
 
     verify(Student(make_model()), SAMPLES, METRIC, SMOOTH, num_directions=4, on_figure=on_figure)
-    names = ["gradient_noise", "pearson", "spearman", "slope", "metasmoothness", "bf16_agreement"]
+    names = ["gradient_noise", "pearson", "spearman", "slope", "metasmoothness", "bf16_agreement", "first_order"]
     assert told[0] == (0, names[:1], False)
     assert told[1:5] == [(k, names[:1], False) for k in (1, 2, 3, 4)]
-    assert told[5:] == [(4, names[:5], False), (4, names, False), (4, names, True)]
+    assert told[5:] == [(4, names[:5], False), (4, names[:6], False), (4, names, False), (4, names, True)]
 
 
 # -- precision -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ class StudentArguments:
             Normalisation of the loss: `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
 
         attribution (`str`, *optional*, defaults to `"metagradient"`):
-            `"metagradient"`, or `"dataset"` for the paper's naive baseline.
+            `"metagradient"`; `"first_order"`, an approximation that costs less with several steps; or `"dataset"` for
+            the paper's naive baseline.
         per_token (`bool`, *optional*, defaults to `False`):
             Also score each of the generator's tokens. The scores are in `trainer.dpg_reward.last_token_scores`, and in
             the column `dpg_token_scores` of the table of completions.
@@ -209,7 +210,7 @@ class StudentArguments:
     )
     attribution: str = field(
         default="metagradient",
-        metadata={"help": "'metagradient', or 'dataset' for the naive baseline (every sample's score is the metric)."},
+        metadata={"help": "'metagradient', 'first_order' (cheaper, not exact), or 'dataset' (all get the metric)."},
     )
     per_token: bool = field(default=False, metadata={"help": "Also score each of the generator's tokens."})
     seed: int = field(default=42, metadata={"help": "Seed of all random choices."})

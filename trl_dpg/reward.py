@@ -374,7 +374,7 @@ class DPGReward:
             "num_empty": float(sum(dataset.num_empty for dataset in scored)),
             "num_truncated": float(sum(dataset.num_truncated for dataset in scored)),
         }
-        if self.inner_loop_config.attribution == "metagradient":
+        if self.inner_loop_config.attribution != "dataset":
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:
             figures[name] = mean(output.proxies[name] for output in outputs)

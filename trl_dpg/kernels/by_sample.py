@@ -91,8 +91,8 @@ class Recorder:
             Data weights of the samples. The gradient of all samples together is weighted by them, that of each sample
             is not. Ones if `None`.
         along (`Sequence[torch.Tensor]`, *optional*):
-            One direction for each parameter. Then nothing is kept, and no gradient of all samples is computed: only the
-            products with the directions are, in the backward pass itself.
+            One direction for each parameter. Then nothing is kept, and no gradient of all samples is computed. Only
+            the products with the directions are, in the backward pass itself.
         keep (`bool`, *optional*, defaults to `True`):
             Keep the samples' gradients. The gradient of all samples is bit for bit the same without.
 
@@ -127,7 +127,9 @@ class Recorder:
 
     def knows(self, x: Tensor) -> bool:
         """Whether the sample of each row of an activation is known."""
-        return x.dim() > 2 and x.size(0) == self.num_samples or x.dim() == 2 and x.size(0) == len(self.owners)
+        if x.dim() > 2:
+            return x.size(0) == self.num_samples
+        return x.dim() == 2 and x.size(0) == len(self.owners)
 
     def add(self, part) -> None:
         """Keep a part, or its product with its direction."""
@@ -236,10 +238,10 @@ class Recorder:
 
 class BySample(TorchFunctionMode):
     """
-    Runs the operations that use a trained parameter such that their backward pass tells a [`Recorder`] of each sample.
+    Runs operations that use a trained parameter such that their backward pass tells a [`Recorder`] of each sample.
 
-    Linear layers, embeddings, RMSNorm and LayerNorm are known. If a parameter is used in any other way, `covers` of the
-    recorder becomes `False`.
+    Linear layers, embeddings, RMSNorm and LayerNorm are known. If a parameter is used in any other way, `covers` of
+    the recorder becomes `False`.
     """
 
     def __init__(self, recorder: Recorder):
@@ -265,7 +267,7 @@ class BySample(TorchFunctionMode):
         recorder = self.recorder
         if function is F.linear:
             return self._linear(*args, **kwargs)
-        if function is torch.addmm and not kwargs:  # the linear layer of GPT-2, whose input has no dimension of samples
+        if function is torch.addmm and not kwargs:  # the linear layer of GPT-2, which sees all tokens in a row
             bias, x, weight = args
             if x.size(0) % recorder.num_samples:
                 return None

@@ -77,7 +77,7 @@ def loss_derivative(
         if moved:
             z_dot = _product([x[rows] for x, _ in moved], [w for _, w in moved], bias_direction, dtype)
         else:
-            z_dot = torch.zeros_like(probabilities).add_(bias_direction)
+            z_dot = torch.zeros_like(probabilities).add_(bias_direction)  # type: ignore[arg-type]
         chosen = z_dot.gather(1, labels[rows, None]).squeeze(1)
         derivative[rows] = torch.linalg.vecdot(probabilities, z_dot) - chosen
     return derivative

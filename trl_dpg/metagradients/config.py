@@ -96,14 +96,18 @@ class InnerLoopConfig:
         > Parameters that control the attribution
 
         attribution (`str`, *optional*, defaults to `"metagradient"`):
-            `"metagradient"`: ∂Φ/∂w_i. `"dataset"`: the metric itself for every sample (the paper's naive baseline).
+            `"metagradient"`: ∂Φ/∂w_i. `"first_order"`: the same without the Hessian of the student's loss, so that a
+            score counts a sample's own steps, and not how these change the gradients of later steps. It needs no
+            second derivative, costs less, and is exact with one step. [`~trl_dpg.verification.verify`] says how close
+            it is. `"dataset"`: the metric itself for every sample (the paper's naive baseline).
         per_token (`bool`, *optional*, defaults to `False`):
             Also return ∂Φ/∂w_{i,k}, the score of each token.
         memory_budget (`int` or `str`, *optional*, defaults to `"auto"`):
-            Memory in bytes for graphs of the forward sweep. The reverse sweep does not compute a graph again if it was
-            kept. Graphs are measured, once for each shape, and freed if they do not fit. `"auto"`: half of a GPU's
-            free memory, or a quarter of the host's, so that memory is left for the generator's update. `0`: keep no
-            graph. It does not change the numbers.
+            Memory in bytes for graphs of the forward sweep, and for the samples' gradients where these suffice: in the
+            first step, and with `"first_order"`. The reverse sweep does not compute again what was kept. Graphs are
+            measured, once for each shape, and freed if they do not fit. `"auto"`: half of a GPU's free memory, or a
+            quarter of the host's, so that memory is left for the generator's update. `0`: keep nothing. It does not
+            change the numbers.
         checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
             Steps between the states (parameters and moments) that are kept for the reverse sweep. The states in
             between are computed again, one stretch of steps at a time. `"auto"`: 1 (keep every state) if all states
@@ -114,7 +118,7 @@ class InnerLoopConfig:
         hvp (`str`, *optional*, defaults to `"double_backward"`):
             Method for Hessian-vector products. `"double_backward"`: exact. `"finite_difference"`: the difference of
             two gradients, for students whose kernels are not twice differentiable (flash attention, custom kernels).
-            It is not exact.
+            It is not exact with several steps.
     """
 
     optimizer: str = "adamw"

@@ -1,7 +1,7 @@
 """The gradient of one micro-batch's weighted loss, with its graph if the reverse sweep will differentiate it."""
 
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def micro_batch_gradient(
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
     parameters = student.cast(leaves)
     token_weights = weights[micro_batch.rows].requires_grad_(differentiable)
-    flags = {"through_theta": through_theta, "skip_values": skip_values}
+    flags: dict[str, Any] = {"through_theta": through_theta, "skip_values": skip_values}
 
     def gradient(model):
         loss, losses = student.loss(model, micro_batch.batch, token_weights * micro_batch.coefficients, **flags)

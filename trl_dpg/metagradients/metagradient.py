@@ -214,10 +214,10 @@ def _are_conversations(examples: Examples) -> bool:
 
 def _check_student(student: Student, config: InnerLoopConfig) -> None:
     implementation = student.model.config._attn_implementation or "eager"
-    if config.differentiates_twice and implementation not in ("eager", "sdpa"):
+    if config.differentiates_twice and config.attribution != "first_order" and implementation not in ("eager", "sdpa"):
         raise ValueError(
             f"The student's attention ({implementation!r}) has no second derivative. Load it with "
-            "attn_implementation='sdpa', or set hvp='finite_difference'."
+            "attn_implementation='sdpa', or set attribution='first_order' or hvp='finite_difference'."
         )
     if config.hvp == "finite_difference" and student.trains_half_precision:
         raise ValueError(

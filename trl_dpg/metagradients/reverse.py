@@ -10,7 +10,7 @@ from .batches import MicroBatch
 from .config import InnerLoopConfig
 from .gradient import Gradient, micro_batch_gradient
 from .optimizers import clip, clip_vjp
-from .per_sample import sample_products
+from .per_sample import SampleGradients, sample_products
 from .trajectory import Trajectory
 
 
@@ -36,8 +36,7 @@ def reverse_sweep(
     `per_sample.py`. With `attribution="first_order"`, 3 is left out everywhere: λ_t = λ'.
 
     Args:
-        student (`Student`): Runs the model.
-        trajectory (`Trajectory`): The forward sweep.
+        student (`Student`), trajectory (`Trajectory`): The model, and its forward sweep.
         metric_gradient (`torch.Tensor` of shape `[P]`): ∇Φ(θ_T).
         weights (`torch.Tensor` of shape `[N]`): Data weights w, the same as in the forward sweep.
         scores (`torch.Tensor` of shape `[N]`): τ_i = ∂Φ/∂w_i of samples that were not scored token by token is added.
@@ -62,14 +61,10 @@ def reverse_sweep(
             for micro_batch in step.micro_batches:
                 part = step.retained.pop(0)
                 if step.by_sample and not isinstance(part, Gradient):
-                    found = part.products(u_parts) if part else None
-                    if found is None:
-                        found = sample_products(student, theta, micro_batch, config, u_parts)
-                    del part
+                    found = _sample_scores(student, theta, micro_batch, part, config, u_parts)
                     if found is not None:
                         scores[micro_batch.samples] += found
                         continue
-                    part = None
                 exact = t > 0 and config.attribution != "first_order"
                 token_bar, products = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
                 del part  # frees its graph
@@ -81,11 +76,25 @@ def reverse_sweep(
             next_state = state
 
 
+def _sample_scores(
+    student: Student,
+    theta: Tensor,
+    micro_batch: MicroBatch,
+    kept: SampleGradients | None,
+    config: InnerLoopConfig,
+    u: list[Tensor],
+) -> Tensor | None:
+    """c_i ⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`; `None` if the samples cannot be told apart."""
+    if kept is not None:
+        return kept.products(u)
+    return sample_products(student, theta, micro_batch, config, u)
+
+
 def _products(
     student: Student,
     theta: Tensor,
     micro_batch: MicroBatch,
-    retained: Gradient | None,
+    retained: Gradient | SampleGradients | None,
     weights: Tensor,
     u: Tensor,
     u_parts: list[Tensor],
@@ -95,15 +104,19 @@ def _products(
     """∇_w ⟨u, g⟩ of shape `[n]` and, with `through_theta`, ∇_θ ⟨u, g⟩ by parameter; g is a micro-batch's gradient."""
     if config.hvp == "finite_difference":
         return _shifted(student, theta, micro_batch, weights, u, config)
-    part = retained or micro_batch_gradient(
-        student,
-        theta,
-        micro_batch,
-        weights,
-        config,
-        differentiable=True,
-        through_theta=through_theta,
-        skip_values=True,
+    part = (
+        retained
+        if isinstance(retained, Gradient)
+        else micro_batch_gradient(
+            student,
+            theta,
+            micro_batch,
+            weights,
+            config,
+            differentiable=True,
+            through_theta=through_theta,
+            skip_values=True,
+        )
     )
     return _pull_back(student, part, u_parts, through_theta)
 

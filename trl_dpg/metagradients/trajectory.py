@@ -132,7 +132,7 @@ class InnerLoop:
     def _part(
         self, t: int, theta: Tensor, micro_batch: MicroBatch, budget: GraphBudget | None
     ) -> tuple[Gradient | SampleGradients, bool]:
-        """A micro-batch's contribution to g_t, and whether there is room to keep what the reverse sweep needs of it."""
+        """A micro-batch's contribution to g_t, and whether to keep it for the reverse sweep."""
         held = (theta, *self.student.model.parameters())
         by_sample = self.by_sample(t) and self.student.tells_samples_apart is not False
         if budget is not None and by_sample and not budget.knows(micro_batch, by_sample):

@@ -130,8 +130,8 @@ class AttributeStudentArguments(StudentArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.per_token and self.attribution != "metagradient":
-            raise UsageError("--per_token needs --attribution metagradient: the naive baseline has no token scores.")
+        if self.per_token and self.attribution == "dataset":
+            raise UsageError("--per_token: the naive baseline, --attribution dataset, has no scores of tokens.")
 
 
 def load_samples(script_args: AttributeArguments):

@@ -72,7 +72,7 @@ def main(script_args: TuneArguments, student_args) -> None:
 
     one_process("tune", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
-    if student_args.attribution != "metagradient":
+    if student_args.attribution == "dataset":
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing that could agree.")
     output_dir = make_folder("output_dir", script_args.output_dir)
     check_no_training(output_dir)

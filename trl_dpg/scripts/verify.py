@@ -78,7 +78,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
 
     one_process("verify", "Start it without accelerate, or with --num_processes 1.")
     script_args.set_threads()
-    if student_args.attribution != "metagradient":
+    if student_args.attribution == "dataset":
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing to verify.")
     if script_args.output_dir is not None:
         make_folder("output_dir", script_args.output_dir)

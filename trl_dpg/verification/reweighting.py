@@ -85,8 +85,8 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
     gradients = theta.new_zeros(len(rows), theta.numel())
     with fine_tuning.sweeping():
         if _from_samples(fine_tuning, theta, rows, gradients):
-            pass
-        elif len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
+            return OneStep(theta, gradients[0], gradients[1:])
+        if len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
             (step,) = plan_steps(student, fine_tuning.samples, replace(config, micro_batch_size=1))
             for sample in step:
                 gradients.addr_(rows[:, sample.rows[0]], step_gradient(fine_tuning, theta, [sample], rows[0]))

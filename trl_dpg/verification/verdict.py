@@ -193,7 +193,7 @@ def verify(
 
 
 def _check_arguments(config: InnerLoopConfig, num_directions: int, step: float) -> None:
-    if config.attribution != "metagradient":
+    if config.attribution == "dataset":
         raise ValueError("There is nothing to verify: attribution='dataset' computes no scores of samples.")
     if num_directions < 3:
         raise ValueError(f"A correlation needs at least 3 directions, got num_directions = {num_directions}.")
@@ -277,6 +277,9 @@ class _Verifier:
         if compare_precision:
             self.bar.measuring("scores in another precision")
             self.tell(self._precision_check(output.scores, output.metric_before))
+        if self.config.attribution == "metagradient" and len(self.fine_tuning.steps) > 1:
+            self.bar.measuring("first-order scores")
+            self.tell(self._first_order_check(output.scores, output.metric_before))
 
     def _agreement(self, scores: Tensor, directions: Tensor, theta: Tensor | None) -> tuple[Agreement, float | None]:
         """Predicted and actual changes in as many directions as are needed, and the metasmoothness (T > 1)."""
@@ -323,6 +326,17 @@ class _Verifier:
             return Check("bf16_agreement", value, PASS, "pass", meaning)
         change = f"leave the student in float32{larger}"  # a warning only, because the student computes in float32
         return Check("bf16_agreement", value, PASS, "warn", meaning, change)
+
+    def _first_order_check(self, scores: Tensor, metric_before: float) -> Check:
+        """Correlation of the exact scores and those without the Hessian, which cost less."""
+        config = replace(self.config, attribution="first_order")
+        first = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, config)
+        value = pearson(scores, differentiate(first, self.metric, metric_before=metric_before).scores)
+        self.bar.done(6)
+        meaning = "correlation of the scores with those of attribution='first_order', which "
+        if value >= PASS:
+            return Check("first_order", value, PASS, "pass", meaning + "may be used to save time")
+        return Check("first_order", value, PASS, "skip", meaning + "are not close enough to be used")
 
     def _try(self, changes: dict[str, Any], directions: Tensor) -> Remedy:
         fine_tuning = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, replace(self.config, **changes))
