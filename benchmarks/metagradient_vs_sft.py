@@ -6,6 +6,7 @@ both without the metric: medians of interleaved repetitions in one process. `qlo
 float32 compute), in the SFT loop as well.
 
     python benchmarks/metagradient_vs_sft.py                          # reference model on the CPU
+    python benchmarks/metagradient_vs_sft.py --attribution first_order --kinds lora --steps 8
     python benchmarks/metagradient_vs_sft.py --real --kinds qlora --steps 1 --rank 8 --length 32 --batch 32
     python benchmarks/metagradient_vs_sft.py --device cuda --hidden 2048 --layers 16 --vocab 128256
 """
@@ -124,7 +125,9 @@ def compare(args, folder, texts):
             sft_model = make_model(args, kind, folder)
             runs = {"sft": lambda m=sft_model, b=batches: sft(m, b)}
             for name, budget in (("recompute", 0), ("retention", "auto")):
-                config = InnerLoopConfig(batch_size=args.batch, learning_rate=1e-6, memory_budget=budget)
+                config = InnerLoopConfig(
+                    batch_size=args.batch, learning_rate=1e-6, memory_budget=budget, attribution=args.attribution
+                )
                 runs[name] = lambda s=student, x=samples, c=config: metagradient(s, x, head_sum, c, metric_before=0.0)
             seconds = {name: [] for name in runs}
             for repetition in range(args.repeat + 1):
@@ -154,6 +157,7 @@ if __name__ == "__main__":
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--attribution", default="metagradient", choices=("metagradient", "first_order"))
     parser.add_argument("--real", action="store_true", help="SmolLM2 and real texts, downloaded once")
     parser.add_argument("--cpu-seconds", action="store_true", help="of this process, for a busy machine")
     main(parser.parse_args())
