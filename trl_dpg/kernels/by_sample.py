@@ -136,14 +136,14 @@ class Recorder:
         if self.keep:
             self.parts.append(part)
         elif self.directions is not None:
-            self.scores += self.by_sample(part.along(self.directions))
+            self.scores += self.by_sample(part.along(self.directions), self.scores.dtype)
 
     @torch.no_grad()
     def products(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`, with one tensor of `u` for each parameter."""
         total = torch.zeros_like(self.scores, dtype=u[0].dtype)
         for part in self.parts:
-            total += self.by_sample(part.along(u))
+            total += self.by_sample(part.along(u), total.dtype)
         return total
 
     @torch.no_grad()
@@ -174,9 +174,9 @@ class Recorder:
             for value in part:
                 yield from (x for x in (value if isinstance(value, list) else [value]) if isinstance(x, Tensor))
 
-    def by_sample(self, values: Tensor) -> Tensor:
-        """The sum over each sample's tokens, of shape `[B]`, in the type of the scores."""
-        return self.sums(values.unsqueeze(-1)).squeeze(-1).to(self.scores.dtype)
+    def by_sample(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum over each sample's tokens, of shape `[B]`."""
+        return self.sums(values.unsqueeze(-1).to(dtype)).squeeze(-1)
 
     def sums(self, values: Tensor) -> Tensor:
         """The sum over each sample's tokens: `[B, D]` of `[B, *, D]` or `[n, D]`."""

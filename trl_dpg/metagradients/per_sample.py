@@ -70,10 +70,9 @@ def sample_gradients(
     if student.tells_samples_apart is False:
         return None
     weights = None if weights is None else weights[micro_batch.samples]
-    found = _backward(student, theta, micro_batch, config, weights, keep=keep)
-    if found is not None and keep and student.tells_samples_apart is None:
-        student.tells_samples_apart = _is_right(student, theta, micro_batch, config, found)
-    return None if student.tells_samples_apart is False else found
+    if keep and not _is_right(student, theta, micro_batch, config):
+        return None
+    return _backward(student, theta, micro_batch, config, weights, keep=keep)
 
 
 def estimated_bytes(student: Student, micro_batch: MicroBatch) -> int:
@@ -92,9 +91,7 @@ def sample_products(
 
     No gradient in a parameter is computed, and none is kept. See [`sample_gradients`] for arguments and for `None`.
     """
-    if student.tells_samples_apart is None:  # the first time
-        sample_gradients(student, theta, micro_batch, None, config)
-    if student.tells_samples_apart is False:
+    if not _is_right(student, theta, micro_batch, config):
         return None
     found = _backward(student, theta, micro_batch, config, along=u)
     return None if found is None else found.recorder.scores
@@ -138,15 +135,15 @@ def _backward(
     return SampleGradients(torch.dot(weighted, losses), [value.detach() for value in values], recorder)
 
 
-def _is_right(
-    student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig, found: SampleGradients
-) -> bool:
+def _is_right(student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig) -> bool:
     """
-    Whether the last sample's gradient is that of the batch without the other samples.
+    Whether the last sample's gradient is that of the batch without the other samples. It is tested once for a student.
 
     A model may change the order of the rows of its activations, so that they belong to other samples. Then the result
     is wrong by much more than rounding errors.
     """
+    if student.tells_samples_apart is not None:
+        return student.tells_samples_apart
     batch = micro_batch.batch
     last = batch.targets // batch.input_ids.size(1) == len(batch.input_ids) - 1
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
@@ -159,5 +156,9 @@ def _is_right(
         alone = student.run(student.cast(leaves), gradient)
     norms = [value.square().sum() for value in alone]
     along = [value / norm if norm > 0 else value for value, norm in zip(alone, norms, strict=True)]
-    num_moved = sum((norm > 0).item() for norm in norms)  # each parameter counts as much
-    return abs(found.products(along)[-1].item() - num_moved) <= 0.02 * num_moved
+    found = _backward(student, theta, micro_batch, config, along=along)
+    if found is not None:
+        num_moved = sum((norm > 0).item() for norm in norms)  # each parameter counts as much
+        product = found.recorder.scores[-1].item()
+        student.tells_samples_apart = abs(product - num_moved) <= 0.02 * num_moved
+    return student.tells_samples_apart is True
