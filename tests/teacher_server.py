@@ -14,8 +14,8 @@ class Server(AbstractContextManager):
     """
     Runs `reply(request, number)` for each chat completion. Its result is what is sent.
 
-    A result is a `dict` (a message's fields: an answer), `(status, body, headers)`, `bytes` (a body as it is), or a list
-    of chunks for a stream, in which `None` breaks the connection.
+    A result is a `dict` (a message's fields: an answer), `(status, body, headers)`, `bytes` (a body as it is), or a
+    list of chunks for a stream, in which `None` breaks the connection.
 
     Args:
         reply (`Callable`): Makes the replies. `number` counts the requests with the same prompt and seed.
@@ -29,12 +29,14 @@ class Server(AbstractContextManager):
     """
 
     def __init__(self, reply=None, seconds=0.0, at_once=None, models=("teacher",)):
-        self.reply = reply or (lambda request, number: {"content": f"Answer to {request['messages'][-1]['content']}"})
+        self.reply = reply or (lambda request, number: {"content": f"To {request['messages'][-1]['content']}"})
         self.seconds, self.at_once, self.models = seconds, at_once, models
         self.requests, self.headers, self.over, self.times = [], [], [], []
         self.answered = self.busy = self.most = 0
         self._numbers: Counter = Counter()
-        config = uvicorn.Config(self._app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", interface="asgi3")
+        config = uvicorn.Config(
+            self._app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", interface="asgi3"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 

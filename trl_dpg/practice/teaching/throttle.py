@@ -151,7 +151,7 @@ class Throttle:
             counts = self._counts[ticket.level]
             counts[:] = counts[0] - min(counts[0], 1), counts[1] + min(counts[0], 1)
         delay = max(self._delay(0), (retry_after or 0.0) * random.uniform(1.0, 1.05))
-        if self._errors_in_a_row % max(ROUND, self.limit) == 0:  # nothing is accepted any more
+        if self._is_round() and self.in_flight < self.limit / 2:  # nothing is accepted any more
             self._pause_until = max(self._pause_until, self._clock() + delay)
             self._cut()
         elif ticket.number >= self._first_after_cut:
@@ -165,10 +165,13 @@ class Throttle:
 
     def _delay(self, attempts: int) -> float:
         self._errors_in_a_row += 1
-        rounds = self._errors_in_a_row // max(ROUND, self.limit)
-        if rounds and not self._errors_in_a_row % max(ROUND, self.limit):
+        rounds = self._errors_in_a_row // max(ROUND, self.limit) if self.in_flight < self.limit / 2 else 0
+        if rounds and self._is_round():
             self._pause_until = max(self._pause_until, self._clock() + FIRST_DELAY * 2.0 ** min(rounds, 10))
         return min(FIRST_DELAY * 2.0 ** min(rounds + attempts, 20), LONGEST_DELAY) * random.uniform(0.5, 1.0)
+
+    def _is_round(self) -> bool:
+        return self._errors_in_a_row % max(ROUND, self.limit) == 0
 
     def _cut(self) -> None:
         self._size = max(1.0, CUT * min(self._size, self.ceiling))
