@@ -14,7 +14,7 @@ import trl_dpg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
-    ["text", "environment", "files", "ranks"],
+    ["text", "thinking", "length_target", "environment", "files", "ranks"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
@@ -22,7 +22,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["tuning"],
     ["attribution", "reward"],
-    ["config", "generation", "evaluation", "live_table", "callbacks"],
+    ["config", "generation", "evaluation", "live_table", "callbacks", "practice"],
     ["trainer", "report", "toy", "declaration"],
     ["scripts", "cli"],
 ]
