@@ -5,8 +5,8 @@ Does a GRPO run with `LengthDistributionReward` give completions a target's leng
     python benchmarks/length_reward.py --figure docs/images/length_reward.png
 
 A small model counts: "1 2 3 ... k". Its k is log-normal around 12 before training. The target has two peaks, 6 and 24
-tokens. TRL's GRPOTrainer trains it with one reward at a time. Each result is written to `output_dir` when it is
-known. An interrupted benchmark goes on from there.
+tokens. TRL's GRPOTrainer trains it with one reward at a time. Each result is written to `output_dir`
+when it is known. An interrupted benchmark goes on from there.
 """
 
 import argparse
@@ -37,6 +37,10 @@ NAMES = {
     "cosine": "cosine-scaled",
     "overlong": "soft overlong punishment",
 }
+
+
+LEARNING_RATES = {"potential": 2e-3, "distance": 2e-3, "cosine": 2e-4, "overlong": 2e-4}
+"""With 2e-3, cosine-scaled and overlong write a single token after 20 steps."""
 
 
 def cosine(completions, completion_ids, **kwargs):
@@ -89,7 +93,7 @@ def train(name: str, seed: int, steps: int) -> dict:
             num_generations=8,
             max_completion_length=MAX_LENGTH,
             max_steps=steps,
-            learning_rate=2e-3,
+            learning_rate=LEARNING_RATES[name],
             loss_type="dr_grpo",
             scale_rewards="batch",
             gradient_checkpointing=False,
@@ -145,7 +149,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/length_reward"))
     parser.add_argument("--figure", type=Path, help="also draw the lengths into this PNG")
     args = parser.parse_args()

@@ -103,7 +103,7 @@ def slowly_contaminated(texts, benchmark, ngram):
     """The definition, with sets of tuples."""
 
     def split(text):
-        return [word for word in "".join(c if c.isalnum() else " " for c in text.lower()).split()]
+        return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
     def runs(found, length):
         return {tuple(found[k : k + length]) for k in range(len(found) - length + 1)}
