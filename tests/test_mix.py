@@ -19,6 +19,7 @@ from trl_dpg.practice.mixing import (
     exact_duplicates,
     mix,
     near_duplicates,
+    rewrite,
 )
 from trl_dpg.practice.mixing.resampling import round_shares
 
@@ -349,3 +350,93 @@ def test_bad_input_is_refused_and_nothing_is_written(arguments, message, files, 
         run(files, tmp_path / "out", *arguments.format(files).split())
     assert stopped.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
     assert sorted(files.rglob("*")) == before and not (tmp_path / "out").exists()
+
+
+# -- rewrites ---------------------------------------------------------------------------------------------------------
+
+
+def answering(completions, asked):
+    """A teacher that answers in turn. `None`: no answer."""
+
+    def ask(requests):
+        asked.extend(requests)
+        return [
+            {"row": k, "completion": text, "finish_reason": "length" if text == "so we" else "stop"}
+            for k, text in enumerate(completions)
+            if text is not None
+        ]
+
+    return ask
+
+
+def same(answer, right):
+    if "?" in right:
+        raise ValueError("no answer")
+    return answer.rstrip(".") == right.rstrip(".")
+
+
+def test_a_rewrite_replaces_the_reasoning_and_keeps_the_answer_and_must_be_shorter_and_right():
+    long = "first we add 3 and 4 and then we check that it is 7"
+    rows = [{"prompt": f"{k}?", "completion": "7", "reasoning": long, "solution": "7"} for k in range(7)]
+    rows[6]["solution"] = "?"
+    good = "add 3 and 4 FINAL ANSWER: 7."
+    texts = [good, "add 3 and 4 FINAL ANSWER: 8", f"{long} FINAL ANSWER: 7", "add 3 and 4", "so we", None, good]
+    asked = []
+    short, figures = rewrite(Dataset.from_list(rows), answering(texts, asked), same)
+    assert short.to_list() == [rows[0] | {"reasoning": "add 3 and 4"}]
+    assert figures["asked"] == 7 and figures["written"] == 1 and figures["unanswered"] == 1
+    assert figures["dropped"] == {"another answer": 2, "not shorter": 1, "without an answer": 1, "cut off": 1}
+    assert "0?" in asked[0]["prompt"] and long in asked[0]["prompt"] and "structure" in asked[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"prompt": "3 + 4?", "completion": "<think>\none two three four\n</think>\n\n7"},
+            {"completion": "<think>\none four\n</think>\n\n7"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "one two three four?", "reasoning_content": None},
+                    {"role": "assistant", "content": "7", "reasoning_content": "one two three four"},
+                ]
+            },
+            {
+                "messages": [
+                    {"role": "user", "content": "one two three four?", "reasoning_content": None},
+                    {"role": "assistant", "content": "7", "reasoning_content": "one four"},
+                ]
+            },
+        ),
+        (
+            {"prompt": "3 + 4?", "completion": "one two three four, so 7", "solution": "7"},
+            {"completion": "one four\n\n7"},
+        ),
+    ],
+)
+def test_a_rewrite_stands_where_the_reasoning_was(row, expected):
+    short, _ = rewrite(Dataset.from_list([row]), answering(["one four\nFINAL ANSWER: 7"], []), same)
+    assert short[0] == row | expected
+
+
+def test_rewrites_of_the_longest_samples_are_mixed_in_with_their_prompts():
+    dataset = Dataset.from_list(make_rows(600))
+    asked = []
+
+    def rewriter(part):
+        texts = [f"so {k} FINAL ANSWER: {row['completion']}" for k, row in enumerate(part)]
+        short, figures = rewrite(part, answering(texts, asked), same)
+        return short, measure(short), figures
+
+    sources = Sources(dataset, measure(dataset), rewrite=rewriter)
+    mixture = mix(sources, LengthTargets.read("lognormal:60,0.4"), MixConfig(100, short_ratio=0.3))
+    assert mixture.figures["sources"] == {"data": 70, "short": 30} and len(asked) == 30
+    long = [row["length"] for row in mixture.dataset if row["source"] == "data"]
+    brief = [row for row in mixture.dataset if row["source"] == "short"]
+    assert all(row["length"] == 2 and "Think briefly" in row["prompt"] for row in brief)
+    plain = {row["prompt"].split("\n")[0]: row["length"] for row in mixture.dataset if row["source"] == "data"}
+    assert sorted(plain[row["prompt"].split("\n")[0]] for row in brief) == sorted(long)[-30:]
+    with pytest.raises(DataError, match=r"at most 0\.5, got 0\.7"):
+        mix(sources, None, MixConfig(100, short_ratio=0.7))

@@ -3,6 +3,7 @@
 from .cleaning import contaminated, exact_duplicates, near_duplicates
 from .mixture import MixConfig, Mixture, Sources, mix
 from .resampling import choose
+from .rewriting import rewrite
 
 
 __all__ = [
@@ -14,4 +15,5 @@ __all__ = [
     "exact_duplicates",
     "mix",
     "near_duplicates",
+    "rewrite",
 ]

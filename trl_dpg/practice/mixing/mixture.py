@@ -1,6 +1,7 @@
 """One dataset of several, with the lengths of a target."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,6 +106,9 @@ class Sources:
         short ([`~datasets.Dataset`] or `None`), short_measured ([`Measured`] or `None`): Short samples.
         replay ([`~datasets.Dataset`] or `None`): Other data.
         benchmark (`Sequence[str]`): Texts that the mixture must not contain.
+        rewrite (`Callable` or `None`):
+            Makes short samples of the longest of the chosen ones, in the place of `short`: from these to short ones,
+            their lengths, and counts.
     """
 
     dataset: Dataset
@@ -113,6 +117,7 @@ class Sources:
     short_measured: Measured | None = None
     replay: Dataset | None = None
     benchmark: Sequence[str] = field(default_factory=list)
+    rewrite: Callable[[Dataset], tuple[Dataset, Measured, dict[str, Any]]] | None = None
 
 
 @dataclass
@@ -158,15 +163,21 @@ def mix(sources: Sources, target: LengthTargets | None, config: MixConfig, progr
     figures: dict[str, Any] = {"layout": LAYOUT, "num_samples": config.num_samples, "unit": usable.unit}
     figures |= {"measure": usable.measure, "difficulty": usable.difficulty_from, "dropped": dropped}
     parts = [_with_columns(sources.dataset.select(rows[picked]), chosen, "data")]
-    if sources.short is not None and sources.short_measured is not None:
-        part, figures["short"] = _short_part(sources, parts[0], counts["short"], config, rng, progress)
+    if counts["short"]:
+        if sources.rewrite is not None:
+            longest = np.sort(np.argsort(-chosen.lengths, kind="stable")[: counts["short"]])
+            short, measured, figures["short"] = sources.rewrite(parts[0].select(longest).remove_columns("source"))
+            part = _with_columns(short, measured, "short")
+        else:
+            part, figures["short"] = _short_part(sources, parts[0], counts["short"], config, rng, progress)
         parts = [_instructed(parts[0], config.long_prompt), _instructed(part, config.short_prompt)]
         figures["prompt_for_use"] = PROMPT_FOR_USE
     if sources.replay is not None:
         part, figures["replay"] = _replay_part(sources, counts["replay"], config, rng, progress)
         parts.append(part)
     dataset = _together(parts).shuffle(seed=config.seed)
-    figures |= {"num_written": len(dataset), "sources": {name: number for name, number in counts.items() if number}}
+    found = Counter(column(dataset, "source"))
+    figures |= {"num_written": len(dataset), "sources": {name: found[name] for name in counts if counts[name]}}
     if target is not None:
         figures |= _before_and_after(sources.measured, chosen, target, config)
         figures |= {
@@ -178,12 +189,17 @@ def mix(sources: Sources, target: LengthTargets | None, config: MixConfig, progr
 
 def sizes(sources: Sources, config: MixConfig) -> dict[str, int]:
     """Samples from each source: `data`, `short` and `replay`."""
-    for name, there in (("short_ratio", sources.short), ("replay_ratio", sources.replay)):
+    short_ones = sources.short if sources.rewrite is None else sources.rewrite
+    for name, there in (("short_ratio", short_ones), ("replay_ratio", sources.replay)):
         if (getattr(config, name) > 0) != (there is not None):
             other = name.replace("ratio", "dataset")
             raise DataError(f"`{name}` and `{other}` belong together. Give both, or neither.")
     replay = round(config.num_samples * config.replay_ratio)
     short = round((config.num_samples - replay) * config.short_ratio)
+    if sources.rewrite is not None and config.short_ratio > 0.5:
+        raise DataError(
+            f"`short_ratio`: rewrites are made of the long samples, so at most 0.5, got {config.short_ratio}."
+        )
     return {"data": config.num_samples - replay - short, "short": short, "replay": replay}
 
 
