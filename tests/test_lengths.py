@@ -78,6 +78,8 @@ def test_a_file_that_is_no_target_and_a_difficulty_without_one_are_refused(tmp_p
         LengthTargets.read(str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match="no lengths for the difficulty 'hard'; it has 'easy'"):
         LengthTargets.read({"easy": "lognormal:3,1"}).of("hard")
+    with pytest.raises(ValueError, match="lengths for 'easy', but the samples have no difficulty"):
+        LengthTargets.read({"easy": "lognormal:3,1"}).of("all")
 
 
 # -- distances and fits -----------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from datasets import Dataset
 import trl_dpg
 from tests.tiny import QUIET, make_model, make_tokenizer, on_two_processes
 from trl_dpg import cli
+from trl_dpg.scripts.registry import make_rewards
 
 
 ROOT = Path(__file__).parents[1]
@@ -301,6 +302,11 @@ def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     assert script_args.reward_funcs[0] == "language_id" and training_args.reward_weights == [1.0, 0.0, 0.2]
     assert training_args.generation_batch_size / training_args.student_batch_size == 4
     assert training_args.inner_loop_config().auto == ("learning_rate", "eps_root")
+    lengths = yaml.safe_load("\n".join(blocks("lengths.md", "yaml"))) | {"bf16": False, "output_dir": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | lengths))
+    script_args, training_args, *_ = read(["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch)
+    (reward,) = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    assert reward.target.of("any").median == 400 and training_args.reward_weights == [1.0, 0.5]
 
 
 def test_every_command_line_of_the_docs_is_read(place, monkeypatch):

@@ -135,6 +135,11 @@ class LengthTargets(dict[str, LengthTarget]):
             `ValueError`: If there is none.
         """
         target = self.get(difficulty) or self.get(ALL)
+        if target is None and difficulty == ALL:
+            raise ValueError(
+                f"The target has lengths for {', '.join(map(repr, self))}, but the samples have no difficulty. "
+                "Name its column, or give one target for all."
+            )
         if target is None:
             raise ValueError(
                 f"The target has no lengths for the difficulty {difficulty!r}; it has {', '.join(map(repr, self))}. "
