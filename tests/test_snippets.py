@@ -26,6 +26,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
 import trl_dpg
+from tests.teacher_server import Server
 from tests.tiny import QUIET, make_model, make_tokenizer, on_two_processes
 from trl_dpg import cli
 from trl_dpg.scripts.registry import make_rewards
@@ -195,8 +196,10 @@ def tiny_hub(place, monkeypatch):
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_the_python_of_a_page_runs(page, tiny_hub):
     scope = dict(GIVEN.get(page, {}))
-    for code in blocks(page, "python"):
-        exec(code, scope)
+    with Server(lambda request, number: {"content": "42"}) as server:
+        scope["server"] = server.url
+        for code in blocks(page, "python"):
+            exec(code, scope)
     if page == "README.md":
         assert scope["out"].scores.shape == (len(TEXTS),) and scope["args"].student_lora_r == 16
         few = trl_dpg.InnerLoopConfig(batch_size=8)
@@ -204,6 +207,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].reward_func_names == ["dpg"]
     elif page == "attribution.md":
         assert len(scope["best"]) == 5 and scope["result"].scores.shape == (len(TEXTS),)
+    elif page == "teach.md":
+        assert scope["taught"].there == 2 == scope["taught"].results.correct
     elif page == "batch_rewards.md":
         assert scope["trainer"].state.global_step == 1
         common, rare = scope["novelty"](["w1 w2", "w1 w2", "w1 w2", "w3 w4"])[2:]

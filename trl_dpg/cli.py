@@ -11,6 +11,7 @@ COMMANDS = {
     "dpg": "Train a generator by Dataset Policy Gradients.",
     "attribute": "Score the samples of a dataset by their effect on a metric.",
     "generate": "Sample a synthetic dataset from a trained generator.",
+    "teach": "Sample a dataset from a strong model behind an OpenAI-compatible API.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "verify": "Test whether the scores of a set-up can be trusted.",
     "tune": "Choose the student's learning rate and eps_root.",

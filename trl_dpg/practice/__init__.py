@@ -1,1 +1,1 @@
-"""The practitioner's side: teachers, lengths of reasoning, and mixtures of data."""
+"""The practitioner's side of synthetic data: teachers, lengths of reasoning, mixtures. Each room works without DPG."""

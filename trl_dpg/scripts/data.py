@@ -59,7 +59,7 @@ def make_prompts(dataset, arguments: PromptArguments, tokenizer):
 
     template, limit = arguments.prompt_template, arguments.max_prompt_tokens
     row = next(iter(dataset))
-    if arguments.conversational and tokenizer.chat_template is None:
+    if arguments.conversational and tokenizer is not None and tokenizer.chat_template is None:
         raise UsageError("--conversational: the generator's tokenizer has no chat template. Use no --conversational.")
     if template is None:
         if not isinstance(row.get("prompt", ""), str | list):

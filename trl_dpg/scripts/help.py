@@ -53,6 +53,12 @@ FIRST: dict[str, dict[str, list[str]]] = {
         "run": ["output_dir", "dataset_name", "prompt_template", "num_samples", "overwrite", "hub_dataset_id"],
         "generator": [*GENERATOR, "use_vllm"],
     },
+    "teach": {
+        "teacher": ["preset", "base_url", "model", "api_key_env", "request_parameters", "max_completion_length"],
+        "prompts": ["dataset_name", "prompt_template", "num_samples", "output_dir"],
+        "limits": ["max_concurrency", "max_requests_per_minute", "max_tokens_per_minute", "max_cost", "prices"],
+        "result": ["student_model_name_or_path", "verifier", "answer_column", "sft_finish_reasons"],
+    },
 }
 """The arguments that `--help` of a command leads with, in groups. The other commands show all of theirs."""
 

@@ -1,0 +1,187 @@
+"""The files of a run that must survive its end at any moment: samples, failures, and the settings they belong to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ...files import write_json
+from ...metagradients.config import SettingsError
+from .tally import Tally
+
+
+LAYOUT = "trl-dpg teach 1"
+"""Stands in `teach.json`."""
+
+
+def sample_key(messages: list[dict[str, Any]], model: str, parameters: dict[str, Any], sample: int) -> str:
+    """What a request is known by: a hash of its prompt, model and parameters, and of the sample's number."""
+    text = json.dumps([messages, model, parameters, sample], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class Journal(AbstractContextManager):
+    """
+    The folder of a run. Use it as a context manager: until the exit, no other run can open it.
+
+    `samples.jsonl` gets a line for each answer, which is on the disk when `store` returns. `failures.jsonl` gets a
+    line for each request that is given up. If the process was killed while it wrote, the last line is cut short; it is
+    removed, and the request is sent again.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        settings (`dict[str, Any]`): `model` and `parameters`: what the samples depend on beside their prompts.
+        base_url (`str`): The server's address. It may change from run to run, and is kept for the record.
+        created (`str`): The date, for a new folder.
+        tally ([`Tally`]): Counts the samples that are there, and those that are stored.
+
+    Attributes:
+        done (`dict[str, int]`): The place in `samples.jsonl` of each sample, by key.
+        rejected (`dict[str, str]`): Requests that are never sent again, with the reason, by key.
+        base_urls (`list[str]`): All addresses that samples came from.
+        created (`str`): The date of the first run.
+
+    Raises:
+        `ValueError`: On entering, if another run is at work, if the folder has samples of other settings, or if a line
+        is no sample.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], base_url: str, created: str, tally: Tally):
+        self.folder = Path(folder)
+        self.samples, self.failures = self.folder / "samples.jsonl", self.folder / "failures.jsonl"
+        self.settings = json.loads(json.dumps(settings))
+        self.base_urls, self.created, self.tally = [base_url], created, tally
+        self.done: dict[str, int] = {}
+        self.rejected: dict[str, str] = {}
+        self._lock = FileLock(self.folder / "teach.lock")
+
+    def __enter__(self) -> "Journal":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise SettingsError(
+                f"Another run writes to `output_dir` {str(self.folder)!r}. Choose another one."
+            ) from error
+        try:
+            self._check_settings()
+            for path in (self.samples, self.failures):
+                path.touch()
+                _remove_half_line(path)
+            for place, record in self.records(self.samples):
+                self.done[record["key"]] = place
+                self.tally.add(record)
+            self.rejected = {
+                record["key"]: record["reason"] for _, record in self.records(self.failures) if record["final"]
+            }
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._lock.release()
+
+    def _check_settings(self) -> None:
+        path = self.folder / "teach.json"
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not found and (self.samples.exists() or self.failures.exists()):
+            raise SettingsError(
+                f"`output_dir` {str(self.folder)!r} has samples that are not of `teach`. Choose another one."
+            )
+        changed = [name for name in self.settings if found and found["settings"].get(name) != self.settings[name]]
+        if changed:
+            changes = ", ".join(f"{name} (was {found['settings'].get(name)!r})" for name in changed)
+            raise SettingsError(
+                f"`output_dir` {str(self.folder)!r} has samples of other settings: {changes}. Choose another folder."
+            )
+        self.base_urls = list(dict.fromkeys([*found.get("base_urls", []), *self.base_urls]))
+        self.created = found.get("created", self.created)
+        write_json(
+            path,
+            {
+                "layout": LAYOUT,
+                "created": self.created,
+                "base_urls": self.base_urls,
+                "settings": self.settings,
+            },
+        )
+
+    def store(self, record: dict[str, Any]) -> None:
+        """Write a sample. It is on the disk when this returns."""
+        self.done[record["key"]] = _append(self.samples, record)
+        self.tally.add(record)
+
+    def fail(self, record: dict[str, Any]) -> None:
+        """Write a failure, on the disk as well."""
+        _append(self.failures, record)
+        if record["final"]:
+            self.rejected[record["key"]] = record["reason"]
+
+    def records(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The lines of a file, each with its place. A key that comes twice counts once: its last line."""
+        place = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    record = json.loads(line)
+                    record["key"]  # each line of ours has one
+                except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                    raise SettingsError(
+                        f"Line {number} of {str(path)!r} is damaged. Delete this line; its request is sent again."
+                    ) from error
+                yield place, record
+                place += len(line)
+
+    def read(self, key: str, file) -> dict[str, Any]:
+        """A sample, from the open file of samples."""
+        file.seek(self.done[key])
+        return json.loads(file.readline())
+
+    def rewrite(self, path: Path, records: Iterator[dict[str, Any]]) -> None:
+        """Write a whole file anew, such that it is whole at any time."""
+        beside = path.with_name(f"{path.name}.tmp")
+        places, place = {}, 0
+        with beside.open("wb") as file:
+            for record in records:
+                places[record["key"]] = place
+                place += file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        if path == self.samples:
+            self.done = places
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _append(path: Path, record: dict[str, Any]) -> int:
+    """Write a line at the end. Returns its place."""
+    with path.open("ab") as file:
+        place = file.tell()
+        file.write(_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+    return place
+
+
+def _remove_half_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        size = whole = file.seek(0, os.SEEK_END)
+        while whole:  # from the end, as the file may be large
+            step = min(whole, 1 << 16)
+            file.seek(whole - step)
+            found = file.read(step).rfind(b"\n")
+            if found >= 0:
+                whole += found + 1 - step
+                break
+            whole -= step
+        if whole < size:
+            file.truncate(whole)

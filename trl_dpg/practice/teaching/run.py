@@ -1,0 +1,307 @@
+"""Asks a teacher for all samples that are missing, many at a time."""
+
+import asyncio
+import contextlib
+import datetime
+import heapq
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ...metagradients.config import SettingsError
+from .answers import Answer
+from .client import Client, Messages
+from .display import Display
+from .errors import Disturbed, Refused, Rejected, TeacherError, Unreachable, WrongRequest
+from .journal import Journal
+from .throttle import Throttle, Ticket
+
+
+PATIENCE = 900.0
+"""Seconds after which a run stops if the server refuses everything."""
+
+
+@dataclass
+class Limits:
+    """
+    How much is asked, and how fast.
+
+    Args:
+        max_concurrency (`int`, *optional*, defaults to `64`):
+            Requests at once, at most. A lower limit of the server is found.
+        max_requests_per_minute (`float`, *optional*):
+            Requests that may start in a minute.
+        max_tokens_per_minute (`float`, *optional*):
+            Tokens, of prompts and answers, in a minute.
+        max_cost (`float`, *optional*):
+            Dollars, of all samples in the folder. No request starts if it and those on their way could cost more, each
+            counted like the dearest sample so far.
+        max_retries (`int`, *optional*, defaults to `6`):
+            How often a request is sent again after a server's error, a broken connection or half an answer.
+        max_failed_share (`float`, *optional*, defaults to `0.5`):
+            The run stops if this share of its requests has failed, and at least 10.
+
+    Raises:
+        `ValueError`: If a limit cannot be right.
+    """
+
+    max_concurrency: int = 64
+    max_requests_per_minute: float | None = None
+    max_tokens_per_minute: float | None = None
+    max_cost: float | None = None
+    max_retries: int = 6
+    max_failed_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_concurrency <= 1000:
+            raise SettingsError(f"`max_concurrency` must be between 1 and 1000, got {self.max_concurrency}.")
+        for name in ("max_requests_per_minute", "max_tokens_per_minute", "max_cost"):
+            if vars(self)[name] is not None and vars(self)[name] <= 0:
+                raise SettingsError(f"`{name}` must be positive, got {vars(self)[name]}.")
+        if self.max_retries < 0:
+            raise SettingsError(f"`max_retries` must be at least 0, got {self.max_retries}.")
+        if not 0 < self.max_failed_share <= 1:
+            raise SettingsError(f"`max_failed_share` is a share, above 0 and at most 1, got {self.max_failed_share}.")
+
+
+@dataclass
+class Request:
+    """
+    One sample of one prompt that is to be asked for.
+
+    Attributes:
+        prompt (`str` or `list[dict]`): The prompt as the dataset has it.
+        messages (`list[dict]`): What is sent.
+        row (`int`), sample (`int`): The prompt's row, and the number of the sample.
+        key (`str`): See `sample_key`.
+        columns (`dict[str, Any]`): Further columns of the sample.
+        attempts (`int`): Attempts that were disturbed.
+    """
+
+    prompt: str | Messages
+    messages: Messages
+    row: int
+    sample: int
+    key: str
+    columns: dict[str, Any]
+    attempts: int = 0
+
+
+class Run:
+    """
+    Sends the requests, stores the answers, and stops when all is there or nothing more can be done.
+
+    Args:
+        client ([`Client`]): The teacher's client.
+        journal ([`Journal`]): The open journal.
+        requests (`Iterator[Request]`): The missing samples.
+        limits ([`Limits`]): How much is asked, and how fast.
+        display ([`Display`]): What is shown meanwhile.
+
+    Attributes:
+        accepted (`int`), failed (`int`): Requests of this run that were answered, and that were given up.
+        stopped (`str` or `None`): Why the run stopped before all was there.
+        error (`TeacherError` or `None`): Set if the teacher cannot be used as it is.
+    """
+
+    def __init__(
+        self, client: Client, journal: Journal, requests: Iterator[Request], limits: Limits, display: Display
+    ):
+        self.client, self.journal, self.limits, self.display = client, journal, limits, display
+        self.accepted = self.failed = 0
+        self.stopped: str | None = None
+        self.error: TeacherError | None = None
+        self.throttle = Throttle(limits.max_concurrency, limits.max_requests_per_minute, limits.max_tokens_per_minute)
+        self._new = requests
+        self._again: list[tuple[float, int, Request]] = []  # requests that are sent again, by time
+        self._next: Request | None = None
+        self._tasks: set[asyncio.Task] = set()
+        self._changed = asyncio.Event()
+        self._unreachable = 0
+        self._refused_since: float | None = None
+
+    async def go(self) -> None:
+        """Run to the end. Answers that are on their way when it stops are stored."""
+        with self._interruptible():
+            while True:
+                seconds = self._start_all() if self.stopped is None else None
+                self.display.show(self)
+                if seconds is None and not self._tasks:
+                    break
+                self._changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), min(seconds or 1.0, 1.0))
+
+    def stop(self, reason: str) -> None:
+        """Start nothing more. Answers that are on their way are still stored."""
+        self.stopped = self.stopped or reason
+        self._changed.set()
+
+    def _start_all(self) -> float | None:
+        """Start what may start now. Returns the seconds until more may, or `None` if nothing more is to be asked."""
+        while True:
+            request, seconds = self._first()
+            if request is None:
+                return seconds
+            wait = self.throttle.wait(expected := self.journal.tally.expected_tokens(request.messages))
+            if wait > 0:
+                return wait
+            if not self._can_pay():
+                if not self._tasks:
+                    self.stop(f"max_cost is reached: ${self.journal.tally.cost:.4f} spent")
+                return None if not self._tasks else 1.0
+            self._take(request)
+            task = asyncio.create_task(self._send(request, self.throttle.start(expected)))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _first(self) -> tuple[Request | None, float | None]:
+        """The request whose turn it is, or the seconds until there is one."""
+        if self._again and self._again[0][0] <= time.monotonic():
+            return self._again[0][2], None
+        if self._next is None:
+            self._next = next(self._new, None)
+        if self._next is None and self._again:
+            return None, self._again[0][0] - time.monotonic()
+        return self._next, 1.0 if self._tasks else None
+
+    def _take(self, request: Request) -> None:
+        if request is self._next:
+            self._next = None
+        else:
+            heapq.heappop(self._again)
+
+    def _can_pay(self) -> bool:
+        """Whether one more request fits into `max_cost`."""
+        most, tally = self.limits.max_cost, self.journal.tally
+        if most is None:
+            return True
+        if not tally.dearest:  # the first answer shows the price
+            return not self._tasks
+        return tally.cost + (len(self._tasks) + 1) * tally.dearest <= most
+
+    def _ended(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        self._changed.set()
+        if not task.cancelled() and task.exception() is not None:  # an error of our own, such as a full disk
+            self.stop(f"{task.exception()!r}")
+            self.error = self.error or TeacherError(f"An answer could not be stored: {task.exception()!r}")
+
+    async def _send(self, request: Request, ticket: Ticket) -> None:
+        """One attempt, and what follows from it."""
+        began = time.monotonic()
+        try:
+            answer = await self.client.ask(request.messages, request.sample)
+        except Refused as error:
+            self._refuse(request, error, self.throttle.refused(ticket, error.retry_after))
+        except Disturbed as error:
+            request.attempts += 1
+            delay = self.throttle.failed(ticket, request.attempts)
+            self._unreachable += isinstance(error, Unreachable) and not self.accepted
+            if self._unreachable >= 3:
+                self._fail_all(TeacherError(f"The server cannot be reached: {error}. Is `base_url` right?"))
+            elif request.attempts > self.limits.max_retries:
+                self._give_up(request, str(error), final=False)
+            else:
+                self._later(request, delay)
+        except WrongRequest as error:
+            self.throttle.failed(ticket, 0)
+            cause = await self.client.explained(error) if not self.accepted else error
+            if isinstance(cause, TeacherError):
+                self._fail_all(cause)
+            else:
+                self._give_up(request, str(error), final=True)
+        except Rejected as error:
+            self.throttle.accepted(ticket)
+            self._give_up(request, str(error), final=True)
+        except TeacherError as error:
+            self.throttle.failed(ticket, 0)
+            self._fail_all(error)
+        else:
+            self.journal.store(_record(request, answer, time.monotonic() - began))
+            self.accepted += 1
+            self._refused_since = None
+            usage = answer.usage
+            self.throttle.accepted(ticket, (usage["prompt_tokens"] or 0) + (usage["completion_tokens"] or 0))
+
+    def _refuse(self, request: Request, error: Refused, delay: float) -> None:
+        now = time.monotonic()
+        self._refused_since = self._refused_since or now
+        refuses_all = now - self._refused_since > PATIENCE and not self.throttle.in_flight
+        if refuses_all or (error.retry_after or 0.0) > PATIENCE:
+            when = (
+                f"asks to wait {error.retry_after:.0f} s" if error.retry_after else f"refuses all for {PATIENCE:.0f} s"
+            )
+            self.stop(f"the server {when} ({error})")
+        self._later(request, delay)
+
+    def _later(self, request: Request, delay: float) -> None:
+        heapq.heappush(self._again, (time.monotonic() + delay, id(request), request))
+
+    def _fail_all(self, error: TeacherError) -> None:
+        self.error = self.error or error
+        self.stop(str(error))
+
+    def _give_up(self, request: Request, reason: str, final: bool) -> None:
+        self.failed += 1
+        self.journal.fail(
+            {
+                "prompt": request.prompt,
+                "reason": reason,
+                "final": final,
+                "attempts": request.attempts or 1,
+                "row": request.row,
+                "sample": request.sample,
+                "created": now_utc(),
+                "key": request.key,
+            }
+        )
+        if self.failed >= 10 and self.failed >= self.limits.max_failed_share * (self.failed + self.accepted):
+            self.stop(
+                f"{self.failed} of {self.failed + self.accepted} requests have failed, the last one with: {reason}"
+            )
+
+    @contextlib.contextmanager
+    def _interruptible(self):
+        """The first Ctrl-C waits for the answers that are on their way, the second one does not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+
+        def interrupt():
+            loop.remove_signal_handler(signal.SIGINT)
+            self.stop("interrupted")
+            self.display.say(f"Waiting for {len(self._tasks)} answers on their way. Ctrl-C again ends at once.")
+
+        loop.add_signal_handler(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+
+def now_utc() -> str:
+    """The date and time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _record(request: Request, answer: Answer, seconds: float) -> dict[str, Any]:
+    return {
+        "prompt": request.prompt,
+        "completion": answer.completion,
+        "reasoning": answer.reasoning,
+        "finish_reason": answer.finish_reason,
+        "usage": answer.usage,
+        "correct": None,
+        "row": request.row,
+        "sample": request.sample,
+        "model": answer.model,
+        "seconds": round(seconds, 3),
+        "created": now_utc(),
+        "key": request.key,
+        **request.columns,
+    }
