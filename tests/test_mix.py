@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 from datasets import Dataset, load_dataset
 
+from tests.teacher_server import Server
 from trl_dpg import cli
 from trl_dpg.length_target import LengthTargets, LogNormal
 from trl_dpg.practice.lengths import distances, measure
@@ -328,7 +330,7 @@ def test_an_earlier_mixture_is_replaced_only_on_request(files, tmp_path, capsys)
         ("--num_samples 9 --target normal:3", "--target: 'normal:3' is neither a file nor a target"),
         ("--num_samples 9 --target {0}/none.jsonl", "--target: there is no file"),
         ("--num_samples 9 --target {0}/other.json", "--target"),
-        ('--num_samples 9 --target {{"easy":"lognormal:9,1"}}', "--target: The target has no lengths for"),
+        ('--num_samples 9 --target {{"easy":"lognormal:9,1"}}', "The target has no lengths for"),
         ("--num_samples 9 --output_format csv", "--output_format must be"),
         ("--num_samples 9 --short_ratio 2", "--short_ratio is a share"),
         ("--num_samples 9 --short_ratio 0.5", "--short_ratio and --short_dataset belong together"),
@@ -340,6 +342,10 @@ def test_an_earlier_mixture_is_replaced_only_on_request(files, tmp_path, capsys)
         ("--num_samples 9 --benchmark_column text", "Give both"),
         ("--num_samples 9 --difficulty_shares easy", "--difficulty_shares must be JSON"),
         ('--num_samples 9 --difficulty_shares {{"easy":"half"}}', "--difficulty_shares maps difficulties to numbers"),
+        ("--num_samples 9 --teacher m", "Give both, or neither"),
+        ("--num_samples 9 --teacher m --base_url http://x/v1 --length_column n", "Use --tokenizer"),
+        ("--num_samples 9 --teacher m --base_url http://x/v1 --short_dataset {0}/like.jsonl", "Give one of the two"),
+        ("--num_samples 9 --verifier judge", "--verifier must be"),
         ("--num_samples 9 --bin_width 7", "--bin_width is a width in log-length"),
         ("--num_samples 9 --score_column none", "--score_column: there is no column"),
     ],
@@ -440,3 +446,25 @@ def test_rewrites_of_the_longest_samples_are_mixed_in_with_their_prompts():
     assert sorted(plain[row["prompt"].split("\n")[0]] for row in brief) == sorted(long)[-30:]
     with pytest.raises(DataError, match=r"at most 0\.5, got 0\.7"):
         mix(sources, None, MixConfig(100, short_ratio=0.7))
+
+
+def test_the_command_has_long_samples_shortened_by_a_server_and_asks_once(files, tmp_path, capsys):
+    def reply(request, number):
+        answer = re.search(r"What is (\d+) plus (\d+)", request["messages"][-1]["content"])
+        total = sum(map(int, answer.groups()))
+        wrong = total % 5 == 0  # a teacher that errs
+        return {"content": f"we add the two\nFINAL ANSWER: {total + wrong}"}
+
+    command = ["--target", "lognormal:60,0.4", "--num_samples", "100", "--short_ratio", "0.3", "--teacher", "teacher"]
+    with Server(reply) as server:
+        figures = run(files, tmp_path / "out", *command, "--base_url", server.url)
+        asked = len(server.requests)
+        again = run(files, tmp_path / "out", *command, "--base_url", server.url, "--overwrite")
+        assert asked == 30 == len(server.requests) and again["short"] == figures["short"]
+    written, dropped = figures["short"]["written"], figures["short"]["dropped"]
+    assert 0 < written < 30 and dropped == {"another answer": 30 - written}
+    assert figures["sources"] == {"data": 70, "short": written} and figures["num_written"] == 70 + written
+    dataset = load_dataset(str(tmp_path / "out" / "train.parquet").rsplit("/", 1)[0], split="train")
+    brief = [row for row in dataset if row["source"] == "short"]
+    assert len(brief) == written and all(row["reasoning"] == "we add the two" for row in brief)
+    assert f"{written} of 30 rewrites" in capsys.readouterr().out

@@ -12,6 +12,7 @@ Files in `output_dir`:
 - `train.parquet` (or `.jsonl`): the mixture, with all columns, and `length`, `difficulty` and `source`.
 - `mix.json`: the distances to the target before and after, what was left out, and what could not be filled.
 - `README.md`: a dataset card.
+- `rewrites`, with a teacher: its answers, as `trl-dpg teach` keeps them.
 """
 
 import json
@@ -27,7 +28,8 @@ from .arguments import UsageError, at_least, from_json
 from .data import FILE_FORMATS, check_no_training, load_data, make_folder, one_process
 from .flags import in_flags
 from .lengths import FLAGS as LENGTH_FLAGS
-from .lengths import LengthArguments, load_tokenizer, measure_data
+from .lengths import load_tokenizer, measure_data
+from .rewrites import RewriteArguments, make_rewriter
 
 
 OPTIONS = (
@@ -48,13 +50,24 @@ OPTIONS = (
     "seed",
 )
 """Arguments that are fields of [`~trl_dpg.practice.mixing.MixConfig`]."""
-FLAGS = LENGTH_FLAGS | {name: name for name in (*OPTIONS, "short_dataset", "replay_dataset")}
+FLAGS = LENGTH_FLAGS | {
+    name: name
+    for name in (
+        *OPTIONS,
+        "short_dataset",
+        "replay_dataset",
+        "base_url",
+        "request_parameters",
+        "max_concurrency",
+        "verifier",
+    )
+}
 
 
 @dataclass
-class MixArguments(LengthArguments):
+class MixArguments(RewriteArguments):
     """
-    Arguments of `trl-dpg mix`, in addition to those of [`LengthArguments`].
+    Arguments of `trl-dpg mix`, in addition to those of [`RewriteArguments`].
 
     Args:
         target (`str` or `dict[str, str]`, *optional*):
@@ -132,6 +145,8 @@ class MixArguments(LengthArguments):
         at_least(1, num_samples=self.num_samples)
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
+        if self.teacher is not None and self.short_dataset is not None:
+            raise UsageError("--teacher writes short samples, and --short_dataset has them. Give one of the two.")
         if self.benchmark_column is not None and not self.benchmarks:
             raise UsageError("--benchmark_column names a column of --benchmarks. Give both.")
         shares = from_json("difficulty_shares", self.difficulty_shares)
@@ -180,13 +195,16 @@ def main(script_args: MixArguments) -> None:
     )
     measured = measure_data(script_args, dataset, tokenizer)
     short_measured = None if short is None else measure_data(script_args, short, tokenizer, "short_dataset")
-    sources = Sources(dataset, measured, short, short_measured, replay, benchmark)
     try:
+        rewriter = make_rewriter(script_args, tokenizer, output_dir / "rewrites")
+        sources = Sources(dataset, measured, short, short_measured, replay, benchmark, rewriter)
         mixture = mix(sources, target, config, progress=True)
     except (DataError, ImportError) as error:
         raise UsageError(in_flags(str(error), FLAGS)) from error
-    except ValueError as error:  # of a target, which speaks of no arguments
-        raise UsageError(f"--target: {error}") from error
+    except UsageError:
+        raise
+    except ValueError as error:  # of a target, or of a teacher
+        raise UsageError(in_flags(str(error), FLAGS)) from error
     make_folder("output_dir", output_dir)
     check_no_training(output_dir)
     figures = {"dataset": name, "target": None if target is None else target_text(script_args)} | mixture.figures
@@ -281,6 +299,12 @@ def render(figures: dict[str, Any]) -> str:
             lines.append(
                 f"{figures['num_from_other_lengths']} samples of other lengths took the place of missing ones."
             )
+    if "asked" in figures.get("short", {}):
+        short = figures["short"]
+        why = ", ".join(
+            f"{number} {name}" for name, number in {**short["dropped"], "unanswered": short["unanswered"]}.items()
+        )
+        lines.append(f"{short['written']} of {short['asked']} rewrites can be used; the others: {why}.")
     if "prompt_for_use" in figures:
         lines.append(f"To use the student, ask it: {figures['prompt_for_use']!r}")
     return "\n".join([*lines, f"Counted: {figures['unit']}; difficulty: {figures['difficulty']}."])
