@@ -29,6 +29,7 @@ import trl_dpg
 from tests.teacher_server import Server
 from tests.tiny import QUIET, make_model, make_tokenizer, on_two_processes
 from trl_dpg import cli
+from trl_dpg.scripts.registry import make_rewards
 
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,8 @@ GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
     "batch_rewards.md": {"dataset": PROMPTS},
+    "lengths.md": {"dataset": PROMPTS},
+    "mix.md": {"texts": TEXTS},
     "tune.md": {"texts": TEXTS, "benchmark": TEXTS[:2]},
 }
 SMALL = {  # further flags, with which a command takes seconds
@@ -61,6 +64,8 @@ SMALL = {  # further flags, with which a command takes seconds
     "--compare_precision false --try_remedies false",
     "tune": "--num_samples 16 --student_batch_size 8 --max_completion_length 4",
     "report": "",
+    "lengths": "",
+    "mix": "--num_samples 8 --overwrite --ngram 40",
 }
 PROMPTS_HERE = ["--dataset_name", "articles.jsonl", "--dataset_train_split", "train"]
 SMALL_DPG = "--max_steps 1 --per_device_train_batch_size 32 --num_generations 16 --student_batch_size 16"
@@ -208,6 +213,10 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].state.global_step == 1
         common, rare = scope["novelty"](["w1 w2", "w1 w2", "w1 w2", "w3 w4"])[2:]
         assert 0 < common < rare
+    elif page == "lengths.md":
+        assert scope["trainer"].state.log_history[0]["length_distribution/wasserstein"] > 0
+    elif page == "mix.md":
+        assert len(scope["mixture"].dataset) == 8
     else:
         assert page in GIVEN, "say here what the page should have made"
 
@@ -288,7 +297,7 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    assert pages_with("yaml") == ["training.md", "tune.md"]
+    assert pages_with("yaml") == ["lengths.md", "training.md", "tune.md"]
     settings = yaml.safe_load("\n".join(blocks("training.md", "yaml") + blocks("tune.md", "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))
     script_args, training_args, model_args, dataset_args = read(
@@ -298,6 +307,11 @@ def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     assert script_args.reward_funcs[0] == "language_id" and training_args.reward_weights == [1.0, 0.0, 0.2]
     assert training_args.generation_batch_size / training_args.student_batch_size == 4
     assert training_args.inner_loop_config().auto == ("learning_rate", "eps_root")
+    lengths = yaml.safe_load("\n".join(blocks("lengths.md", "yaml"))) | {"bf16": False, "output_dir": str(tmp_path)}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | lengths))
+    script_args, training_args, *_ = read(["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch)
+    (reward,) = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    assert reward.target.of("any").median == 400 and training_args.reward_weights == [1.0, 0.5]
 
 
 def test_every_command_line_of_the_docs_is_read(place, monkeypatch):
@@ -332,6 +346,8 @@ def test_the_commands_of_a_page_run(page, place, monkeypatch, capsys):
     made = {"attribution.md": "attribution/top.parquet", "training.md": "runs/spanish_data/train.parquet"}
     made |= {
         "tune.md": "runs/tuned/tune.json",
+        "lengths.md": "lengths/target_lognormal.json",
+        "mix.md": "mixed/mix.json",
         "logging.md": "runs/pattern_67/report/report.html",
         "experiments.md": "runs/pattern_67/summary.json",
     }

@@ -15,6 +15,8 @@ COMMANDS = {
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "verify": "Test whether the scores of a set-up can be trusted.",
     "tune": "Choose the student's learning rate and eps_root.",
+    "lengths": "Report the lengths of a dataset's reasoning, and fit targets to them.",
+    "mix": "Choose samples with the lengths of a target, and mix datasets.",
     "report": "Make an HTML report of a run.",
     "quickstart": "Try the method on tiny models, without a network; with --real, on SmolLM2.",
     "metrics": "List the metrics and their arguments.",

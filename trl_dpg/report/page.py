@@ -7,6 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..callbacks import CONFIG_NAME
 from .figures import draw
 from .runs import Run, spread
@@ -177,6 +179,11 @@ def render(runs: list[Run], title: str, images: dict[str, tuple[str, bytes]]) ->
         body += ["<h2>The picture over time</h2>", *parts.values()]
     body += [summary_section(runs), "<h2>Score histograms</h2>", histograms, samples_section(runs[0])]
     body += [f"<details><summary>More curves</summary>{more}</details>" if more else "", settings_section(runs)]
+    return document(title, body)
+
+
+def document(title: str, body: list[str]) -> str:
+    """A page of HTML parts. Its content security policy forbids it to load anything."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     head = f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
     head += f"<title>{escape(title)}</title>\n<style>{STYLE}</style>"
@@ -189,6 +196,17 @@ def image_html(name: str, caption: str, png: bytes) -> str:
     data = base64.b64encode(png).decode()
     image = f'<img alt="{escape(name.replace("_", " "))}" src="data:image/png;base64,{data}">'
     return f'<p class="note">{escape(caption)}</p>\n{image}'
+
+
+def write_figures(figures: dict[str, tuple[str, Figure]], output_dir: Path) -> dict[str, tuple[str, bytes]]:
+    """Write figures as PNGs. Returns the caption and the PNG of each by its name."""
+    images = {}
+    for name, (caption, figure) in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110)
+        images[name] = (caption, buffer.getvalue())
+        (output_dir / f"{name.replace('/', '_')}.png").write_bytes(images[name][1])
+    return images
 
 
 def write_report(runs: list[Run], output_dir: str | Path, title: str | None = None) -> Path:
@@ -205,12 +223,7 @@ def write_report(runs: list[Run], output_dir: str | Path, title: str | None = No
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    images = {}
-    for name, (caption, figure) in draw(runs).items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110)
-        images[name] = (caption, buffer.getvalue())
-        (output_dir / f"{name.replace('/', '_')}.png").write_bytes(images[name][1])
+    images = write_figures(draw(runs), output_dir)
     path = output_dir / "report.html"
     path.write_text(render(runs, title or ", ".join(run.name for run in runs), images), encoding="utf-8")
     return path

@@ -25,6 +25,10 @@ REWARDS = {
     "embedding_similarity": "trl_dpg.rewards.EmbeddingSimilarityReward",
     "language_id": "trl_dpg.rewards.LanguageIDReward",
     "target_language": "trl_dpg.rewards.TargetLanguageReward",
+    "length_distribution": "trl_dpg.rewards.LengthDistributionReward",
+    "length_budget": "trl_dpg.rewards.LengthBudgetReward",
+    "shorter_better": "trl_dpg.rewards.ShorterBetterReward",
+    "adaptive_length_penalty": "trl_dpg.rewards.AdaptiveLengthPenaltyReward",
 }
 WORLDS = {
     "characters": "trl_dpg.toy.characters_world",

@@ -22,6 +22,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "embedding_similarity": {"references": ["Todos los seres humanos nacen libres."]},
     "language_id": {"language": "spa_Latn"},
     "target_language": {"language": "spa"},
+    "length_distribution": {"target": "lognormal:400,0.6"},
+    "length_budget": {"check": "trl.rewards.accuracy_reward"},
+    "shorter_better": {"check": "trl.rewards.accuracy_reward"},
+    "adaptive_length_penalty": {"check": "trl.rewards.accuracy_reward"},
 }
 
 
