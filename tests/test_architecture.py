@@ -14,7 +14,7 @@ import trl_dpg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
-    ["text", "environment", "files", "ranks"],
+    ["text", "thinking", "environment", "files", "ranks"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
