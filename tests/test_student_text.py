@@ -1,6 +1,7 @@
 """What a student reads of a thinking generator's completions: in the reward, in training, and in the commands."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from tokenizers import AddedToken
 from tests.small_runs import CONFIG, METRIC, TOKENIZER, make_student
 from tests.test_thinking import GPT_OSS, tokenizer_with
 from tests.tiny import make_model, make_tokenizer
-from trl_dpg import DPGReward, Student, metagradient
+from trl_dpg import DPGConfig, DPGReward, Student, cli, metagradient
+from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.scripts.fresh_students import judge
 from trl_dpg.student_text import Piece, StudentText, read_dataset
 
 
@@ -205,3 +208,104 @@ def test_figures_of_thinking_are_left_out_without_thinking():
         ["w1"] * 4, ANSWERS, log_metric=logged.__setitem__
     )
     assert not any("thinking" in name for name in logged)
+
+
+# -- in the commands ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """A generator that often writes tags, because it knows few words, and its prompts."""
+    folder = tmp_path_factory.mktemp("thinker")
+    tokenizer = make_tokenizer(["<think>", "</think>", "w1", "w2", "w3"])
+    make_model(scale=1.0, vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    Dataset.from_dict({"prompt": ["w1", "w2", "w3", "w1 w2"] * 8}).to_json(folder / "prompts.jsonl")
+    return folder
+
+
+def run(command, folder, output_dir, *flags):
+    sizes = ["--max_completion_length", "8"] if command == "generate" else []
+    named = ["--dataset_name", str(folder / "prompts.jsonl"), "--model_name_or_path", str(folder / "model")]
+    cli.main([command, *named, *sizes, "--output_dir", str(output_dir), *flags])
+
+
+def test_generate_writes_what_the_student_reads_and_counts_the_rest(thinker, tmp_path, capsys):
+    run("generate", thinker, tmp_path / "all", "--student_text", "all", "--unfinished_thoughts", "as_is")
+    whole = Dataset.from_parquet(str(tmp_path / "all" / "train.parquet"))
+    assert whole.column_names == ["text", "source_prompt"] and len(whole) == 32
+    capsys.readouterr()
+    run("generate", thinker, tmp_path / "answers")
+    written = Dataset.from_parquet(str(tmp_path / "answers" / "train.parquet"))
+    readings = StudentText().read(list(whole["source_prompt"]), list(whole["text"]))
+    finished = [reading for reading in readings if reading.finished]
+    assert 0 < len(finished) < 32
+    assert list(written["text"]) == [reading.completion for reading in finished]
+    assert list(written["reasoning"]) == [reading.reasoning for reading in finished]
+    reasoned = sum(reading.reasoning is not None for reading in readings)
+    said = f"{reasoned} of 32 texts have reasoning; the student reads their answers."
+    left = 32 - len(finished)
+    said += f" {left} thoughts have no end; it reads nothing of them. {left} texts were left out."
+    assert said in capsys.readouterr().out
+    assert said in (tmp_path / "answers" / "README.md").read_text()
+
+
+TEXTS_OF_THREE = [f"<think> w3 w2 </think> {answer}" for answer in ("w1 w2", "w2 w3", "w3", "w1 w1")]
+METRIC_OF_THREE = LanguageModelingMetric(["w1 w2 w3"])
+
+
+def test_fresh_students_read_answers_as_in_the_training(thinker, tmp_path):
+    rows = Dataset.from_dict({"prompt": ["w1"] * 4})
+    figures = {}
+    for name, texts in (
+        ("tagged", TEXTS_OF_THREE),
+        ("plain", [text.split("</think> ")[-1] for text in TEXTS_OF_THREE]),
+    ):
+        args = DPGConfig(
+            output_dir=str(tmp_path),
+            student_model_name_or_path=str(thinker / "model"),
+            student_batch_size=4,
+            per_device_train_batch_size=16,
+            report_to="none",
+        )
+        figures[name] = judge(texts, rows, args, METRIC_OF_THREE, [])
+    assert figures["tagged"]["metric"] == figures["plain"]["metric"]
+    assert figures["tagged"]["thinking/share"] == 1.0 and "thinking/share" not in figures["plain"]
+
+
+def test_attribute_and_evaluate_read_what_they_are_told(thinker, tmp_path, capsys):
+    Dataset.from_dict({"text": ["w1 w2 w3"]}).to_json(tmp_path / "benchmark.jsonl")
+    Dataset.from_dict({"text": TEXTS_OF_THREE}).to_json(tmp_path / "tagged.jsonl")
+    plain = [text.split("</think> ")[-1] for text in TEXTS_OF_THREE]
+    Dataset.from_dict({"text": plain}).to_json(tmp_path / "plain.jsonl")
+    metric = ["--metric", "language_modeling", "--metric_kwargs"]
+    metric += [json.dumps({"dataset": str(tmp_path / "benchmark.jsonl")})]
+    metric += ["--student_model_name_or_path", str(thinker / "model"), "--student_batch_size", "4"]
+
+    def scores(name, *flags):
+        where = tmp_path / f"{name}{len(flags)}"
+        data = ["--dataset_name", str(tmp_path / f"{name}.jsonl"), "--output_dir", str(where)]
+        cli.main(["attribute", *data, *metric, *flags])
+        return list(Dataset.from_parquet(str(where / "scored.parquet"))["dpg_score"])
+
+    answers = scores("tagged", "--student_text", "answer")
+    assert "4 of 4 texts have reasoning; the student reads their answers." in capsys.readouterr().out
+    assert answers == scores("plain") != scores("tagged")
+    assert "4 of 4 texts have reasoning; the student reads all of them." in capsys.readouterr().out
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("tagged", "plain")]
+    figures_file = tmp_path / "figures.json"
+    to = ["--seeds", "0", "--output_file", str(figures_file), "--student_text", "answer"]
+    cli.main(["evaluate", "--datasets", *files, *metric, *to])
+    tagged, plain = json.loads(figures_file.read_text())["datasets"].values()
+    assert tagged["metric"] == plain["metric"]
+
+
+@pytest.mark.parametrize("command", ["generate", "attribute"])
+def test_an_unknown_choice_is_a_usage_error(command, thinker, tmp_path, capsys):
+    flags = [] if command == "generate" else ["--metric", "weight_norm"]
+    names = ["--dataset_name", str(thinker / "prompts.jsonl"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, *names, *flags, "--student_text", "thoughts"])
+    assert stopped.value.code != 0
+    assert "--student_text 'thoughts'. Choose one of ('answer', 'reasoning', 'all')." in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

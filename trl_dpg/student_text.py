@@ -104,6 +104,11 @@ class StudentText:
             readings.append(self._read(completion, begin, marked_text))
         return readings
 
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether a generator's texts must be decoded with their special tokens, to be read without token ids."""
+        return self.student_text != "all" and self.tokenizer is not None and has_special_markup(self.tokenizer)
+
     def _generation_prompt(self, prompts: Sequence[Text]) -> str:
         """The end of a rendered conversation, where some templates open a thought."""
         if self.tokenizer is None or self.tokenizer.chat_template is None or all(isinstance(p, str) for p in prompts):
@@ -125,8 +130,9 @@ class StudentText:
         nothing = not finished and self.unfinished_thoughts == "empty"
         everything = not nothing and (self.student_text == "all" or not finished)
         if everything and not any(map(message_reasoning, messages)):
-            pieces = [Piece(message_text(message), True) for message in messages]
-            return Reading(completion, pieces, reasoning, finished)
+            pieces = [Piece(self._plain(message_text(message)), True) for message in messages]
+            read = self._plain(completion) if isinstance(completion, str) else completion
+            return Reading(read, pieces, reasoning, finished)
 
         def is_read(part: Part) -> bool:
             return everything or (not nothing and part.kind == self.student_text)
@@ -135,8 +141,8 @@ class StudentText:
         texts = ["".join(part.text for part in parts if is_read(part)) for parts in cut]
         if isinstance(completion, str):
             return Reading(texts[0], pieces, reasoning, finished)
-        read = [_with_content(message, text) for message, text in zip(messages, texts, strict=True)]
-        return Reading(read, pieces, reasoning, finished)
+        contents = [_with_content(message, text) for message, text in zip(messages, texts, strict=True)]
+        return Reading(contents, pieces, reasoning, finished)
 
     def _parts(self, message: dict[str, Any], prompt: str, marked_text: str | None) -> tuple[list[Part], bool]:
         """The parts of a message, and whether its reasoning has an end. They are the message put together."""
@@ -147,13 +153,19 @@ class StudentText:
             # TRL has cut the message. Where all of it is read, it gets the tags of most templates
             parts = [Part("markup", "<think>\n"), Part("reasoning", reasoning), Part("markup", "\n</think>\n\n")]
             return [*parts, Part("answer", text)], bool(text or message.get("tool_calls"))
-        if marked_text is None:
-            return thinking_parts(text, self.tokenizer, prompt)
-        parts, finished = thinking_parts(marked_text, self.tokenizer, prompt)
+        parts, finished = thinking_parts(text if marked_text is None else marked_text, self.tokenizer, prompt)
+        if self.tokenizer is None or not has_special_markup(self.tokenizer):
+            return parts, finished
         if not any(part.kind == "reasoning" for part in parts):
-            return [Part("answer", text)], True
-        special = self.tokenizer.all_special_tokens  # type: ignore[union-attr]
-        return [Part(part.kind, _without(special, part.text)) for part in parts], finished
+            parts = [Part("answer", text)]
+        return [Part(part.kind, self._plain(part.text)) for part in parts], finished
+
+    def _plain(self, text: str) -> str:
+        """A text without the special tokens of a generator that marks its reasoning by them."""
+        if self.tokenizer is not None and has_special_markup(self.tokenizer):
+            for token in self.tokenizer.all_special_tokens:
+                text = text.replace(token, "")
+        return text
 
 
 def thinking_figures(readings: Sequence[Reading]) -> dict[str, float]:
@@ -172,6 +184,25 @@ def thinking_figures(readings: Sequence[Reading]) -> dict[str, float]:
         "thinking/unfinished": float(sum(not reading.finished for reading in readings)),
         "thinking/mean_length": sum(map(len, thoughts)) / len(thoughts),
     }
+
+
+def thinking_line(readings: Sequence[Reading], reader: StudentText) -> str | None:
+    """A line for the terminal on the thoughts in N completions. `None` if there are none."""
+    thoughts = sum(reading.reasoning is not None for reading in readings)
+    unfinished = sum(not reading.finished for reading in readings)
+    return describe(len(readings), thoughts, unfinished, reader.student_text, reader.unfinished_thoughts)
+
+
+def describe(number: int, reasoned: int, unfinished: int, student_text: str, unfinished_thoughts: str) -> str | None:
+    """The line of [`thinking_line`] from counts."""
+    if not reasoned:
+        return None
+    what = {"answer": "their answers", "reasoning": "their reasoning", "all": "all of them"}[student_text]
+    line = f"{reasoned} of {number} texts have reasoning; the student reads {what}."
+    if unfinished:
+        how = "nothing of them" if unfinished_thoughts == "empty" else "them as they are"
+        line += f" {unfinished} thoughts have no end; it reads {how}."
+    return line
 
 
 def read_dataset(
@@ -237,9 +268,3 @@ def _chosen(thought: Thought, reader: StudentText) -> str:
 def _with_content(message: dict[str, Any], text: str) -> dict[str, Any]:
     """A message with another text, and without a field for its reasoning."""
     return {name: value for name, value in message.items() if name not in FIELDS} | {"content": text}
-
-
-def _without(words: Sequence[str], text: str) -> str:
-    for word in words:
-        text = text.replace(word, "")
-    return text

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import FORMATS, check_student, load_data, make_folder, one_process
+from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
+from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, one_process
 from .flags import in_flags
 from .registry import make_metric
 from .samples import choose_numbers, tuning_file
@@ -54,6 +54,10 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             Seeds. Each dataset has a student for each seed.
         num_samples (`int`, *optional*):
             Number of samples to draw from each dataset, so that all have the same size. Each seed draws them anew.
+        student_text (`str`, *optional*, defaults to `"all"`):
+            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
+        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
+            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         output_dir (`str`, *optional*):
             Folder for `evaluation.json`, which has the figures. It is written after each seed.
         output_file (`str`, *optional*):
@@ -64,6 +68,14 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
     dataset_split: str = field(default="train", metadata={"help": "The split to read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each seed."})
     num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from each dataset."})
+    student_text: str = field(
+        default="all",
+        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
+    )
+    unfinished_thoughts: str = field(
+        default="as_is",
+        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for evaluation.json."})
     output_file: str | None = field(
         default=None, metadata={"help": "File for the figures, as JSON, in the place of that in output_dir."}
@@ -77,6 +89,7 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             raise UsageError(f"--datasets must be different, got {self.datasets}.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
+        check_student_text(self.student_text, self.unfinished_thoughts)
         at_least(0, seeds=min(self.seeds))
         at_least(1, num_samples=self.num_samples)
         if self.output_file is not None and Path(self.output_file).is_dir():
@@ -179,6 +192,7 @@ def load_datasets(script_args: EvaluateArguments) -> dict[str, Any]:
                 f"--datasets: {name!r} has the columns {columns}; SFTTrainer reads `text`, `messages`, `prompt` and "
                 "`completion`, or `input_ids`."
             )
+        datasets[name] = as_the_student_reads(datasets[name], script_args, "datasets", name)
     return datasets
 
 
