@@ -36,7 +36,7 @@ from .toy_world import toy_world
 __all__ = ["EvaluateArguments", "interval", "main", "make_parser"]
 
 
-FLAGS = {name: name for name in ("datasets", "num_samples")}
+FLAGS = {name: name for name in ("datasets", "num_samples", "max_tokens")}
 """Arguments of the library that are flags of this command."""
 
 
@@ -54,6 +54,9 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             Seeds. Each dataset has a student for each seed.
         num_samples (`int`, *optional*):
             Number of samples to draw from each dataset, so that all have the same size. Each seed draws them anew.
+        max_tokens (`int`, *optional*):
+            Number of tokens to learn from in each dataset, in the place of `num_samples`. Each seed draws as many
+            samples as fit. 0: as many tokens as the smallest dataset has.
         student_text (`str`, *optional*, defaults to `"all"`):
             What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
         unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
@@ -76,6 +79,9 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
         default="as_is",
         metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
     )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to learn from in each dataset; 0: as many as the smallest has."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for evaluation.json."})
     output_file: str | None = field(
         default=None, metadata={"help": "File for the figures, as JSON, in the place of that in output_dir."}
@@ -91,6 +97,7 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
         check_student_text(self.student_text, self.unfinished_thoughts)
         at_least(0, seeds=min(self.seeds))
+        at_least(0, max_tokens=self.max_tokens)
         at_least(1, num_samples=self.num_samples)
         if self.output_file is not None and Path(self.output_file).is_dir():
             raise UsageError(f"--output_file {self.output_file!r} is a folder. Name a file.")
@@ -124,6 +131,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
                 script_args.seeds,
                 script_args.num_samples,
                 progress=True,
+                max_tokens=script_args.max_tokens,
             )
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
@@ -214,7 +222,10 @@ def render(figures: dict[str, Any]) -> str:
     ]
     for name, row in figures["datasets"].items():
         difference = row.get("first_minus_this")
-        cells = [name, str(row["samples"]), before, plus_minus(row), plus_minus(difference) if difference else ""]
+        samples = str(row["samples"])
+        if "tokens" in row:
+            samples += f" ({statistics.mean(row['tokens']):.0f} tokens)"
+        cells = [name, samples, before, plus_minus(row), plus_minus(difference) if difference else ""]
         lines.append(f"| {' | '.join(cells)} |")
     same = []
     for name, row in figures["datasets"].items():
@@ -225,7 +236,7 @@ def render(figures: dict[str, Any]) -> str:
     if same:
         lines.append(
             f"{', '.join(same)}: the seeds change nothing, because all samples are in one step. The interval is not "
-            "meaningful. Set --num_samples, so that each seed draws other samples."
+            "meaningful. Set --num_samples or --max_tokens, so that each seed draws other samples."
         )
     return "\n".join(lines)
 
