@@ -14,15 +14,15 @@ import trl_dpg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
-    ["text", "thinking", "length_target", "environment", "files", "ranks"],
+    ["text", "thinking", "student_text", "length_target", "environment", "files", "ranks"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
     ["metagradients"],
     ["verification"],
     ["tuning"],
-    ["attribution", "reward"],
-    ["config", "generation", "evaluation", "live_table", "callbacks", "practice"],
+    ["attribution", "scored_batch", "reward"],
+    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "practice"],
     ["trainer", "report", "toy", "declaration"],
     ["scripts", "cli"],
 ]

@@ -5,10 +5,12 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from scipy.stats import t
@@ -176,6 +178,7 @@ def compare_datasets(
     seeds: Sequence[int] = (0, 1, 2),
     num_samples: int | None = None,
     progress: bool = False,
+    max_tokens: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
     Fine-tune a fresh student for each seed and dataset, see [`evaluate_dataset`], and compare the datasets.
@@ -195,17 +198,24 @@ def compare_datasets(
             Samples to draw from each dataset; all of them by default.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar over the students.
+        max_tokens (`int`, *optional*):
+            Tokens to learn from in each dataset, so that datasets with samples of other lengths can be compared. Each
+            seed draws samples in its own order, as many as fit. `0`: as many tokens as the smallest dataset has.
 
     Returns:
         `Iterator[dict[str, Any]]`:
             The figures of the seeds so far, after each seed: `seeds`, `before` (Φ before the fine-tuning, of each
-            seed), and `datasets`. For each dataset: `samples`, `empty` (samples left out), `metric` (Φ of each seed),
+            seed), and `datasets`. For each dataset: `samples` (of the last seed), with `max_tokens` also `tokens` (of
+            each seed), `empty` (samples left out), `metric` (Φ of each seed),
             `mean` and `half_width` (see [`interval`]), `proxies` (means), and, except for the first dataset,
             `first_minus_this` (mean and half width of the difference to the first dataset).
 
     Raises:
-        `ValueError`: If a dataset has no samples that are not empty, or fewer of them than `num_samples`.
+        `ValueError`: If a dataset has no samples that are not empty, or fewer of them than `num_samples`, or fewer
+            tokens than `max_tokens`; or if both are given.
     """
+    if num_samples is not None and max_tokens is not None:
+        raise SettingsError("`num_samples` and `max_tokens` both say how much is drawn. Give one of them.")
     kept = {name: without_empty(dataset) for name, dataset in datasets.items()}
     for name, dataset in kept.items():
         if len(dataset) == 0:
@@ -215,28 +225,75 @@ def compare_datasets(
                 f"`num_samples` is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
+    draw: Draw = partial(_draw_samples, num_samples)
+    if max_tokens is not None:
+        draw = _token_budget(load_student(seeds[0]), kept, seeds, config.max_length, max_tokens)
     bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress, delay=0)
-    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, num_samples, bar)
+    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, draw, bar)
+
+
+Draw = Callable[[str, Dataset, int], tuple[Dataset, int | None]]
+"""Maps a dataset's name, the dataset and a seed to the samples of this seed, and their tokens if they are counted."""
+
+
+def _draw_samples(num_samples: int | None, name: str, dataset: Dataset, seed: int) -> tuple[Dataset, int | None]:
+    return dataset if num_samples is None else dataset.shuffle(seed=seed).select(range(num_samples)), None
+
+
+def _token_budget(
+    student: Student, datasets: dict[str, Dataset], seeds: Sequence[int], max_length: int, max_tokens: int
+) -> Draw:
+    """Draws as many samples as have at most this number of tokens to learn from."""
+    tokens = {
+        name: [example.num_supervised for example in student.tokenize(dataset, max_length)]
+        for name, dataset in datasets.items()
+    }
+    smallest = min(tokens, key=lambda name: sum(tokens[name]))
+    budget = max_tokens or sum(tokens[smallest])
+    if budget > sum(tokens[smallest]):
+        raise SettingsError(
+            f"`max_tokens` is {max_tokens}, but {smallest!r} has {sum(tokens[smallest])} tokens to learn from."
+        )
+
+    def draw(name: str, dataset: Dataset, seed: int) -> tuple[Dataset, int]:
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        total = np.cumsum(np.array(tokens[name])[order])
+        number = int(np.searchsorted(total, budget, side="right"))
+        if number == 0:
+            raise SettingsError(
+                f"`max_tokens`: a sample of {name!r} has {total[0]} tokens, but the budget is {budget}."
+            )
+        return dataset.select(order[:number].tolist()), int(total[number - 1])
+
+    for (name, dataset), seed in product(datasets.items(), seeds):
+        draw(name, dataset, seed)  # an error comes before any student
+    return draw
 
 
 def _compare_seed_by_seed(
-    load_student, datasets, empty, metric, config, seeds, num_samples, bar: tqdm
+    load_student, datasets, empty, metric, config, seeds, draw: Draw, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """The generator of [`compare_datasets`]. It is a function of its own so that the checks run at the call."""
     first, *_ = datasets
     before: list[float] = []
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in datasets}
+    tokens: dict[str, list[int]] = {name: [] for name in datasets}
+    samples: dict[str, int] = {}
     for seed in seeds:
         load = partial(load_student, seed)
         before.append(metric_before(load(), metric))
         for name, dataset in datasets.items():
-            if num_samples is not None:
-                dataset = dataset.shuffle(seed=seed).select(range(num_samples))
-            runs[name].append(evaluate_dataset(load, dataset, metric, config, seed).figures())
+            drawn, number = draw(name, dataset, seed)
+            samples[name] = len(drawn)
+            if number is not None:
+                tokens[name].append(number)
+            runs[name].append(evaluate_dataset(load, drawn, metric, config, seed).figures())
             bar.update()
         figures = {}
-        for name, dataset in datasets.items():
-            figures[name] = {"samples": num_samples or len(dataset), "empty": empty[name]} | summarize(runs[name])
+        for name in datasets:
+            figures[name] = {"samples": samples[name], "empty": empty[name]} | summarize(runs[name])
+            if tokens[name]:
+                figures[name]["tokens"] = list(tokens[name])
             if name != first:
                 figures[name]["first_minus_this"] = paired_difference(runs[first], runs[name])
         yield {"seeds": list(seeds[: len(before)]), "before": list(before), "datasets": figures}

@@ -29,6 +29,7 @@ def generate_texts(
     seed: int = 42,
     chat_template_kwargs: dict[str, Any] | None = None,
     generation_kwargs: dict[str, Any] | None = None,
+    skip_special_tokens: bool = True,
     **sampling: Any,
 ) -> list[str]:
     """
@@ -54,6 +55,8 @@ def generate_texts(
             Arguments of the chat template, for conversations.
         generation_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `generate`. As in TRL, they override all others.
+        skip_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the texts are without special tokens. Some templates mark the reasoning by them.
         sampling:
             Arguments of `generate`. By default, texts are sampled from the model's distribution (temperature 1).
     """
@@ -70,7 +73,9 @@ def generate_texts(
             batch = prompts[first : first + batch_size]
             inputs = encode_prompts(processing_class, batch, chat_template_kwargs or {}).to(model.device)
             output = model.generate(**inputs, **sampling)
-            texts += processing_class.batch_decode(output[:, inputs.input_ids.size(1) :], skip_special_tokens=True)
+            texts += processing_class.batch_decode(
+                output[:, inputs.input_ids.size(1) :], skip_special_tokens=skip_special_tokens
+            )
     return texts
 
 

@@ -2,21 +2,23 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .metagradients import InnerLoopConfig, MetagradientOutput
+from .metagradients import InnerLoopConfig
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .ranks import from_all_ranks
+from .scored_batch import Sample, ScoredBatch, ScoredDataset, split_prompts
 from .student import FinetunedStudent, Student
+from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, hand_over
 from .tuning import Choice, Tuning, check_scores
@@ -24,65 +26,9 @@ from .verification import predicted_and_actual, random_signs
 
 
 Message = dict[str, Any]
-Text = str | list[Message]
 T = TypeVar("T")
 NUM_VERIFIED = 6
 """Directions in which a verification changes the data weights. Each takes two fine-tunings of the student."""
-
-
-@dataclass
-class ScoredBatch:
-    """
-    A batch of N scored samples, from all ranks, for logs.
-
-    Attributes:
-        prompts (`list[str]`): Texts of the prompts.
-        completions (`list[str]`): Texts of the completions.
-        scores (`torch.Tensor` of shape `[N]`): Raw metagradients, float64 on the CPU.
-        readout (`dict[str, Any]`):
-            The metric's readout of the fine-tuned student. Without `cross_group_batching`, of the first student.
-        tokens (`list[list[str]]` or `None`): With `per_token=True`, the texts of each completion's tokens.
-        token_scores (`list[torch.Tensor]` or `None`): With `per_token=True`, the raw scores of these tokens.
-    """
-
-    prompts: list[str]
-    completions: list[str]
-    scores: Tensor
-    readout: dict[str, Any]
-    tokens: list[list[str]] | None = None
-    token_scores: list[Tensor] | None = None
-
-
-class Sample(NamedTuple):
-    """
-    A completion, as it is sent to the rank that scores it.
-
-    Attributes:
-        prompt (`str` or `list[dict]`): The prompt.
-        contents (`list[str]`): The text of the completion, or the texts of its messages.
-        example (`str` or `dict`): The sample on which the student is fine-tuned.
-        ids (`list[int]`): With `per_token=True`, the token ids that the generator sampled.
-    """
-
-    prompt: Text
-    contents: list[str]
-    example: Any
-    ids: list[int]
-
-
-class ScoredDataset(NamedTuple):
-    """
-    The results of a dataset, as they are sent to all ranks: scores and figures, without the samples.
-
-    With `per_token=True`, also the generator's tokens and their scores.
-    """
-
-    output: MetagradientOutput
-    num_empty: int
-    num_truncated: int
-    tokens: list[list[str]]
-    token_scores: list[Tensor]
-    verified: dict[str, float]
 
 
 class DPGReward:
@@ -118,6 +64,10 @@ class DPGReward:
             Calls between two verifications; `0`: none. The first call is always verified. It is logged how well the
             scores of the (first) dataset predict the metric's change when the data weights change, as
             `dpg/verify/pearson` and `dpg/verify/spearman`; see `trl_dpg.verification`.
+        student_text (`str`, *optional*, defaults to `"answer"`), unfinished_thoughts (`str`, *optional*, defaults to
+            `"empty"`), chat_template_kwargs (`dict`, *optional*):
+            What the student reads of a thinking generator's completions, see [`~trl_dpg.student_text.StudentText`].
+            With `processing_class`, the generator's way to mark its reasoning is known.
         tuning_file (`str` or `Path`, *optional*):
             Where the choice of the `"auto"` values is written, with its evidence. If it is there for the same set-up,
             nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
@@ -151,6 +101,9 @@ class DPGReward:
         processing_class: PreTrainedTokenizerBase | None = None,
         verify_steps: int = 0,
         tuning_file: str | Path | None = None,
+        student_text: str = "answer",
+        unfinished_thoughts: str = "empty",
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
@@ -163,27 +116,9 @@ class DPGReward:
                 "The student has no tokenizer to read completions with. Pass `processing_class` to Student."
             )
         inner_loop_config = inner_loop_config or InnerLoopConfig()
-        if cross_group_batching and inner_loop_config.attribution == "dataset":
-            raise ValueError(
-                "attribution='dataset' rewards every completion of a dataset alike, so the generator learns nothing "
-                "from one dataset of all completions. Set cross_group_batching=False."
-            )
-        if not cross_group_batching and num_generations is None:
-            raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
-        if inner_loop_config.per_token:
-            if inner_loop_config.attribution == "dataset":
-                raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
-            if not student.processing_class.is_fast:
-                raise ValueError(
-                    f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
-                    "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
-                    "tokens. Use a fast tokenizer, or per_token=False."
-                )
-        if verify_steps < 0:
-            raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
-        if verify_steps and inner_loop_config.attribution == "dataset":
-            raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
+        _check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
         check_scores(inner_loop_config)
+        self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
         self.student = student
         self.metric = metric
@@ -228,7 +163,8 @@ class DPGReward:
         started = time.perf_counter()
         parts = from_all_ranks(lambda: self._samples(prompts, completions, completion_ids), "The DPG reward")
         samples = [sample for part in parts for sample in part]
-        places = self._split([sample.prompt for sample in samples])  # an error here is raised on all ranks
+        groups = None if self.cross_group_batching else self.num_generations
+        places = split_prompts([sample.prompt for sample in samples], groups)  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
         batch = self.student, [sample.example for sample in datasets[0]], self.metric
         self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
@@ -246,7 +182,8 @@ class DPGReward:
         if self.last_batch.token_scores is not None:
             self.last_token_scores = self.last_batch.token_scores[mine]
         if log_metric is not None:
-            for name, value in self._figures(raw, scored).items():
+            figures = self._figures(raw, scored) | thinking_figures([sample.reading for sample in samples])
+            for name, value in figures.items():
                 log_metric(f"dpg/{name}", value)
             log_metric("dpg/seconds", time.perf_counter() - started)
         if log_extra is not None:
@@ -281,29 +218,17 @@ class DPGReward:
                     "the trainer's `processing_class` to DPGReward, and `completion_ids` to its calls, as TRL does."
                 )
             ids = completion_ids
+        reader = replace(self.student_text, tokenizer=self.processing_class)
+        readings = reader.read(prompts, completions, completion_ids)
         return [
-            Sample(prompt, _contents(completion), self._example(prompt, completion), own)
-            for prompt, completion, own in zip(prompts, completions, ids, strict=True)
+            Sample(prompt, reading, self._example(prompt, reading.completion), own)
+            for prompt, reading, own in zip(prompts, readings, ids, strict=True)
         ]
 
     def _example(self, prompt: Text, completion: Text) -> Any:
         if self.train_on == "prompt_completion":
             return {"prompt": prompt, "completion": completion}
         return completion_text(completion)
-
-    def _split(self, prompts: list[Text]) -> list[list[int]]:
-        """The indices of the samples in each dataset."""
-        if self.cross_group_batching or self.num_generations is None:
-            return [list(range(len(prompts)))]
-        firsts = range(0, len(prompts), self.num_generations)
-        groups = [prompts[first : first + self.num_generations] for first in firsts]
-        if len(prompts) % self.num_generations or any(prompt != group[0] for group in groups for prompt in group):
-            raise ValueError(
-                f"A batch of {len(prompts)} completions cannot be split into num_generations = "
-                f"{self.num_generations} datasets of one completion per prompt. Pass the trainer's num_generations to "
-                "DPGReward (and use the same num_generations_eval in evaluation)."
-            )
-        return [list(range(k, len(prompts), self.num_generations)) for k in range(self.num_generations)]
 
     def _score(self, datasets: list[list[Sample]]) -> dict[int, ScoredDataset]:
         """Score this rank's part of the datasets. The results are by index of the dataset."""
@@ -327,7 +252,7 @@ class DPGReward:
         if self.inner_loop_config.per_token:
             if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
                 self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
-            completions = [(sample.ids, sample.contents) for sample in samples]
+            completions = [(sample.ids, sample.reading.pieces) for sample in samples]
             tokens, token_scores = hand_over(output.token_scores, output.token_ends, completions, self._token_bytes)  # type: ignore[arg-type]
         if verify:
             directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
@@ -345,7 +270,7 @@ class DPGReward:
                 scores[own] -= dataset.output.metric_before
         batch = ScoredBatch(
             prompts=[_text(sample.prompt) for sample in samples],
-            completions=["".join(sample.contents) for sample in samples],
+            completions=["".join(piece.text for piece in sample.reading.pieces) for sample in samples],
             scores=scores,
             readout=scored[0].output.readout,
         )
@@ -384,12 +309,38 @@ class DPGReward:
         return figures | scored[0].verified
 
 
+def _check_combination(
+    student: Student,
+    config: InnerLoopConfig,
+    cross_group_batching: bool,
+    num_generations: int | None,
+    verify_steps: int,
+) -> None:
+    """Refuse settings of a reward that cannot be combined."""
+    if cross_group_batching and config.attribution == "dataset":
+        raise ValueError(
+            "attribution='dataset' rewards every completion of a dataset alike, so the generator learns nothing "
+            "from one dataset of all completions. Set cross_group_batching=False."
+        )
+    if not cross_group_batching and num_generations is None:
+        raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
+    if config.per_token:
+        if config.attribution == "dataset":
+            raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
+        if not student.processing_class.is_fast:  # type: ignore[union-attr]
+            raise ValueError(
+                f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
+                "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
+                "tokens. Use a fast tokenizer, or per_token=False."
+            )
+    if verify_steps < 0:
+        raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
+    if verify_steps and config.attribution == "dataset":
+        raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
+
+
 def _text(prompt: Text) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(message_text(message) for message in prompt)
-
-
-def _contents(completion: Text) -> list[str]:
-    return [completion] if isinstance(completion, str) else [message_text(message) for message in completion]
 
 
 def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:

@@ -26,7 +26,7 @@ from .text import completion_text
 
 FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which messages, and the fields of response templates, have the reasoning."""
-_TAG = re.compile(r"(\A\s*<think>\s*|<think>\s*)|(</think>\s*)")
+_TAG = re.compile(r"(\A\s*<think>\s*|<think>\s*)|(\s*</think>\s*)")
 
 
 class Thought(NamedTuple):
@@ -70,7 +70,7 @@ def split_thinking(text: str, tokenizer: PreTrainedTokenizerBase | None = None, 
     parts, finished = thinking_parts(text, tokenizer, prompt)
     thoughts = [part.text for part in parts if part.kind == "reasoning"]
     answer = "".join(part.text for part in parts if part.kind == "answer")
-    return Thought("".join(thoughts).rstrip() if thoughts else None, answer, finished)
+    return Thought("".join(thoughts).strip() if thoughts else None, answer, finished)
 
 
 def thinking_parts(
@@ -97,7 +97,9 @@ def thinking_parts(
             continue  # "<think>" in a thought and "</think>" in an answer are words of them
         parts += [Part("reasoning" if inside else "answer", text[end : tag.start()]), Part("markup", tag[0])]
         inside, end = not inside, tag.end()
-    parts.append(Part("reasoning" if inside else "answer", text[end:]))
+    last = text[end:]
+    kept = len(last.rstrip()) if inside else len(last)
+    parts += [Part("reasoning" if inside else "answer", last[:kept]), Part("markup", last[kept:])]
     return [part for part in parts if part.text or part.kind == "reasoning"], not inside
 
 
@@ -144,6 +146,11 @@ def completion_thinking(
 def message_reasoning(message: dict[str, Any]) -> str:
     """The reasoning that a message has in a field of its own, or an empty string."""
     return next((message[field] for field in FIELDS if message.get(field)), "")
+
+
+def has_special_markup(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the reasoning is marked by special tokens, which a text is usually decoded without."""
+    return _response_template(tokenizer) is not None or "</think>" in tokenizer.all_special_tokens
 
 
 def _response_template(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:

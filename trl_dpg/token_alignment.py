@@ -218,7 +218,7 @@ def redistribute(
 def hand_over(
     scores: Tensor,
     ends: Sequence[np.ndarray],
-    completions: Sequence[tuple[Sequence[int], Sequence[str]]],
+    completions: Sequence[tuple[Sequence[int], Sequence[tuple[str, bool]]]],
     token_bytes: TokenBytes,
 ) -> tuple[list[list[str]], list[Tensor]]:
     """
@@ -227,8 +227,9 @@ def hand_over(
     Args:
         scores (`torch.Tensor` of shape `[N, L]`): Scores of the student's tokens, padded, on the CPU.
         ends (`list[np.ndarray]`, N of shape `[n]`): Ends of the student's tokens.
-        completions (`list[tuple[list[int], list[str]]]`): For each completion, the ids of the C tokens that the
-            generator sampled, and the texts that the student read: the completion, or its messages.
+        completions (`list[tuple[list[int], list[tuple[str, bool]]]]`): For each completion, the ids of the C tokens
+            that the generator sampled, and its text in pieces, each with whether the student read it. The tokens of
+            other pieces (e.g. of the reasoning) receive exactly 0.
         token_bytes (`TokenBytes`): The token bytes of the generator's tokenizer.
 
     Returns:
@@ -237,13 +238,43 @@ def hand_over(
         tokens share a character, it is in the text of the last one.
     """
     special = token_bytes.special
-    tokens, target_ends = [], []
-    for ids, contents in completions:
+    tokens, target_ends, receiving = [], [], []
+    for ids, pieces in completions:
         text, ends_in_text = decode_with_ends(ids, token_bytes)
         last = ends_in_text.astype(int).tolist()
         spans = zip(ids, [0, *last], last, strict=False)
         tokens.append([special[token] if token in special else text[first:end] for token, first, end in spans])
-        target_ends.append(translate(ends_in_text, text, contents))
+        places = translate(ends_in_text, text, [piece for piece, _ in pieces])
+        places, receives = _read_places(places, pieces)
+        target_ends.append(places[receives])
+        receiving.append(torch.from_numpy(receives))
     own = [padded[: len(places)] for padded, places in zip(scores, ends, strict=True)]
     received = redistribute(own, ends, target_ends)
-    return tokens, [row.clone() for row in received]  # without a copy, the whole storage would be sent to other ranks
+    # New tensors, because of a part of one, the whole storage would be sent to other ranks
+    rows = [shares.new_zeros(len(mask)) for shares, mask in zip(received, receiving, strict=True)]
+    for row, mask, shares in zip(rows, receiving, received, strict=True):
+        row[mask] = shares
+    return tokens, rows
+
+
+def _read_places(ends: np.ndarray, pieces: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Ends of a completion's tokens in what the student read of it, and which of the tokens receive scores.
+
+    These are the tokens with characters that were read, and those without characters after the last of them (eos).
+    If all was read, all tokens receive scores.
+
+    Args:
+        ends (`np.ndarray` of shape `[C]`): Ends in the whole completion.
+        pieces (`list[tuple[str, bool]]`): The completion in pieces, each with whether it was read.
+    """
+    if all(read for _, read in pieces):
+        return ends, np.ones(len(ends), dtype=bool)
+    edges = np.cumsum([0, *(len(piece) for piece, _ in pieces)])
+    read_edges = np.cumsum([0, *(len(piece) * read for piece, read in pieces)])
+    places = np.interp(ends, edges, read_edges)
+    receives = np.diff(places, prepend=0.0) > 0
+    if receives.any():
+        after = int(receives.nonzero()[0][-1]) + 1
+        receives[after:] = np.diff(ends, prepend=0.0)[after:] == 0
+    return places, receives

@@ -146,6 +146,9 @@ class DPGTrainer(GRPOTrainer):
             train_on=args.train_on,
             verify_steps=args.verify_steps,
             tuning_file=Path(args.output_dir) / TUNING_NAME,
+            student_text=args.student_text,
+            unfinished_thoughts=args.unfinished_thoughts,
+            chat_template_kwargs=args.chat_template_kwargs,
         )
 
         super().__init__(
@@ -172,7 +175,7 @@ class DPGTrainer(GRPOTrainer):
 
     def _results(self) -> list[tuple[str, float, float]]:
         """The metric, its proxies and verifications, each with its first and its last value in the logs."""
-        apart = ("dpg/score/", "dpg/student_loss/", "dpg/seconds", "dpg/num_", "dpg/predicted")
+        apart = ("dpg/score/", "dpg/student_loss/", "dpg/seconds", "dpg/num_", "dpg/predicted", "dpg/thinking")
         logged: dict[str, list[float]] = {}
         for logs in self.state.log_history:
             for name, value in logs.items():

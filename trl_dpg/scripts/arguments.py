@@ -86,6 +86,16 @@ def say_once(line: str) -> None:
         print(line, file=sys.stderr)
 
 
+def check_student_text(student_text: str, unfinished_thoughts: str) -> None:
+    """Refuse unknown choices of what a student reads."""
+    from trl_dpg.student_text import StudentText
+
+    try:
+        StudentText(student_text, unfinished_thoughts)
+    except ValueError as error:
+        raise UsageError(f"--{str(error).removeprefix('Unknown ')}") from error
+
+
 @dataclass
 class CommandArguments:
     """
@@ -230,6 +240,9 @@ class GeneratorArguments(PromptArguments):
             Arguments of the chat template, for conversations. JSON on the command line.
         train_on (`str`, *optional*, defaults to `"completion"`):
             What a student is fine-tuned on: `"completion"` or `"prompt_completion"`.
+        student_text (`str`, *optional*, defaults to `"answer"`), unfinished_thoughts (`str`, *optional*, defaults to
+            `"empty"`):
+            What a student reads of a thinking generator's texts, see [`~trl_dpg.student_text.StudentText`].
     """
 
     dataset_name: str | None = field(
@@ -257,9 +270,18 @@ class GeneratorArguments(PromptArguments):
         default="completion",
         metadata={"help": "What a student is fine-tuned on: 'completion' or 'prompt_completion'."},
     )
+    student_text: str = field(
+        default="answer",
+        metadata={"help": "What it reads of a thinking generator's text: 'answer', 'reasoning' or 'all'."},
+    )
+    unfinished_thoughts: str = field(
+        default="empty",
+        metadata={"help": "What it reads of a text whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        check_student_text(self.student_text, self.unfinished_thoughts)
         self.generation_kwargs = from_json("generation_kwargs", self.generation_kwargs)
         self.chat_template_kwargs = from_json("chat_template_kwargs", self.chat_template_kwargs)
         if self.train_on not in ("completion", "prompt_completion"):

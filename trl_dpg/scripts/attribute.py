@@ -36,8 +36,16 @@ from trl_dpg.metagradients.config import AUTO, SettingsError
 from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
 from trl_dpg.tuning import check_scores
 
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import FORMATS, check_no_training, check_student, load_data, make_folder, process_state
+from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
+from .data import (
+    FORMATS,
+    as_the_student_reads,
+    check_no_training,
+    check_student,
+    load_data,
+    make_folder,
+    process_state,
+)
 from .flags import in_flags
 from .registry import make_metric
 from .samples import choose_numbers, tuning_file
@@ -65,6 +73,10 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         dataset_text_field (`str`, *optional*):
             The column with the text. By default the first of these that the dataset has: `input_ids` (with `labels`,
             if it has them), `messages`, `prompt` and `completion`, or `text`.
+        student_text (`str`, *optional*, defaults to `"all"`):
+            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
+        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
+            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         dataset_chunk (`int`, *optional*):
             Number of samples that the student is fine-tuned on together, a multiple of `student_batch_size`. By
             default the smallest multiple that is at least 256.
@@ -94,6 +106,14 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
             "`prompt` and `completion`, `text`."
         },
     )
+    student_text: str = field(
+        default="all",
+        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
+    )
+    unfinished_thoughts: str = field(
+        default="as_is",
+        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
+    )
     dataset_chunk: int | None = field(
         default=None,
         metadata={
@@ -114,6 +134,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_student_text(self.student_text, self.unfinished_thoughts)
         if self.dataset_name is None:
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
@@ -159,8 +180,10 @@ def load_samples(script_args: AttributeArguments):
             )
     if columns == ["input_ids"] and "labels" in dataset.column_names:
         columns.append("labels")
-    samples = dataset.select_columns(columns)
-    return dataset, samples if text in (None, "text") else samples.rename_column(text, "text")
+    samples = dataset.select_columns([*columns, *({"reasoning"} & set(dataset.column_names))])
+    samples = samples if text in (None, "text") else samples.rename_column(text, "text")
+    samples = as_the_student_reads(samples, script_args, "dataset_name", name)
+    return dataset, samples.select_columns(["text"] if text else columns)
 
 
 def preview(row: dict[str, Any], student, width: int = 90) -> str:

@@ -123,8 +123,37 @@ def read_prompts(arguments: GeneratorArguments, number: int, dataset=None) -> li
     return [prompts[index % len(prompts)] for index in range(number or len(prompts))]
 
 
+def completion_reader(arguments: GeneratorArguments):
+    """The [`~trl_dpg.student_text.StudentText`] of a generator's texts."""
+    from transformers import AutoTokenizer
+
+    from trl_dpg.student_text import StudentText
+
+    return StudentText(
+        arguments.student_text,
+        arguments.unfinished_thoughts,
+        AutoTokenizer.from_pretrained(str(arguments.model_name_or_path), **arguments.hub_kwargs()),
+        arguments.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+    )
+
+
+def as_the_student_reads(dataset, arguments, flag: str, name: str):
+    """A dataset's samples as a student reads them. What is said of their reasoning is printed."""
+    from trl_dpg.student_text import describe, read_dataset
+
+    if "input_ids" in dataset.column_names:
+        if arguments.student_text != "all":
+            raise UsageError(f"--student_text {arguments.student_text}: --{flag} {name!r} has token ids. Use 'all'.")
+        return dataset
+    read, reasoned, unfinished = read_dataset(dataset, arguments.student_text, arguments.unfinished_thoughts)
+    line = describe(len(dataset), reasoned, unfinished, arguments.student_text, arguments.unfinished_thoughts)
+    if line is not None and process_state().is_main_process:
+        print(f"{name}: {line}", flush=True)
+    return read
+
+
 def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, batch_size: int = 256) -> list[str]:
-    """The generator's texts after prompts."""
+    """The generator's texts after prompts. A [`completion_reader`] says what of them a student reads."""
     from trl_dpg.generation import generate_texts, load_generator
 
     path = str(arguments.model_name_or_path)
@@ -141,6 +170,7 @@ def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, ba
         seed=seed,
         chat_template_kwargs=arguments.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         generation_kwargs=arguments.generation_kwargs,  # type: ignore[arg-type]
+        skip_special_tokens=not completion_reader(arguments).needs_special_tokens,
         **arguments.sampling(),
     )
 

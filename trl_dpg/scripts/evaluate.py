@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import FORMATS, check_student, load_data, make_folder, one_process
+from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
+from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, one_process
 from .flags import in_flags
 from .registry import make_metric
 from .samples import choose_numbers, tuning_file
@@ -36,7 +36,7 @@ from .toy_world import toy_world
 __all__ = ["EvaluateArguments", "interval", "main", "make_parser"]
 
 
-FLAGS = {name: name for name in ("datasets", "num_samples")}
+FLAGS = {name: name for name in ("datasets", "num_samples", "max_tokens")}
 """Arguments of the library that are flags of this command."""
 
 
@@ -54,6 +54,13 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             Seeds. Each dataset has a student for each seed.
         num_samples (`int`, *optional*):
             Number of samples to draw from each dataset, so that all have the same size. Each seed draws them anew.
+        max_tokens (`int`, *optional*):
+            Number of tokens to learn from in each dataset, in the place of `num_samples`. Each seed draws as many
+            samples as fit. 0: as many tokens as the smallest dataset has.
+        student_text (`str`, *optional*, defaults to `"all"`):
+            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
+        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
+            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         output_dir (`str`, *optional*):
             Folder for `evaluation.json`, which has the figures. It is written after each seed.
         output_file (`str`, *optional*):
@@ -64,6 +71,17 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
     dataset_split: str = field(default="train", metadata={"help": "The split to read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each seed."})
     num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from each dataset."})
+    student_text: str = field(
+        default="all",
+        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
+    )
+    unfinished_thoughts: str = field(
+        default="as_is",
+        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to learn from in each dataset; 0: as many as the smallest has."}
+    )
     output_dir: str | None = field(default=None, metadata={"help": "Folder for evaluation.json."})
     output_file: str | None = field(
         default=None, metadata={"help": "File for the figures, as JSON, in the place of that in output_dir."}
@@ -77,7 +95,9 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             raise UsageError(f"--datasets must be different, got {self.datasets}.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
+        check_student_text(self.student_text, self.unfinished_thoughts)
         at_least(0, seeds=min(self.seeds))
+        at_least(0, max_tokens=self.max_tokens)
         at_least(1, num_samples=self.num_samples)
         if self.output_file is not None and Path(self.output_file).is_dir():
             raise UsageError(f"--output_file {self.output_file!r} is a folder. Name a file.")
@@ -111,6 +131,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
                 script_args.seeds,
                 script_args.num_samples,
                 progress=True,
+                max_tokens=script_args.max_tokens,
             )
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
@@ -179,6 +200,7 @@ def load_datasets(script_args: EvaluateArguments) -> dict[str, Any]:
                 f"--datasets: {name!r} has the columns {columns}; SFTTrainer reads `text`, `messages`, `prompt` and "
                 "`completion`, or `input_ids`."
             )
+        datasets[name] = as_the_student_reads(datasets[name], script_args, "datasets", name)
     return datasets
 
 
@@ -200,7 +222,10 @@ def render(figures: dict[str, Any]) -> str:
     ]
     for name, row in figures["datasets"].items():
         difference = row.get("first_minus_this")
-        cells = [name, str(row["samples"]), before, plus_minus(row), plus_minus(difference) if difference else ""]
+        samples = str(row["samples"])
+        if "tokens" in row:
+            samples += f" ({statistics.mean(row['tokens']):.0f} tokens)"
+        cells = [name, samples, before, plus_minus(row), plus_minus(difference) if difference else ""]
         lines.append(f"| {' | '.join(cells)} |")
     same = []
     for name, row in figures["datasets"].items():
@@ -211,7 +236,7 @@ def render(figures: dict[str, Any]) -> str:
     if same:
         lines.append(
             f"{', '.join(same)}: the seeds change nothing, because all samples are in one step. The interval is not "
-            "meaningful. Set --num_samples, so that each seed draws other samples."
+            "meaningful. Set --num_samples or --max_tokens, so that each seed draws other samples."
         )
     return "\n".join(lines)
 

@@ -11,10 +11,12 @@ from copy import copy
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import evaluate_dataset, interval, metric_before
 from ..generation import generate_texts, prompt_completion_pairs
 from ..metrics import Metric
+from ..student_text import StudentText, thinking_figures
 from .arguments import SAMPLING
 
 
@@ -79,9 +81,8 @@ class FreshStudents:
             for state, samples in self.texts.items():
                 args = copy(self.trainer.args)
                 args.seed = seed
-                figures = judge(
-                    samples[place], self.rows, args, self.metric, self.rewards, self.greedy_prompt, self.held_out
-                )
+                what = self.metric, self.rewards, self.greedy_prompt, self.held_out, self.trainer.processing_class
+                figures = judge(samples[place], self.rows, args, *what)
                 self.students[state].append(figures)
                 title = f"fresh student {place + 1} of {len(self.seeds)}, {state} generator"
                 print(f"{title}: {_line(figures)}", flush=True)
@@ -142,6 +143,7 @@ def sample(trainer, prompts, seed: int) -> list[str]:
         seed=seed,
         chat_template_kwargs=args.chat_template_kwargs,
         generation_kwargs=args.generation_kwargs,
+        skip_special_tokens=not _reader(args, trainer.processing_class).needs_special_tokens,
         **{name: vars(args)[name] for name in SAMPLING},
     )
 
@@ -154,6 +156,7 @@ def judge(
     rewards: list,
     greedy_prompt: str | None = None,
     held_out: dict[str, Callable] | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
 ) -> Figures:
     """
     Test a fresh student on texts, and compute the further rewards of the texts.
@@ -166,11 +169,16 @@ def judge(
         rewards (`list`): Reward functions. Asynchronous functions and reward models are left out.
         greedy_prompt (`str`, *optional*): A prompt that the student completes greedily.
         held_out (`dict[str, Callable]`, *optional*): Further metrics of the student by name.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The generator's tokenizer, which
+            tells how it marks its reasoning.
     """
     pairs = prompt_completion_pairs(rows["prompt"], texts)
-    data: Any = Dataset.from_list(pairs) if args.train_on == "prompt_completion" else texts
+    readings = _reader(args, processing_class).read(rows["prompt"], texts)
+    read = [reading.completion for reading in readings]
+    with_prompts = args.train_on == "prompt_completion"
+    data: Any = Dataset.from_list(prompt_completion_pairs(rows["prompt"], read)) if with_prompts else read  # type: ignore[arg-type]
     result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
-    figures: Figures = result.figures()
+    figures: Figures = result.figures() | thinking_figures(readings)
     figures |= {name: result.measure(further) for name, further in (held_out or {}).items()}
     columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
     for reward in rewards:
@@ -184,6 +192,11 @@ def judge(
     if greedy_prompt is not None:
         figures["greedy"] = result.finetuned.generate(greedy_prompt)
     return figures | {"samples": texts[:8]}
+
+
+def _reader(args, processing_class: PreTrainedTokenizerBase | None) -> StudentText:
+    """What a student reads, by the arguments of the training."""
+    return StudentText(args.student_text, args.unfinished_thoughts, processing_class, args.chat_template_kwargs)
 
 
 def _columns(students: list[Figures]) -> dict[str, list[float]]:

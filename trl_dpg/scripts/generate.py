@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .arguments import GeneratorArguments, ToyWorldArguments, UsageError, at_least
-from .data import complete_prompts, make_folder, one_process, process_state, read_prompts
+from .data import complete_prompts, completion_reader, make_folder, one_process, process_state, read_prompts
 from .toy_world import toy_world
 
 
@@ -30,7 +30,8 @@ class GenerateArguments(GeneratorArguments, ToyWorldArguments):
     Arguments of `trl-dpg generate`.
 
     The prompts are texts or conversations. With `train_on="completion"`, the dataset that is written has the columns
-    `text` (on which SFTTrainer trains) and `source_prompt`. Otherwise it has `prompt` and `completion`.
+    `text` (on which SFTTrainer trains) and `source_prompt`. Otherwise it has `prompt` and `completion`. If the texts
+    have reasoning and `student_text` is `"answer"`, the reasoning is in a column `reasoning`.
 
     Args:
         num_samples (`int`, *optional*):
@@ -91,14 +92,19 @@ def main(script_args: GenerateArguments) -> None:
         texts = sample(script_args, rows)
     if not state.is_main_process:
         return
+    rows, texts, reasoning, line = read(script_args, rows, texts)
     if script_args.train_on == "completion":
         dataset = Dataset.from_dict({"text": texts, "source_prompt": rows})
     else:
         dataset = Dataset.from_list(prompt_completion_pairs(rows, texts))
+    if line is not None:
+        print(line)
+        if script_args.student_text == "answer":
+            dataset = dataset.add_column("reasoning", reasoning)
     part = output_dir / "train.parquet.tmp"
     dataset.to_parquet(part)
     os.replace(part, output_dir / "train.parquet")
-    dataset_card(script_args, len(texts)).save(output_dir / "README.md")
+    dataset_card(script_args, len(texts), line).save(output_dir / "README.md")
     print(f"{len(texts)} texts: {output_dir / 'train.parquet'}")
     if script_args.hub_dataset_id is not None:
         api = HfApi()
@@ -107,6 +113,34 @@ def main(script_args: GenerateArguments) -> None:
         )
         api.upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=output_dir, allow_patterns=FILES)
         print(f"Pushed to {repo}")
+
+
+def read(script_args: GenerateArguments, rows: list, texts: list[str]):
+    """
+    Prompts and texts as a student reads them, the texts' reasoning, and a line on it (`None` without reasoning).
+
+    Texts of which it reads nothing, because their thought has no end, are left out.
+    """
+    from trl_dpg.student_text import thinking_line
+
+    reader = completion_reader(script_args)
+    readings = reader.read(rows, texts)
+    line = thinking_line(readings, reader)
+    kept = [(row, reading) for row, reading in zip(rows, readings, strict=True) if reading.finished or reading[0]]
+    if not kept:
+        raise UsageError(
+            f"None of the {len(texts)} texts finishes its thought within --max_completion_length "
+            f"{script_args.max_completion_length}. Raise it, or set --unfinished_thoughts as_is."
+        )
+    if len(kept) < len(readings):
+        line = f"{line} {len(readings) - len(kept)} texts were left out."
+    readings = [reading for _, reading in kept]
+    return (
+        [row for row, _ in kept],
+        [reading.completion for reading in readings],
+        [reading.reasoning for reading in readings],
+        line,
+    )
 
 
 def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
@@ -135,7 +169,8 @@ def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
             dtype=script_args.dtype or "auto",
             seed=script_args.seed,
             chat_template_kwargs=script_args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
-            generation_kwargs=script_args.generation_kwargs,  # type: ignore[arg-type]
+            generation_kwargs={"skip_special_tokens": not completion_reader(script_args).needs_special_tokens}
+            | dict(script_args.generation_kwargs or {}),  # type: ignore[arg-type]
             revision=script_args.model_revision,
             trust_remote_code=script_args.trust_remote_code,
             **script_args.sampling(),
@@ -144,7 +179,7 @@ def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
         raise UsageError(f"--use_vllm: {error}") from error
 
 
-def dataset_card(script_args: GenerateArguments, number: int):
+def dataset_card(script_args: GenerateArguments, number: int, thoughts: str | None = None):
     """The dataset card: where the texts come from, and the sampling settings."""
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -168,7 +203,7 @@ def dataset_card(script_args: GenerateArguments, number: int):
 `{script_args.dataset_name}`. A generator trained by Dataset Policy Gradients (Thrush et al.,
 [arXiv 2604.08423](https://arxiv.org/abs/2604.08423)) writes data that moves a metric of the model fine-tuned on it;
 its own model card names metric and student.
-
+{f"{chr(10)}{thoughts}{chr(10)}" if thoughts else ""}
 ## Sampling settings
 
 ```json

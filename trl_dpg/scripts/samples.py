@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import check_student, complete_prompts, fits, read_dataset, read_prompts
+from .data import check_student, complete_prompts, completion_reader, fits, read_dataset, read_prompts
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -74,9 +74,14 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
             print(f"The samples are taken as they are: they have no columns for {template!r}.", flush=True)
         return list(data.select(range(min(num_samples, len(data)))))
     from trl_dpg.generation import prompt_completion_pairs
+    from trl_dpg.student_text import thinking_line
 
     prompts = read_prompts(script_args, num_samples, data)
-    texts = complete_prompts(script_args, prompts, seed)
+    reader = completion_reader(script_args)
+    readings = reader.read(prompts, complete_prompts(script_args, prompts, seed))
+    texts = [reading.completion for reading in readings]
+    if (line := thinking_line(readings, reader)) is not None:
+        say(line)
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
