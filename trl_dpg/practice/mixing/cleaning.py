@@ -83,20 +83,18 @@ def contaminated(
         length = min(ngram, len(ids))
         for value in _hashes(ids, length).tolist():
             runs[length][value].add(number)
-    known = {length: np.array(sorted(found), dtype=np.uint64) for length, found in runs.items()}
     rows, hit = np.zeros(len(texts), dtype=bool), set()
     for row, text in enumerate(tqdm(texts, desc="decontamination", disable=not progress, dynamic_ncols=True)):
         ids = np.array([vocabulary.get(word, 0) for word in words(text)], dtype=np.uint64)
-        for length, hashes in known.items():
+        for length, known in runs.items():
             if len(ids) < length:
                 continue
             strangers = np.concatenate([[0], np.cumsum(ids == 0)])
             whole = strangers[length:] == strangers[:-length]  # all words of the run are words of the benchmark
             if whole.any():
-                found = np.intersect1d(_hashes(ids, length)[whole], hashes)
-                rows[row] |= len(found) > 0
-                for value in found.tolist():
-                    hit |= runs[length][value]
+                for value in set(_hashes(ids, length)[whole].tolist()) & known.keys():
+                    rows[row] = True
+                    hit |= known[value]
     return Contamination(rows, len(hit), too_short)
 
 
