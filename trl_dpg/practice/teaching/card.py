@@ -20,17 +20,7 @@ def dataset_card(
     verifier: str | None,
     student: str | None,
 ) -> DatasetCard:
-    """
-    The card of a folder.
-
-    Args:
-        teacher ([`Teacher`]), journal ([`Journal`]), results ([`Results`]), selection ([`Selection`]):
-            What was asked, and what came of it.
-        prompts (`Mapping[str, object]`):
-            The prompts: lines of a table.
-        verifier (`str` or `None`), student (`str` or `None`):
-            Their names.
-    """
+    """The card of a folder. `prompts` are lines of its first table; `verifier` and `student` are names."""
     data = DatasetCardData(
         task_categories=["text-generation"],
         tags=["trl", "synthetic", "distillation"],
