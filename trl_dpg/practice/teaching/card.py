@@ -20,17 +20,7 @@ def dataset_card(
     verifier: str | None,
     student: str | None,
 ) -> DatasetCard:
-    """
-    The card of a folder.
-
-    Args:
-        teacher ([`Teacher`]), journal ([`Journal`]), results ([`Results`]), selection ([`Selection`]):
-            What was asked, and what came of it.
-        prompts (`Mapping[str, object]`):
-            The prompts: lines of a table.
-        verifier (`str` or `None`), student (`str` or `None`):
-            Their names.
-    """
+    """The card of a folder. `prompts` are lines of its first table; `verifier` and `student` are names."""
     data = DatasetCardData(
         task_categories=["text-generation"],
         tags=["trl", "synthetic", "distillation"],
@@ -58,18 +48,7 @@ def dataset_card(
         lines["right"] = (
             f"{results.correct} of {results.judged} by `{verifier}`; {results.solved_prompts} prompts have a right one"
         )
-    place = {None: "between tags, after a prompt without a chat template", "content": "between tags in the content"}
-    where = place.get(results.place, f"in the field `{results.place}`")
-    rows = {
-        "rows": f"{results.kept}, left out {sum(results.left_out.values())}{listed(results.left_out)}",
-        "kept": f"finish reasons {', '.join(selection.finish_reasons)}"
-        + ("; right answers only" if verifier is not None and not selection.keep_wrong else "")
-        + (f"; at most {selection.max_per_prompt} of a prompt" if selection.max_per_prompt else ""),
-        "reasoning": where if results.with_reasoning else "none",
-        "student": f"`{student}`, whose chat template was rendered" if student else "not given, so not checked",
-    }
-    if results.longest is not None:
-        rows["longest row"] = f"{results.longest} tokens of the student"
+    rows = kept_rows(results, selection, verifier, student)
     return DatasetCard(f"""---
 {data.to_yaml()}
 ---
@@ -87,6 +66,23 @@ the requests that failed.
 
 {table(rows)}
 """)
+
+
+def kept_rows(results: Results, selection: Selection, verifier: str | None, student: str | None) -> dict[str, object]:
+    """What the card says of the rows for SFTTrainer."""
+    place = {None: "between tags, after a prompt without a chat template", "content": "between tags in the content"}
+    where = place.get(results.place, f"in the field `{results.place}`")
+    rows: dict[str, object] = {
+        "rows": f"{results.kept}, left out {sum(results.left_out.values())}{listed(results.left_out)}",
+        "kept": f"finish reasons {', '.join(selection.finish_reasons)}"
+        + ("; right answers only" if verifier is not None and not selection.keep_wrong else "")
+        + (f"; at most {selection.max_per_prompt} of a prompt" if selection.max_per_prompt else ""),
+        "reasoning": where if results.with_reasoning else "none",
+        "student": f"`{student}`, whose chat template was rendered" if student else "not given, so not checked",
+    }
+    if results.longest is not None:
+        rows["longest row"] = f"{results.longest} tokens of the student"
+    return rows
 
 
 def table(lines: Mapping[str, object]) -> str:

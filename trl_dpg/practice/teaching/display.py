@@ -2,13 +2,10 @@
 
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tqdm import tqdm
 
-
-if TYPE_CHECKING:
-    from .run import Run
 
 EVERY = 15.0
 """Seconds between two lines, if the output is no terminal."""
@@ -44,7 +41,7 @@ class Display:
         if self.visible:
             tqdm.write(text, file=sys.stderr)
 
-    def show(self, run: "Run") -> None:
+    def show(self, run: Any) -> None:
         """Show how far a run is."""
         if not self.visible:
             return
@@ -58,14 +55,14 @@ class Display:
         self._bar.set_postfix_str(self._figures(run), refresh=False)
         self._bar.update(self.there + run.accepted + run.failed - self._bar.n)
 
-    def _left(self, run: "Run", now: float) -> str:
+    def _left(self, run: Any, now: float) -> str:
         ended = run.accepted + run.failed
         if not ended:
             return ""
         seconds = (now - self._began) / ended * max(self.total - self.there - ended, 0)
         return f"{duration(seconds)} left, "
 
-    def _figures(self, run: "Run") -> str:
+    def _figures(self, run: Any) -> str:
         tally = run.journal.tally
         if self._tokens is None:
             self._tokens = tally.completion_tokens

@@ -96,7 +96,8 @@ def reasoning_place(tokenizer: PreTrainedTokenizerBase) -> Place:
     Raises:
         `LostError`: If the template leaves the reasoning out in all places.
     """
-    for place in PLACES:
+    template = str(tokenizer.chat_template)
+    for place in sorted(PLACES, key=lambda place: place not in template):  # transformers maps some names to others
         try:
             check_rendered(tokenizer, sft_row("What is seven times six?", _THOUGHT, _ANSWER, place), _THOUGHT, _ANSWER)
         except LostError:

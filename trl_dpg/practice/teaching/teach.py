@@ -74,75 +74,66 @@ def teach(
     More rows or a larger `num_samples` only ask for what is missing.
 
     Args:
-        teacher ([`Teacher`]):
-            The teacher.
-        rows (`Sequence[dict]`):
-            Rows with `prompt`, a text or a conversation. Their further columns are kept beside the samples.
-        output_dir (`str` or `Path`):
-            Folder for `samples.jsonl`, `failures.jsonl`, `sft.jsonl`, `README.md` and `teach.json`.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Samples of each prompt. Each is a request of its own.
-        limits ([`Limits`], *optional*):
-            How much is asked, and how fast.
-        selection ([`Selection`], *optional*):
-            Which samples go into `sft.jsonl`.
-        verifier (`str` or `Callable`, *optional*):
-            `"math"`, `"exact"`, or a function of an answer and the right one. Wrong answers are not in `sft.jsonl`.
-        answer_column (`str`, *optional*, defaults to `"solution"`):
-            The column with the right answers.
-        student ([`~transformers.PreTrainedTokenizerBase`], *optional*):
-            The tokenizer of the student, whose chat template says where the reasoning goes.
-        source (`str`, *optional*):
-            Name of the dataset, for the card.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show the progress.
+        teacher ([`Teacher`]): The teacher.
+        rows (`Sequence[dict]`): Rows with `prompt`, a text or a conversation. Their further columns are kept.
+        output_dir (`str` or `Path`): Folder for the samples, the failures, the rows for SFTTrainer and the card.
+        num_samples (`int`, *optional*, defaults to `1`): Samples of each prompt. Each is a request of its own.
+        limits ([`Limits`], *optional*): How much is asked, and how fast.
+        selection ([`Selection`], *optional*): Which samples go into `sft.jsonl`.
+        verifier (`str` or `Callable`, *optional*): `"math"`, `"exact"`, or a function of an answer and the right one.
+            Wrong answers are not in `sft.jsonl`.
+        answer_column (`str`, *optional*, defaults to `"solution"`): The column with the right answers.
+        student ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer, whose chat template
+            says where the reasoning goes.
+        source (`str`, *optional*): Name of the dataset, for the card.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show the progress.
 
     Raises:
         `ValueError`: If a setting or a prompt cannot be right, or if the teacher cannot be used as it is
             (`TeacherError`). Samples that are there are kept.
         `ImportError`: If openai, or math-verify for `"math"`, is not installed.
     """
-    limits, selection = limits or Limits(), selection or Selection()
     check = _verifier(verifier, rows, answer_column)
     wanted = {request.key: request for request in plan(teacher, rows, num_samples)}
     settings = {"model": teacher.model, "parameters": teacher.parameters}
-    client, tally = Client(teacher), Tally(teacher)
-    with Journal(output_dir, settings, teacher.base_url, now_utc(), tally) as journal:
-        missing = [r for key, r in wanted.items() if key not in journal.done and key not in journal.rejected]
+    client = Client(teacher)
+    with Journal(output_dir, settings, teacher.base_url, now_utc(), Tally(teacher)) as journal:
         began = time.monotonic()
-        run = asyncio.run(_run(client, journal, missing, limits, len(wanted), progress))
+        run = asyncio.run(_run(client, journal, wanted, limits or Limits(), progress))
         seconds, results = time.monotonic() - began, Results()
-        answers = None if check is None else [row[answer_column] for row in rows]
-        judge(journal, wanted, check, answers, results)
-        files = [journal.folder / "README.md", journal.samples, journal.failures]
-        if journal.done:
-            files.append(write_sft(journal, wanted, selection, student, results))
-        name = None if verifier is None else verifier if isinstance(verifier, str) else verifier.__name__
+        judge(journal, wanted, check, None if check is None else [row[answer_column] for row in rows], results)
+        name = verifier if verifier is None or isinstance(verifier, str) else verifier.__name__
         prompts = {"prompts": f"{len(rows)}" + (f" of `{source}`" if source else "")}
         prompts |= {"samples of a prompt": str(num_samples), "hash of the prompts": f"`{prompts_digest(wanted)}`"}
-        card = dataset_card(
-            teacher, journal, results, selection, prompts, name, student.name_or_path if student is not None else None
-        )
-        card.save(journal.folder / "README.md")
+        files = _write(journal, wanted, selection or Selection(), student, results, prompts, name)
         if run.error is not None:
             raise run.error
         there = sum(key in journal.done for key in wanted)
-        return Taught(
-            len(wanted),
-            there,
-            run.accepted,
-            seconds,
-            run.stopped,
-            results,
-            tally,
-            files,
-        )
+        return Taught(len(wanted), there, run.accepted, seconds, run.stopped, results, journal.tally, files)
 
 
-async def _run(
-    client: Client, journal: Journal, missing: list[Request], limits: Limits, total: int, progress: bool
-) -> Run:
-    with Display(total - len(missing), total, progress and bool(missing)) as display:
+def _write(
+    journal: Journal,
+    wanted: dict[str, Request],
+    selection: Selection,
+    student: PreTrainedTokenizerBase | None,
+    results: Results,
+    prompts: dict[str, str],
+    verifier: str | None,
+) -> list[Path]:
+    """Write the rows for SFTTrainer, if there are samples, and the card. Returns all files."""
+    files = [journal.folder / "README.md", journal.samples, journal.failures]
+    if journal.done:
+        files.append(write_sft(journal, wanted, selection, student, results))
+    name = student.name_or_path if student is not None else None
+    dataset_card(journal.tally.teacher, journal, results, selection, prompts, verifier, name).save(files[0])
+    return files
+
+
+async def _run(client: Client, journal: Journal, wanted: dict[str, Request], limits: Limits, progress: bool) -> Run:
+    asked = journal.done.keys() | journal.rejected.keys()
+    missing = [request for key, request in wanted.items() if key not in asked]
+    with Display(len(wanted) - len(missing), len(wanted), progress and bool(missing)) as display:
         async with client:
             run = Run(client, journal, iter(missing), limits, display)
             await run.go()
