@@ -122,8 +122,8 @@ def test_a_generator_of_words_receives_the_scores_of_a_students_characters():
     assert_all_close(scores, character_scores(character_student(), TEXTS))
     assert [row.sum().item() for row in scores] == pytest.approx(columns["dpg_score"], rel=1e-4)
     assert columns["dpg_token_scores"] == [row.tolist() for row in scores]
-    plain = DPGReward(character_student(), METRIC, CONFIG)
-    assert rewards == pytest.approx(plain(PROMPTS, TEXTS)) and plain.last_token_scores is None
+    plain = DPGReward(character_student(), METRIC, CONFIG)  # its first step is scored in another way, in float32
+    assert rewards == pytest.approx(plain(PROMPTS, TEXTS), rel=1e-5) and plain.last_token_scores is None
 
 
 def test_a_generator_with_the_students_tokenizer_receives_the_students_scores():

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import add_response_schema
 
 from .text import completion_text
 
@@ -164,6 +163,8 @@ def _response_template(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
         return None
     template = tokenizer.response_template
     if template is None:
+        from trl.chat_template_utils import add_response_schema  # takes seconds to import
+
         like = SimpleNamespace(chat_template=tokenizer.chat_template)  # TRL would change the tokenizer itself
         try:
             template = add_response_schema(like).response_template  # type: ignore[type-var]
