@@ -22,7 +22,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["tuning"],
     ["attribution", "reward"],
-    ["config", "generation", "evaluation", "live_table", "callbacks"],
+    ["config", "generation", "evaluation", "live_table", "callbacks", "practice"],
     ["trainer", "report", "toy", "declaration"],
     ["scripts", "cli"],
 ]

@@ -1,0 +1,1 @@
+"""The practitioner's side: teachers, lengths of reasoning, and mixtures of data."""
