@@ -319,8 +319,19 @@ def right_answer(operators: Sequence[int], number: int = 64, seed: int = 1000) -
     return RightAnswerMetric([rng.integers(BASE, size=(number, T + 1)) for T in operators])
 
 
+def right_sum(prompts: list[str], completions: list[str], **kwargs) -> list[float]:
+    """A reward function of TRL: 1 if the completion's last word is the sum of the prompt's digits, else 0."""
+    sums = [sum(int(word) for word in prompt.split() if word != "<begin>") % BASE for prompt in prompts]
+    return [float(text.split()[-1:] == [str(own)]) for text, own in zip(completions, sums, strict=True)]
+
+
+def reasoning_steps(completions: list[str], **kwargs) -> list[float]:
+    """A reward function of TRL, to log: the number of steps N of each completion."""
+    return [float(text.split().count("=")) for text in completions]
+
+
 def prefix_sums_world(
-    folder: Path, seed: int = 0, operators: Sequence[int] = (4, 6), num_steps: int = 600, num_layers: int = 2
+    folder: Path, seed: int = 0, operators: Sequence[int] = (6,), num_steps: int = 600, num_layers: int = 2
 ) -> None:
     """
     A toy world, in which a generator can choose its length of reasoning.
@@ -344,3 +355,4 @@ def prefix_sums_world(
     rows = [as_row(with_reasoning(rng.integers(BASE, size=(1, rng.choice(operators) + 1)), 1)[0]) for _ in range(1024)]
     lines = [json.dumps({"prompt": row["prompt"], "operators": row["operators"]}) + "\n" for row in rows]
     (folder / "prompts.jsonl").write_text("".join(lines))
+    (folder / "benchmark.jsonl").write_text("")  # as of all worlds whose metric reads no texts
