@@ -49,8 +49,11 @@ from trl_dpg.practice.prefix_sums import (
 )
 
 
-TESTED = (6, 7, 8, 9, 10, 12)
+TESTED = (6, 8, 10, 12)
 """The values of T that are tested."""
+
+BEST = {T: 2 if T <= 8 else 3 for T in range(1, MAX_OPERATORS + 1)}
+"""t with which the first model of one layer was most often right. It had learned no t for T = 10 and more."""
 
 SHORT = 3
 """t of the short half of the long-short mixture."""
@@ -114,49 +117,44 @@ def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int) -> 
             measure(model, folder / "curves" / f"{layers}_layers_seed_{seed}.json", list(STEP_SIZES))
 
 
-def mean_curves(folder: Path, layers: int) -> dict[int, dict[int, list[float]]]:
-    """Accuracy of each seed by T and t."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"curves/{layers}_layers_seed_*.json"))]
+def mean_curves(folder: Path, layers: int, seed: int | str = "*") -> dict[int, dict[int, list[float]]]:
+    """Accuracy of each seed, or of one, by T and t."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"curves/{layers}_layers_seed_{seed}.json"))]
     return {T: {t: [run[str(t)][str(T)]["accuracy"] for run in runs] for t in STEP_SIZES if t <= T} for T in TESTED}
 
 
-def best_step_sizes(folder: Path, layers: int) -> dict[int, int]:
-    """t with the highest mean accuracy, by T. Of equal ones the smallest."""
-    curves = mean_curves(folder, layers)
+def best_step_sizes(folder: Path, layers: int, seed: int | str = "*") -> dict[int, int]:
+    """t with the highest mean accuracy of all seeds, or of one, by T. Of equal ones the smallest."""
+    curves = mean_curves(folder, layers, seed)
     means = {T: {t: statistics.mean(values) for t, values in by_size.items()} for T, by_size in curves.items()}
     return {T: max(by_size, key=by_size.__getitem__) for T, by_size in means.items()}
 
 
-def mixtures(best: dict[int, int]) -> dict[str, Mixture]:
-    """What models are trained on. For a T that is not tested, the best t is that of the nearest T which is."""
-
-    def nearest(T):
-        return best[min(TESTED, key=lambda tested: abs(tested - T))]
-
+def mixtures() -> dict[str, Mixture]:
+    """What models of the part `data` are trained on."""
     lengths = range(1, MAX_OPERATORS + 1)
     return {
-        "best": {T: [max(t for t in STEP_SIZES if t <= min(T, nearest(T)))] for T in lengths},
         "longest": {T: [1] for T in lengths},
-        "long_short": {T: [1, max(t for t in (1, 2, SHORT) if t <= T)] for T in lengths},
+        "best": {T: [min(T, BEST[T])] for T in lengths},
+        "long_short": {T: [1, min(T, SHORT)] for T in lengths},
     }
 
 
 def data(folder: Path, layers: int, seeds: list[int], num_steps: int) -> None:
     """Accuracy of models that are trained on other mixtures, with each control token that they know."""
-    arms = mixtures(best_step_sizes(folder, layers))
     for seed in seeds:
-        for arm, mixture in arms.items():
+        for arm, mixture in mixtures().items():
             model = trained(folder, f"{arm}_{layers}_layers_seed_{seed}", layers, mixture, seed, num_steps)
             known = sorted({t for sizes in mixture.values() for t in sizes})
             measure(model, folder / "data" / f"{arm}_seed_{seed}.json", known)
 
 
-def scores(folder: Path, layers: int, seeds: list[int], number: int = 320) -> None:
+def scores(folder: Path, layers: int, seeds: list[int], number: int = 256) -> None:
     """For each T, score samples with each t alike, by two metrics on other expressions of the same T."""
-    best = best_step_sizes(folder, layers)
     tokenizer = prefix_sums_tokenizer()
     config = InnerLoopConfig(batch_size=64, learning_rate=1e-3, eps_root=1e-5)
     for seed in seeds:
+        best = best_step_sizes(folder, layers, seed)
         for T in TESTED:
             sizes = [t for t in STEP_SIZES if t <= T]
             digits = expressions(T, number, seed=seed)
@@ -169,11 +167,11 @@ def scores(folder: Path, layers: int, seeds: list[int], number: int = 320) -> No
             }
             for name, metric in metrics.items():
 
-                def score(metric=metric, rows=rows, T=T, sizes=sizes, seed=seed):
+                def score(metric=metric, rows=rows, T=T, sizes=sizes, seed=seed, best=best):
                     model = LlamaForCausalLM.from_pretrained(
                         folder / "models" / f"uniform_{layers}_layers_seed_{seed}"
                     )
-                    result = attribute(Student(model, tokenizer), rows, metric, config, size=64, num_repeats=3)
+                    result = attribute(Student(model, tokenizer), rows, metric, config, size=64, num_repeats=2)
                     steps = np.array([row["num_steps"] for row in rows])
                     distance = np.abs(np.log(steps / math.ceil(T / best[T])))
                     test = spearmanr(result.scores, distance)
@@ -188,7 +186,7 @@ def scores(folder: Path, layers: int, seeds: list[int], number: int = 320) -> No
                         "metric_after": result.metric_after,
                     }
 
-                figures = cell(folder / "scores" / f"{name}_T_{T}_seed_{seed}.json", score)
+                figures = cell(folder / "scores" / f"{name}_{layers}_layers_T_{T}_seed_{seed}.json", score)
                 print(
                     f"{name} T = {T} seed {seed}: Spearman {figures['spearman']:+.2f}, {figures['mean_score']}",
                     flush=True,
@@ -239,26 +237,29 @@ def data_figures(folder: Path, layers: int) -> dict[str, dict[int, list[float]]]
         for arm in ("longest", "best", "long_short")
     }
     arms["longest"] = {T: [run["1"][str(T)]["accuracy"] for run in runs["longest"]] for T in TESTED}
-    arms["best"] = {T: [run[str(best[T])][str(T)]["accuracy"] for run in runs["best"]] for T in TESTED}
+    arms["best"] = {T: [run[str(BEST[T])][str(T)]["accuracy"] for run in runs["best"]] for T in TESTED}
     for name, t in (("long-short, long", "1"), ("long-short, short", str(SHORT))):
         arms[name] = {T: [run[t][str(T)]["accuracy"] for run in runs["long_short"]] for T in TESTED}
-    return arms
+    return {arm: by_length for arm, by_length in arms.items() if by_length[TESTED[0]]}  # the finished ones
 
 
-def draw_uses(folder: Path, layers: int, path: Path) -> None:
+def draw_uses(folder: Path, layers: int, scored_layers: int, path: Path) -> None:
     """Accuracy of models by what they were trained on, and mean scores of `attribute` by t."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     arms = data_figures(folder, layers)
     for k, (arm, by_length) in enumerate(arms.items()):
-        means, widths = zip(*(interval(values) for values in by_length.values()), strict=True)
-        places = np.arange(len(TESTED)) + (k - len(arms) / 2) * 0.12
-        left.errorbar(places, means, widths, fmt="o", markersize=4, capsize=2, label=arm)
+        places = np.arange(len(TESTED)) + (k - (len(arms) - 1) / 2) * 0.12
+        (line,) = left.plot(places, [statistics.mean(values) for values in by_length.values()], "_", markersize=11)
+        for place, values in zip(places, by_length.values(), strict=True):
+            left.plot([place] * len(values), values, ".", color=line.get_color())
+        line.set_label(arm)
     left.set_xticks(range(len(TESTED)), [f"T = {T}" for T in TESTED])
-    left.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data, with 95 % intervals")
+    left.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data (dot: a seed, line: the mean)")
     left.legend(frameon=False, fontsize=8)
     for T in TESTED:
         cells = [
-            json.loads(file.read_text()) for file in sorted(folder.glob(f"scores/right_answer_T_{T}_seed_*.json"))
+            json.loads(file.read_text())
+            for file in sorted(folder.glob(f"scores/right_answer_{scored_layers}_layers_T_{T}_seed_*.json"))
         ]
         if cells:
             sizes = list(map(int, cells[0]["mean_score"]))
@@ -275,7 +276,7 @@ def draw_uses(folder: Path, layers: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def figures(folder: Path, sizes: list[int], layers: int) -> None:
+def figures(folder: Path, sizes: list[int], layers: int, scored_layers: int) -> None:
     """Tables on the screen, and pictures in the output folder."""
     for size in sizes:
         best = best_step_sizes(folder, size)
@@ -283,16 +284,16 @@ def figures(folder: Path, sizes: list[int], layers: int) -> None:
             row = "  ".join(f"t={t}: {statistics.mean(values):.2f}" for t, values in by_size.items())
             print(f"{size} layers  T={T:2}  {row}  best N = {math.ceil(T / best[T])}")
     for arm, by_length in data_figures(folder, layers).items():
-        cells = ["{:.2f} ± {:.2f}".format(*interval(values)) for values in by_length.values()]
-        cells.append("all: {:.2f} ± {:.2f}".format(*interval(np.mean(list(by_length.values()), axis=0).tolist())))
+        rows = [*by_length.values(), np.mean(list(by_length.values()), axis=0).tolist()]  # the last one: all T
+        cells = [f"{mean:.2f} ± {width or math.nan:.2f}" for mean, width in map(interval, rows)]
         print(f"{arm:20} {'  '.join(cells)}")
     for name in ("right_answer", "all_lengths"):
         for T in TESTED:
-            files = sorted(folder.glob(f"scores/{name}_T_{T}_seed_*.json"))
+            files = sorted(folder.glob(f"scores/{name}_{scored_layers}_layers_T_{T}_seed_*.json"))
             values = [f"{json.loads(path.read_text())['spearman']:+.2f}" for path in files]
             print(f"{name}, T = {T}: Spearman of score and distance from the best length, by seed: {' '.join(values)}")
     draw_curves(folder, sizes, folder / "curves.png")
-    draw_uses(folder, layers, folder / "uses.png")
+    draw_uses(folder, layers, scored_layers, folder / "uses.png")
 
 
 def main():
@@ -300,7 +301,8 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("runs/cot_length"))
     parser.add_argument("--parts", nargs="+", default=["curves", "data", "scores", "figures"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 3], help="numbers of layers of the curves")
-    parser.add_argument("--layers", type=int, default=1, help="number of layers of the other parts")
+    parser.add_argument("--layers", type=int, default=1, help="number of layers of the part `data`")
+    parser.add_argument("--scored_layers", type=int, default=3, help="number of layers of the part `scores`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=2000)
     args = parser.parse_args()
@@ -310,9 +312,9 @@ def main():
     if "data" in args.parts:
         data(args.output_dir, args.layers, args.seeds, args.num_steps)
     if "scores" in args.parts:
-        scores(args.output_dir, args.layers, args.seeds)
+        scores(args.output_dir, args.scored_layers, args.seeds)
     if "figures" in args.parts:
-        figures(args.output_dir, args.sizes, args.layers)
+        figures(args.output_dir, args.sizes, args.layers, args.scored_layers)
 
 
 if __name__ == "__main__":

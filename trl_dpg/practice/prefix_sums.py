@@ -139,7 +139,7 @@ def draw_samples(mixture: Mixture, num_tokens: int, rng: np.random.Generator) ->
     samples, drawn, lengths = [], 0, list(mixture)
     while drawn < num_tokens:
         operators = lengths[rng.integers(len(lengths))]
-        step_size = mixture[operators][rng.integers(len(mixture[operators]))]
+        step_size = mixture[operators][int(rng.integers(len(mixture[operators])))]
         samples.append(with_reasoning(rng.integers(BASE, size=(1, operators + 1)), step_size)[0])
         drawn += len(samples[-1])
     return samples
@@ -196,7 +196,7 @@ def train(
         samples = sorted(draw_samples(allowed, tokens_per_step, rng), key=len)
         cut = round(0.6 * len(samples))  # two parts, which need less padding
         parts = [loss_sum(model, part) for part in (samples[:cut], samples[cut:]) if part]
-        loss = sum(value for value, _ in parts) / sum(number for _, number in parts)
+        loss = torch.stack([value for value, _ in parts]).sum() / sum(number for _, number in parts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
