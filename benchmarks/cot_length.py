@@ -263,12 +263,16 @@ def draw_uses(folder: Path, layers: int, scored_layers: int, path: Path) -> None
         ]
         if cells:
             sizes = list(map(int, cells[0]["mean_score"]))
-            scores = np.array([list(figures["mean_score"].values()) for figures in cells])
-            means = (scores / np.abs(scores).max(axis=1, keepdims=True)).mean(axis=0)
+            scores = np.array(list(cells[0]["mean_score"].values()))
+            means = scores / np.abs(scores).max()
             (line,) = right.plot(sizes, means, marker=".", label=f"T = {T}")
             right.plot(cells[0]["best"], means[sizes.index(cells[0]["best"])], "o", color=line.get_color())
     right.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-    right.set(xlabel="t of the sample", ylabel="mean score, relative", title="scores of attribute (dot: the best t)")
+    right.set(
+        xlabel="t of the sample",
+        ylabel="mean score, relative",
+        title="scores of attribute, first seed (dot: the best t)",
+    )
     right.set_xticks(STEP_SIZES)
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
