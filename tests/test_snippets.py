@@ -203,6 +203,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].state.global_step == 1
         common, rare = scope["novelty"](["w1 w2", "w1 w2", "w1 w2", "w3 w4"])[2:]
         assert 0 < common < rare
+    elif page == "thinking.md":
+        assert scope["thought"] == ("Two and two.", "Four.", True) and scope["config"].student_text == "answer"
     else:
         assert page in GIVEN, "say here what the page should have made"
 
@@ -311,7 +313,10 @@ def runnable(page):
         if words[0] == "trl-dpg" and not {"--num_processes", "--accelerate_config", "--help"} & set(words):
             if words[1] in SMALL:
                 prompts = PROMPTS_HERE if "my_recipe.yaml" in words and words[1] in ("generate", "verify") else []
-                yield [*words[1:], *SMALL[words[1]].split(), *prompts]
+                small = SMALL[words[1]]
+                if "--max_tokens" in words:  # which takes the place of a number of samples
+                    small = small.replace("--num_samples 8", "")
+                yield [*words[1:], *small.split(), *prompts]
             elif words[1] == "dpg" and any(word.endswith("mini.yaml") for word in words):
                 yield [*words[1:], *SMALL_DPG.split()]
 
