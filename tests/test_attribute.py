@@ -351,7 +351,7 @@ def test_two_processes_share_the_chunks_out(student_path, tmp_path):
         (["--metric_kwargs", '{"datset": "x"}'], "unexpected keyword argument 'datset'"),
         (["--num_processes", "2", "junk"], "unrecognized arguments: junk"),
         (["--output_format", "csv"], "--output_format must be 'parquet' or 'jsonl'"),
-        (["--per_token", "--attribution", "dataset"], "--per_token needs --attribution metagradient"),
+        (["--per_token", "--attribution", "dataset"], "--per_token: the naive baseline"),
         (["--metric", "qr_code", "--metric_kwargs", "{}"], "--metric_kwargs does not fit 'qr_code'"),
         (["--metric", "language_modelling"], "Did you mean 'language_modeling'"),
         (

@@ -217,6 +217,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].state.log_history[0]["length_distribution/wasserstein"] > 0
     elif page == "mix.md":
         assert len(scope["mixture"].dataset) == 8
+    elif page == "thinking.md":
+        assert scope["thought"] == ("Two and two.", "Four.", True) and scope["config"].student_text == "answer"
     else:
         assert page in GIVEN, "say here what the page should have made"
 
@@ -330,7 +332,10 @@ def runnable(page):
         if words[0] == "trl-dpg" and not {"--num_processes", "--accelerate_config", "--help"} & set(words):
             if words[1] in SMALL:
                 prompts = PROMPTS_HERE if "my_recipe.yaml" in words and words[1] in ("generate", "verify") else []
-                yield [*words[1:], *SMALL[words[1]].split(), *prompts]
+                small = SMALL[words[1]]
+                if "--max_tokens" in words:  # which takes the place of a number of samples
+                    small = small.replace("--num_samples 8", "")
+                yield [*words[1:], *small.split(), *prompts]
             elif words[1] == "dpg" and any(word.endswith("mini.yaml") for word in words):
                 yield [*words[1:], *SMALL_DPG.split()]
 

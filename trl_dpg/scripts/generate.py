@@ -161,6 +161,7 @@ def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
     from trl_dpg.generation import generate_texts_by_vllm
 
     one_process("generate", "vLLM finds the GPUs itself.")
+    marked = {"skip_special_tokens": False} if completion_reader(script_args).needs_special_tokens else {}
     try:
         return generate_texts_by_vllm(
             str(script_args.model_name_or_path),
@@ -169,8 +170,7 @@ def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
             dtype=script_args.dtype or "auto",
             seed=script_args.seed,
             chat_template_kwargs=script_args.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
-            generation_kwargs={"skip_special_tokens": not completion_reader(script_args).needs_special_tokens}
-            | dict(script_args.generation_kwargs or {}),  # type: ignore[arg-type]
+            generation_kwargs=marked | dict(script_args.generation_kwargs or {}),  # type: ignore[arg-type]
             revision=script_args.model_revision,
             trust_remote_code=script_args.trust_remote_code,
             **script_args.sampling(),
