@@ -299,8 +299,9 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    assert pages_with("yaml") == ["lengths.md", "training.md", "tune.md"]
-    settings = yaml.safe_load("\n".join(blocks("training.md", "yaml") + blocks("tune.md", "yaml")))
+    assert pages_with("yaml") == ["lengths.md", "thinking.md", "training.md", "tune.md"]
+    pages = ("training.md", "tune.md", "thinking.md")
+    settings = yaml.safe_load("\n".join(block for page in pages for block in blocks(page, "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))
     script_args, training_args, model_args, dataset_args = read(
         ["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch
@@ -309,6 +310,7 @@ def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     assert script_args.reward_funcs[0] == "language_id" and training_args.reward_weights == [1.0, 0.0, 0.2]
     assert training_args.generation_batch_size / training_args.student_batch_size == 4
     assert training_args.inner_loop_config().auto == ("learning_rate", "eps_root")
+    assert (training_args.student_text, training_args.unfinished_thoughts) == ("answer", "empty")
     lengths = yaml.safe_load("\n".join(blocks("lengths.md", "yaml"))) | {"bf16": False, "output_dir": str(tmp_path)}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | lengths))
     script_args, training_args, *_ = read(["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch)
