@@ -1,7 +1,5 @@
 """Scores out of the fine-tuning's own backward pass: exact, cheap, and never of the wrong sample."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,8 @@ from tests.test_metagradient import BENCHMARK, METRIC, RANDOM_WEIGHTS, SAMPLES, 
 from tests.tiny import make_model, make_samples
 from tests.unroll import log_likelihood, relative_error, unroll
 from trl_dpg import InnerLoopConfig, Student, metagradient
-from trl_dpg.metagradients import gradient, per_sample, reverse, trajectory
+from trl_dpg.kernels import TwiceDifferentiable
+from trl_dpg.metagradients import per_sample, reverse, trajectory
 
 
 PLAIN = dict(lr=1e-3, eps_root=1e-7)
@@ -125,6 +124,62 @@ def test_families_are_covered(family):
         assert student.tells_samples_apart
 
 
+def test_one_wrong_layer_of_many_is_found_out():
+    samples = make_samples(12, low=12, high=13)
+    model = make_model("llama", scale=1.0)
+    model.config.num_hidden_layers = 12
+    model = type(model)(model.config).double()
+    down = model.model.layers[5].mlp.down_proj
+    forward = down.forward
+    down.forward = lambda x: forward(x.flip(0)).flip(0)
+    student = Student(model)
+    metagradient(student, samples, METRIC, InnerLoopConfig(batch_size=12))
+    assert student.tells_samples_apart is False
+
+
+@pytest.mark.parametrize("first", ["one sample", "weights"])
+def test_nothing_is_taken_for_granted_before_the_test(first):
+    samples = make_samples(12, low=12, high=13)
+    model = make_model("llama", scale=1.0).double()
+    for layer in model.model.layers:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda x, forward=forward: forward(x.flip(0)).flip(0)
+    student = Student(model)
+    config = dict(batch_size=12, memory_budget=0)
+    if first == "one sample":
+        metagradient(student, samples[:1], METRIC, InnerLoopConfig(**config))
+    weights = 2 * torch.rand(12, generator=torch.Generator().manual_seed(0))
+    out = metagradient(student, samples, METRIC, InnerLoopConfig(**config), weights=weights)
+    token = metagradient(student, samples, METRIC, InnerLoopConfig(**config, per_token=True), weights=weights)
+    assert student.tells_samples_apart is False and out.metric_after == pytest.approx(token.metric_after, rel=1e-9)
+    assert relative_error(out.scores, token.scores) <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen2", "gpt2"])
+def test_students_of_16_bits_are_covered(family):
+    student = Student(make_model(family, dtype=torch.bfloat16))
+    metagradient(student, SAMPLES, METRIC, InnerLoopConfig(batch_size=16))
+    assert student.tells_samples_apart
+
+
+def test_one_key_and_value_may_serve_all_heads():
+    query, key, value = (torch.randn(2, heads, 5, 8, dtype=torch.float64) for heads in (4, 1, 1))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    with TwiceDifferentiable(through_theta=True, skip_values=False):
+        ours = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    plain = F.scaled_dot_product_attention(*inputs, is_causal=True)
+    target = torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad((y * target).sum(), inputs) for y in (ours, plain)), strict=True):
+        assert torch.allclose(a, b)
+
+
+def test_a_trained_module_in_two_places_is_refused():
+    model = make_model()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate_proj' are one and the same"):
+        Student(model)
+
+
 # -- first order -----------------------------------------------------------------------------------------------------
 
 
@@ -178,18 +233,32 @@ def test_first_order_scores_with_one_step_are_the_exact_ones():
     assert torch.equal(first.scores, exact.scores)
 
 
-def test_first_order_needs_no_second_derivative(monkeypatch):
-    def once(*arguments, differentiable=False, **kwargs):
-        assert not differentiable
-        return gradient.micro_batch_gradient(*arguments, **kwargs)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_finite_differences_have_no_hessian_in_first_order_scores(lora):
+    model = make_model("llama", scale=1.0)
+    student = Student((with_lora(model) if lora else model).double())
+    scores = [
+        metagradient(
+            student,
+            SAMPLES,
+            METRIC,
+            InnerLoopConfig(batch_size=4, learning_rate=1e-2, eps_root=1e-7, attribution="first_order", **config),
+        ).scores
+        for config in (dict(), dict(hvp="finite_difference"), dict(hvp="finite_difference", per_token=True))
+    ]
+    assert relative_error(scores[1], scores[0]) <= 1e-5
+    assert relative_error(scores[2], scores[0]) <= 1e-2
 
-    monkeypatch.setattr(trajectory, "micro_batch_gradient", once)
-    monkeypatch.setattr(reverse, "micro_batch_gradient", once)
+
+def test_first_order_takes_an_attention_without_a_second_derivative_unless_it_would_need_it():
     student = Student(with_lora(make_model()))
+    first = dict(batch_size=4, attribution="first_order")
+    expected = metagradient(student, SAMPLES, METRIC, InnerLoopConfig(**first)).scores
     student.model.config._attn_implementation_internal = "flash_attention_2"
-    config = InnerLoopConfig(batch_size=4, attribution="first_order")
-    monkeypatch.setattr(student.model.base_model.model, "set_attn_implementation", SimpleNamespace())
-    with pytest.raises(ValueError, match="no second derivative"):
-        metagradient(student, SAMPLES, METRIC, InnerLoopConfig(batch_size=4))
+    for config in (dict(batch_size=4), first | dict(per_token=True)):
+        with pytest.raises(ValueError, match="no second derivative"):
+            metagradient(student, SAMPLES, METRIC, InnerLoopConfig(**config))
+    student.tells_samples_apart = False
     student.model.config._attn_implementation_internal = "sdpa"
-    assert metagradient(student, SAMPLES, METRIC, config).scores.abs().sum() > 0
+    fallback = metagradient(student, SAMPLES, METRIC, InnerLoopConfig(**first)).scores
+    assert relative_error(fallback, expected) <= 1e-3

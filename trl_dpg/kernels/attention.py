@@ -20,6 +20,8 @@ def attention(
     """`scaled_dot_product_attention` of `[B, H, L, E]` tensors, computed in float32 or float64."""
     if enable_gqa:
         key, value = (x.repeat_interleave(query.size(-3) // x.size(-3), -3) for x in (key, value))
+    else:  # one key and value may serve all heads
+        key, value = (x.expand(*query.shape[:-2], *x.shape[-2:]) for x in (key, value))
     if is_causal:
         size = query.size(-2), key.size(-2)
         attn_mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()

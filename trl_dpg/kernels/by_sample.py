@@ -8,7 +8,6 @@ direction U follow without another pass: ⟨U, Σ_l δ_l x_lᵀ⟩ = Σ_l δ_l �
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,62 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from .activations import RMSNorm
-from .cross_entropy import linear_cross_entropy, loss_derivative
-
-
-class Dense(NamedTuple):
-    """The gradients of B samples in a parameter: `[B, *shape]`."""
-
-    place: int
-    gradients: Tensor
-
-    def along(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`."""
-        direction = u[self.place].flatten()
-        return self.gradients.flatten(1).to(direction.dtype) @ direction
-
-
-class Factors(NamedTuple):
-    """The inputs `[*, in]` and the outputs' cotangents `[*, out]` of a linear layer."""
-
-    place: int
-    inputs: Tensor
-    cotangents: Tensor
-    transposed: bool  # whether the weight is stored as [in, out]
-
-    def along(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, δ xᵀ⟩ for each token, of shape `[*]`."""
-        direction = u[self.place].to(self.inputs.dtype)
-        return torch.linalg.vecdot(self.inputs @ (direction if self.transposed else direction.mT), self.cotangents)
-
-
-class Lookup(NamedTuple):
-    """The rows `[B, L]` that an embedding took, and their cotangents `[B, L, D]`."""
-
-    place: int
-    ids: Tensor
-    cotangents: Tensor
-
-    def along(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, ∇⟩ for each token, of shape `[B, L]`."""
-        return torch.linalg.vecdot(u[self.place][self.ids].to(self.cotangents.dtype), self.cotangents)
-
-
-class Head(NamedTuple):
-    """The factors of a linear head, whose logits are Σ_j X_j W_jᵀ + b, and the loss on them."""
-
-    places: list[int | None]  # of W_j and b
-    inputs: list[Tensor]
-    matrices: list[Tensor]
-    bias: Tensor | None
-    labels: Tensor
-    loss_weights: Tensor
-
-    def along(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, ∇⟩ for each supervised token, of shape `[n]`."""
-        *directions, bias = (None if place is None else u[place] for place in self.places)
-        derivative = loss_derivative(self.inputs, self.matrices, self.bias, self.labels, directions, bias)
-        return self.loss_weights * derivative
+from .cross_entropy import linear_cross_entropy
+from .sample_gradients import Dense, Factors, Head, Lookup
 
 
 class Recorder:
@@ -117,6 +62,7 @@ class Recorder:
         self.keep = keep and along is None
         self.covers = True
         self.parts: list = []
+        self.last: list[tuple[set[int], Tensor]] = []
         self.scores = torch.zeros(num_samples, device=owners.device, dtype=parameters[0].dtype)
         if along is not None:
             self.scores = self.scores.to(along[0].dtype)
@@ -136,7 +82,19 @@ class Recorder:
         if self.keep:
             self.parts.append(part)
         elif self.directions is not None:
-            self.scores += self.by_sample(part.along(self.directions), self.scores.dtype)
+            products = self.by_sample(part.along(self.directions), self.scores.dtype)
+            self.scores += products
+            self.last.append((set(part.all_places), products[-1]))
+
+    def last_by_place(self) -> list[tuple[list[int], float]]:
+        """The last sample's products with `along`, for each parameter, or several that were used as one."""
+        groups: list[tuple[set[int], float]] = []
+        for places, product in self.last:
+            overlapping = [group for group in groups if group[0] & places]
+            groups = [group for group in groups if not group[0] & places]
+            merged = places.union(*(group[0] for group in overlapping))
+            groups.append((merged, product.item() + sum(group[1] for group in overlapping)))
+        return [(sorted(places), product) for places, product in groups]
 
     @torch.no_grad()
     def products(self, u: Sequence[Tensor]) -> Tensor:
@@ -250,6 +208,8 @@ class BySample(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():  # inside an operation that is recorded as a whole
+            return function(*args, **kwargs)
         used = [x for group in (*args, *kwargs.values()) for x in _tensors(group) if id(x) in self.recorder.places]
         if used:
             known = self._known(function, *args, **kwargs)
@@ -288,7 +248,12 @@ class BySample(TorchFunctionMode):
     def _embedding(self, ids, weight, padding_idx=None, max_norm=None, *further, **kwargs):
         if ids.dim() == 2 and ids.size(0) == 1:  # positions, which all samples share
             ids = ids.expand(self.recorder.num_samples, -1)
-        if max_norm is not None or ids.dim() != 2 or ids.size(0) != self.recorder.num_samples:
+        if (
+            kwargs.get("scale_grad_by_freq")
+            or max_norm is not None
+            or ids.dim() != 2
+            or ids.size(0) != self.recorder.num_samples
+        ):
             return None
         return _Embedding.apply(ids, weight, padding_idx, self.recorder, self.recorder.place(weight))
 

@@ -106,8 +106,8 @@ class InnerLoopConfig:
             Memory in bytes for graphs of the forward sweep, and for the samples' gradients where these suffice: in the
             first step, and with `"first_order"`. The reverse sweep does not compute again what was kept. Graphs are
             measured, once for each shape, and freed if they do not fit. `"auto"`: half of a GPU's free memory, or a
-            quarter of the host's, so that memory is left for the generator's update. `0`: keep nothing. It does not
-            change the numbers.
+            quarter of the host's, so that memory is left for the generator's update. `0`: keep nothing. It changes the
+            numbers only by rounding.
         checkpoint_interval (`int` or `str`, *optional*, defaults to `"auto"`):
             Steps between the states (parameters and moments) that are kept for the reverse sweep. The states in
             between are computed again, one stretch of steps at a time. `"auto"`: 1 (keep every state) if all states

@@ -57,12 +57,8 @@ class FineTuning:
     @contextmanager
     def sweeping(self) -> Iterator[None]:
         """The modes, and the layers that both sweeps use."""
-        with modes(self.student):
-            if self.config.differentiates_twice:
-                with lean_layers(self.student.model):
-                    yield
-            else:
-                yield
+        with modes(self.student), lean_layers(self.student.model):
+            yield
 
     def sweep(self, weights: Tensor, keep_states: bool) -> Trajectory:
         """Run the forward sweep with data weights w of shape `[N]`."""

@@ -38,6 +38,22 @@ class Gradient(NamedTuple):
     token_weights: Tensor
 
 
+def check_attention(student: Student) -> None:
+    """
+    Refuse a double backward through an attention that may not be linked to its graph.
+
+    Raises:
+        `ValueError`: If the student's attention has no second derivative.
+    """
+    implementation = student.model.config._attn_implementation or "eager"
+    if implementation not in ("eager", "sdpa"):
+        raise ValueError(
+            f"The student's attention ({implementation!r}) has no second derivative. Load it with "
+            "attn_implementation='sdpa', or set hvp='finite_difference'. attribution='first_order' needs none, unless "
+            "per_token is set or samples cannot be told apart in this model's layers."
+        )
+
+
 def micro_batch_gradient(
     student: Student,
     theta: Tensor,

@@ -17,6 +17,7 @@ from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from ..student.tokenization import row_as_json
 from .config import InnerLoopConfig, SettingsError
 from .fine_tuning import FineTuning, modes
+from .gradient import check_attention
 from .reverse import reverse_sweep
 
 
@@ -213,12 +214,8 @@ def _are_conversations(examples: Examples) -> bool:
 
 
 def _check_student(student: Student, config: InnerLoopConfig) -> None:
-    implementation = student.model.config._attn_implementation or "eager"
-    if config.differentiates_twice and config.attribution != "first_order" and implementation not in ("eager", "sdpa"):
-        raise ValueError(
-            f"The student's attention ({implementation!r}) has no second derivative. Load it with "
-            "attn_implementation='sdpa', or set attribution='first_order' or hvp='finite_difference'."
-        )
+    if config.differentiates_twice and (config.attribution != "first_order" or config.per_token):
+        check_attention(student)
     if config.hvp == "finite_difference" and student.trains_half_precision:
         raise ValueError(
             "hvp='finite_difference' changes the trained parameters by amounts that are too small for half precision. "

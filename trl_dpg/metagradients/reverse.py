@@ -8,7 +8,7 @@ from torch import Tensor
 from ..student import Student
 from .batches import MicroBatch
 from .config import InnerLoopConfig
-from .gradient import Gradient, micro_batch_gradient
+from .gradient import Gradient, check_attention, micro_batch_gradient
 from .optimizers import clip, clip_vjp
 from .per_sample import SampleGradients, sample_products
 from .trajectory import Trajectory
@@ -103,7 +103,9 @@ def _products(
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
     """∇_w ⟨u, g⟩ of shape `[n]` and, with `through_theta`, ∇_θ ⟨u, g⟩ by parameter; g is a micro-batch's gradient."""
     if config.hvp == "finite_difference":
-        return _shifted(student, theta, micro_batch, weights, u, config)
+        token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
+        return token_bar, products if through_theta else ()
+    check_attention(student)
     part = (
         retained
         if isinstance(retained, Gradient)

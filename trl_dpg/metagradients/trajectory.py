@@ -108,7 +108,10 @@ class InnerLoop:
 
     def by_sample(self, t: int) -> bool:
         """Whether a step's scores come from the backward pass of its samples: it needs no Hessian-vector product."""
-        return not self.config.per_token and (t == 0 or self.config.attribution == "first_order")
+        needs_no_hessian = self.config.attribution == "first_order" or (
+            t == 0 and self.config.attribution != "dataset"
+        )
+        return needs_no_hessian and not self.config.per_token
 
     def _gradient(
         self, t: int, theta: Tensor, budget: GraphBudget | None

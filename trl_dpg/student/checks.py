@@ -41,6 +41,14 @@ def check_model(model: nn.Module) -> None:
                 "The student uses reentrant gradient checkpointing, which has no second derivative. Enable it "
                 "with `gradient_checkpointing_kwargs={'use_reentrant': False}`."
             )
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"The student's modules {names[module]!r} and {name!r} are one and the same, and it is trained. Its "
+                "weights could not be put back afterwards. Give each its own module."
+            )
+        names[module] = name
     trainable = [p for p in model.parameters() if p.requires_grad]
     if bnb_modules(model, "Linear8bitLt"):
         raise ValueError("The student's base is quantised to 8 bits; only 4-bit bases are supported (`load_in_4bit`).")

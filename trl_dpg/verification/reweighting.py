@@ -106,7 +106,8 @@ def _from_samples(fine_tuning: FineTuning, theta: Tensor, rows: Tensor, gradient
         part = sample_gradients(student, theta, micro_batch, None, config)
         found = None if part is None else part.recorder.combinations(rows[:, micro_batch.samples])
         if found is None:
-            return False  # of the first micro-batch, so nothing was added
+            gradients.zero_()
+            return False
         for total, value in zip(gradients.split([v[0].numel() for v in found], dim=1), found, strict=True):
             total += value.flatten(1)
     return True
