@@ -21,7 +21,9 @@ from trl_dpg.scripts import dpg, fresh_students, registry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MINI = sorted(RECIPES.glob("*/mini*.yaml"))
-FULL = sorted(set(RECIPES.glob("*/*.yaml")) - set(MINI) - set(RECIPES.glob("*/smollm2.yaml")))
+FULL = sorted(
+    set(RECIPES.glob("*/*.yaml")) - set(MINI) - set(RECIPES.glob("*/smollm2.yaml")) - set(RECIPES.glob("warm_start/*"))
+)
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "32", "--num_generations", "16"]
 SMALL += ["--student_batch_size", "16"]
 
