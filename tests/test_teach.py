@@ -406,11 +406,11 @@ def test_samples_that_are_left_out_are_counted(tmp_path):
             "empty answer": 1,
             "wrong answer": 1,
         }
-        assert [row["row"] for row in lines(tmp_path / "sft.jsonl")] == [0, 5]
+        assert [row["row"] for row in lines(tmp_path / "train.jsonl")] == [0, 5]
         assert len(lines(tmp_path / "samples.jsonl")) == 6 and taught.results.correct == 4
         both = Selection(finish_reasons=["stop", "length"], keep_wrong=True)
         taught = teach(Teacher(server.url, "teacher"), ROWS[:6], tmp_path, selection=both, verifier="exact")
-    assert [row["row"] for row in lines(tmp_path / "sft.jsonl")] == [0, 1, 4, 5]
+    assert [row["row"] for row in lines(tmp_path / "train.jsonl")] == [0, 1, 4, 5]
     assert len(server.requests) == 6  # another choice asks for nothing
 
 
@@ -430,6 +430,15 @@ def test_the_folder_is_a_dataset_of_the_rows_for_sft(tmp_path):
     dataset = datasets.load_dataset(str(tmp_path), split="train")
     assert dataset[0]["completion"][0]["reasoning_content"] == "two and two" and len(dataset) == 2
     assert "`reasoning_content`" in (tmp_path / "README.md").read_text()
+
+
+def test_folders_of_the_same_name_are_not_mistaken_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    with Server() as server:
+        for place, number in (("here", 1), ("there", 3)):
+            teach(Teacher(server.url, "teacher"), ROWS[:number], tmp_path / place / "teacher")
+            dataset = datasets.load_dataset(str(tmp_path / place / "teacher"), split="train")
+            assert len(dataset) == number
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

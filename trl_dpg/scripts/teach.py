@@ -13,7 +13,7 @@ Files in `output_dir`:
 - `samples.jsonl`: a line for each sample, written as soon as the answer is there. If the command was stopped, the same
   command continues; nothing that is stored is asked for again.
 - `failures.jsonl`: the requests that failed, with their reasons.
-- `sft.jsonl`: the dataset for `trl sft`, with the reasoning where the student's chat template reads it.
+- `train.jsonl`: the dataset for `trl sft`, with the reasoning where the student's chat template reads it.
 - `README.md`: the dataset card: teacher, parameters, prompts, failures, filters.
 - `teach.json`: the settings that the samples belong to. `teach.lock` prevents two commands from writing at once.
 """
@@ -121,16 +121,16 @@ class TeachArguments(PromptArguments):
             The student's path or Hub id. Its chat template says where the reasoning goes.
         verifier (`str`, *optional*):
             `"math"`, `"exact"`, or the dotted import path of a function of an answer and the right one. Wrong answers
-            are not in `sft.jsonl`.
+            are not in `train.jsonl`.
         answer_column (`str`, *optional*, defaults to `"solution"`):
             Column with the right answers.
         keep_wrong (`bool`, *optional*, defaults to `False`):
-            Keep wrong answers in `sft.jsonl`.
+            Keep wrong answers in `train.jsonl`.
         sft_finish_reasons (`list[str]`, *optional*, defaults to `["stop"]`):
-            Samples that ended for one of these reasons are in `sft.jsonl`. The others are counted. With `length`,
+            Samples that ended for one of these reasons are in `train.jsonl`. The others are counted. With `length`,
             truncated ones are in it.
         sft_samples_per_prompt (`int`, *optional*):
-            Samples of a prompt in `sft.jsonl`, at most.
+            Samples of a prompt in `train.jsonl`, at most.
     """
 
     _argument_group_name: ClassVar[str] = "teacher, prompts and output"
@@ -187,13 +187,13 @@ class TeachArguments(PromptArguments):
         metadata={"help": f"Keep right answers only: {', '.join(VERIFIERS)}, or a function's dotted import path."},
     )
     answer_column: str = field(default="solution", metadata={"help": "Column with the right answers."})
-    keep_wrong: bool = field(default=False, metadata={"help": "Keep wrong answers in sft.jsonl."})
+    keep_wrong: bool = field(default=False, metadata={"help": "Keep wrong answers in train.jsonl."})
     sft_finish_reasons: list[str] = field(
         default_factory=lambda: ["stop"],
-        metadata={"help": "How samples in sft.jsonl ended; with 'length', truncated ones are in it."},
+        metadata={"help": "How samples in train.jsonl ended; with 'length', truncated ones are in it."},
     )
     sft_samples_per_prompt: int | None = field(
-        default=None, metadata={"help": "Samples of a prompt in sft.jsonl, at most."}
+        default=None, metadata={"help": "Samples of a prompt in train.jsonl, at most."}
     )
 
     def __post_init__(self):

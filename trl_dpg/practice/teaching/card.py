@@ -21,14 +21,8 @@ def dataset_card(
     student: str | None,
 ) -> DatasetCard:
     """The card of a folder. `prompts` are lines of its first table; `verifier` and `student` are names."""
-    data = DatasetCardData(
-        task_categories=["text-generation"],
-        tags=["trl", "synthetic", "distillation"],
-        configs=[
-            {"config_name": "sft", "data_files": "sft.jsonl", "default": True},
-            {"config_name": "samples", "data_files": "samples.jsonl"},
-        ],
-    )
+    # No `configs`: with them, `datasets` would give a folder of the same name the rows that it has cached for another
+    data = DatasetCardData(task_categories=["text-generation"], tags=["trl", "synthetic", "distillation"])
     tally = journal.tally
     there, failed = sum(results.finish_reasons.values()), sum(results.failures.values())
     lines: dict[str, object] = {
@@ -55,14 +49,14 @@ def dataset_card(
 
 # Samples of {teacher.model}
 
-Made by `trl-dpg teach`. `sft.jsonl` is for `trl sft`. `samples.jsonl` has all samples as they came, `failures.jsonl`
+Made by `trl-dpg teach`. `train.jsonl` is for `trl sft`. `samples.jsonl` has all samples as they came, `failures.jsonl`
 the requests that failed.
 
 ## Provenance
 
 {table(lines)}
 
-## The rows of sft.jsonl
+## The rows of train.jsonl
 
 {table(rows)}
 """)

@@ -133,14 +133,14 @@ def write_sft(
     results: Results,
 ) -> Path:
     """
-    Write `sft.jsonl`, the dataset for SFTTrainer.
+    Write `train.jsonl`, the dataset for SFTTrainer.
 
     Without a tokenizer, the reasoning stands between tags in the content, which is not checked.
 
     Raises:
         `LostError`: If the student's chat template leaves the reasoning out, wherever it stands.
     """
-    path = journal.folder / "sft.jsonl"
+    path = journal.folder / "train.jsonl"
     results.place = _place(tokenizer, results.with_reasoning)
 
     def rows() -> Iterator[dict[str, Any]]:

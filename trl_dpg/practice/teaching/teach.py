@@ -79,9 +79,9 @@ def teach(
         output_dir (`str` or `Path`): Folder for the samples, the failures, the rows for SFTTrainer and the card.
         num_samples (`int`, *optional*, defaults to `1`): Samples of each prompt. Each is a request of its own.
         limits ([`Limits`], *optional*): How much is asked, and how fast.
-        selection ([`Selection`], *optional*): Which samples go into `sft.jsonl`.
+        selection ([`Selection`], *optional*): Which samples go into `train.jsonl`.
         verifier (`str` or `Callable`, *optional*): `"math"`, `"exact"`, or a function of an answer and the right one.
-            Wrong answers are not in `sft.jsonl`.
+            Wrong answers are not in `train.jsonl`.
         answer_column (`str`, *optional*, defaults to `"solution"`): The column with the right answers.
         student ([`~transformers.PreTrainedTokenizerBase`], *optional*): The student's tokenizer, whose chat template
             says where the reasoning goes.
