@@ -38,4 +38,5 @@ def test_the_wheel_holds_the_package_and_no_tests(tmp_path):
     packages = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert packages == {"trl_dpg"} and "trl_dpg/py.typed" in names
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "trl_dpg").rglob("*.py")}
+    modules |= {f"trl_dpg/{path.relative_to(ROOT)}" for path in (ROOT / "recipes").rglob("*.py")}  # it has a link
     assert modules == {name for name in names if name.endswith(".py")}
