@@ -84,7 +84,8 @@ class Recorder:
         elif self.directions is not None:
             products = self.by_sample(part.along(self.directions), self.scores.dtype)
             self.scores += products
-            self.last.append((set(part.all_places), products[-1]))
+            places = part.places if isinstance(part, Head) else [part.place]
+            self.last.append(({place for place in places if place is not None}, products[-1]))
 
     def last_by_place(self) -> list[tuple[list[int], float]]:
         """The last sample's products with `along`, for each parameter, or several that were used as one."""
@@ -150,8 +151,10 @@ class Recorder:
         weights = weights if values.size(0) == self.num_samples else weights[self.owners]
         return values * weights.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
 
-    def linear(self, place: int, x: Tensor, y_bar: Tensor, transposed: bool) -> Tensor | None:
-        """Record a linear layer. Returns the gradient of all samples in its weight, if it is wanted."""
+    def linear(self, place: int | None, x: Tensor, y_bar: Tensor, transposed: bool) -> Tensor | None:
+        """Record a linear layer. Returns the gradient of all samples in its weight, if it is trained and wanted."""
+        if place is None:
+            return None
         x = x.detach()  # without its graph
         left, right = (x, y_bar) if transposed else (y_bar, x)
         width, tokens = left.size(-1) + right.size(-1), x.shape[1:-1].numel()
@@ -165,8 +168,10 @@ class Recorder:
         left, right = (x, y_bar) if transposed else (y_bar, x)
         return left.flatten(0, -2).mT @ right.flatten(0, -2)
 
-    def vector(self, place: int, values: Tensor) -> Tensor | None:
-        """Record a bias or a scale, whose gradient is the sum of `values` over the tokens."""
+    def vector(self, place: int | None, values: Tensor) -> Tensor | None:
+        """The same for a bias or a scale, whose gradient is the sum of `values` over the tokens."""
+        if place is None:
+            return None
         if self.keep or self.directions is not None:
             self.add(Dense(place, self.sums(values)))
         return None if self.directions is not None else self.weighted(values, self.weights).flatten(0, -2).sum(0)
@@ -285,11 +290,8 @@ class _Linear(Function):
     def backward(ctx, y_bar):
         x, weight = ctx.saved_tensors
         weight_place, bias_place = ctx.places
-        weight_bar = bias_bar = None
-        if weight_place is not None:
-            weight_bar = ctx.recorder.linear(weight_place, x, y_bar, ctx.transposed)
-        if bias_place is not None:
-            bias_bar = ctx.recorder.vector(bias_place, y_bar)
+        weight_bar = ctx.recorder.linear(weight_place, x, y_bar, ctx.transposed)
+        bias_bar = ctx.recorder.vector(bias_place, y_bar)
         x_bar = y_bar @ (weight.mT if ctx.transposed else weight) if ctx.needs_input_grad[0] else None
         return x_bar, weight_bar, bias_bar, None, None, None, None
 
@@ -332,9 +334,6 @@ class _Affine(Function):
     def backward(ctx, y_bar):
         x, weight = ctx.saved_tensors
         weight_place, bias_place = ctx.places
-        weight_bar = bias_bar = None
-        if weight_place is not None:
-            weight_bar = ctx.recorder.vector(weight_place, y_bar * x)
-        if bias_place is not None:
-            bias_bar = ctx.recorder.vector(bias_place, y_bar)
+        weight_bar = ctx.recorder.vector(weight_place, y_bar * x)
+        bias_bar = ctx.recorder.vector(bias_place, y_bar)
         return y_bar * weight, weight_bar, bias_bar, None, None, None

@@ -15,10 +15,6 @@ class Dense(NamedTuple):
     place: int
     gradients: Tensor
 
-    @property
-    def all_places(self) -> list[int]:
-        return [self.place]
-
     def along(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`."""
         direction = u[self.place].flatten()
@@ -33,10 +29,6 @@ class Factors(NamedTuple):
     cotangents: Tensor
     transposed: bool  # whether the weight is stored as [in, out]
 
-    @property
-    def all_places(self) -> list[int]:
-        return [self.place]
-
     def along(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, δ xᵀ⟩ for each token, of shape `[*]`."""
         direction = u[self.place].to(self.inputs.dtype)
@@ -49,10 +41,6 @@ class Lookup(NamedTuple):
     place: int
     ids: Tensor
     cotangents: Tensor
-
-    @property
-    def all_places(self) -> list[int]:
-        return [self.place]
 
     def along(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, ∇⟩ for each token, of shape `[B, L]`."""
@@ -68,10 +56,6 @@ class Head(NamedTuple):
     bias: Tensor | None
     labels: Tensor
     loss_weights: Tensor
-
-    @property
-    def all_places(self) -> list[int]:
-        return [place for place in self.places if place is not None]
 
     def along(self, u: Sequence[Tensor]) -> Tensor:
         """⟨u, ∇⟩ for each supervised token, of shape `[n]`."""
