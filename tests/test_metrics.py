@@ -179,7 +179,7 @@ def test_a_benchmark_that_is_cut_off_is_warned_about(monkeypatch):
     warnings = []
     monkeypatch.setattr(language_modeling.logger, "warning", warnings.append)
     metric = LanguageModelingMetric([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2]}], max_length=3)
-    metric(student := finetuned()), metric(student)
+    metric(student := finetuned()), metric(student), metric(finetuned())
     assert len(warnings) == 1 and "1 of the metric's 2 samples are longer than max_length = 3" in warnings[0]
 
 

@@ -28,6 +28,14 @@ class MicroBatch(NamedTuple):
     columns: Tensor
     coefficients: Tensor
 
+    def last_sample(self) -> "MicroBatch":
+        """The last sample alone, with its padding and its normaliser."""
+        ids, mask, labels, targets = self.batch
+        first = ids.numel() - ids.size(1)
+        own = targets >= first
+        batch = Batch(ids[-1:], None if mask is None else mask[-1:], labels[own], targets[own] - first)
+        return MicroBatch(batch, self.samples[-1:], self.rows[own], self.columns[own], self.coefficients[own])
+
 
 def plan_steps(
     student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig

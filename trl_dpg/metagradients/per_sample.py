@@ -143,27 +143,27 @@ def _backward(
 
 def _is_right(student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig) -> bool:
     """
-    Whether the last sample's gradient is that of the batch without the other samples. It is tested once for a student.
+    Whether the last sample's gradient is that of the sample alone. It is tested once for a student.
 
     A model may change the order of the rows of its activations, so that they belong to other samples. Then the result
     is wrong by much more than rounding errors.
     """
     if student.tells_samples_apart is not None or len(micro_batch.batch.input_ids) == 1:
         return student.tells_samples_apart is not False
-    batch = micro_batch.batch
-    last = batch.targets // batch.input_ids.size(1) == len(batch.input_ids) - 1
+    alone = micro_batch.last_sample()
     leaves = [part.requires_grad_() for part in student.unflatten(theta.detach(), cast=False).values()]
-    parameters, coefficients = student.cast(leaves), micro_batch.coefficients * last
+    parameters = student.cast(leaves)
 
     def gradient(model):
-        return torch.autograd.grad(student.loss(model, batch, coefficients)[0], leaves, materialize_grads=True)
+        loss = student.loss(model, alone.batch, alone.coefficients)[0]
+        return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
     with block_checkpointing(student.model, config.gradient_checkpointing, nullcontext):
-        alone = student.run(parameters, gradient)
-    norms = torch.stack([value.norm() for value in alone])
+        expected = student.run(parameters, gradient)
+    norms = torch.stack([value.norm() for value in expected])
     rounding = torch.tensor([torch.finfo(parameter.dtype).eps for parameter in parameters.values()]).to(norms)
     moved = norms > 32 * rounding * norms[norms > 0].median()  # less is rounding, e.g. in the bias of attention's keys
-    along = [value / norm**2 if norm > 0 else value for value, norm in zip(alone, norms, strict=True)]
+    along = [value / norm**2 if norm > 0 else value for value, norm in zip(expected, norms, strict=True)]
     found = _backward(student, theta, micro_batch, config, along=along)
     if found is not None:
         products = found.recorder.last_by_place()

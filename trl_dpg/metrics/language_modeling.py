@@ -48,6 +48,7 @@ class LanguageModelingMetric(Metric):
         self.add_eos = add_eos
         self._tokenize: Callable[..., list[TokenizedExample]] = Student.tokenize
         self._tokenized: WeakKeyDictionary[Student, list[TokenizedExample]] = WeakKeyDictionary()
+        self._warned_of = 0  # samples that are cut off
 
     @classmethod
     def from_lm_eval(
@@ -135,7 +136,8 @@ class LanguageModelingMetric(Metric):
         if student not in self._tokenized:
             examples = self._tokenize(student, self.dataset, self.max_length, self.add_eos)
             num_truncated = sum(example.truncated for example in examples)
-            if num_truncated:
+            if num_truncated != self._warned_of:  # with further students of the same tokenizer, it is known
+                self._warned_of = num_truncated
                 logger.warning(
                     f"{num_truncated} of the metric's {len(examples)} samples are longer than max_length = "
                     f"{self.max_length} "

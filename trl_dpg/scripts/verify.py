@@ -31,7 +31,7 @@ class VerifyArguments(SampleArguments):
 
     Args:
         num_directions (`int`, *optional*, defaults to `20`):
-            Random reweightings of the samples, at most. The metric's change is predicted for each. 8 are enough if
+            Random reweightings of the samples, at most. The metric's change is predicted for each. 6 are enough if
             the verdict is clear.
         compare_precision (`bool`, *optional*, defaults to `True`):
             Compare scores in float32 and in bfloat16. This needs memory for a copy of the student.

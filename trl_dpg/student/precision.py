@@ -16,7 +16,9 @@ def in_precision(student: Student, dtype: torch.dtype) -> Student:
         layer.compute_dtype = dtype
     if not quantized:
         model.to(dtype)
-    return Student(model, student.processing_class)
+    made = Student(model, student.processing_class)
+    made.tells_samples_apart = student.tells_samples_apart  # the layers are the same
+    return made
 
 
 def compute_dtype(student: Student) -> torch.dtype:

@@ -38,7 +38,7 @@ NOISY = 0.95
 """A noise share above this gets a warning. The batch size is then less than 1/19 of the noise scale."""
 TOO_FLAT, TOO_STEEP = 0.8, 1.25
 """A slope outside of this range gets a warning."""
-FEWEST = 8
+FEWEST = 6
 """Directions after which `verify` may stop, if the verdict on the predictions is clear."""
 
 
@@ -162,7 +162,7 @@ def verify(
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         num_directions (`int`, *optional*, defaults to `20`):
-            K, the largest number of random changes of the data weights for which Φ is predicted; at least 3. After 8
+            K, the largest number of random changes of the data weights for which Φ is predicted; at least 3. After 6
             of them, the 95 % interval of Pearson's correlation may show that it passes, or that it fails.
         step (`float`, *optional*, defaults to `STEP`):
             h, the change of every data weight.
