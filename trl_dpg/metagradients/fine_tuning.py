@@ -10,6 +10,7 @@ from ..kernels.layers import lean_layers
 from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import InnerLoopConfig
+from .host_memory import keep_freed_memory
 from .trajectory import Trajectory, forward_sweep
 
 
@@ -41,6 +42,8 @@ class FineTuning:
 
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
         config.check_numbers()
+        if student.device.type == "cpu":
+            keep_freed_memory()
         self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
         with modes(self.student):
