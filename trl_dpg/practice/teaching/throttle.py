@@ -181,7 +181,11 @@ class Throttle:
         if self._is_round() and self.in_flight < self.limit / 2:  # nothing is accepted any more
             self._pause_until = max(self._pause_until, self._clock() + delay)
             self._cut()
-        elif ticket.number >= self._first_after_cut:
+        elif ticket.number < self._first_after_cut:
+            pass  # it was sent before the last cut, and says nothing of the limit since then
+        elif self._errors_in_a_row >= 2 * max(ROUND, self.limit):  # the refused ones hide the load that is refused
+            self._cut()
+        else:
             level, evidence, excess, highest = loaded_level(self._counts)
             if ticket.level >= level and evidence >= EVIDENCE:
                 if excess >= WALL and evidence >= 1.5 * EVIDENCE:
