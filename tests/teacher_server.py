@@ -22,20 +22,22 @@ class Server(AbstractContextManager):
         seconds (`float`): What an answer takes.
         at_once (`int`, *optional*): Requests beyond this number at once get a 429.
         models (`list[str]`): What GET /models lists.
+        port (`int`): The port; by default a free one.
+        leaves_after (`int`, *optional*): Answers after which the server is gone. All connections break.
 
     Attributes:
         requests (`list[dict]`): The bodies of all requests.
         over (`list[int]`): Answers that had been given, for each request beyond `at_once`.
     """
 
-    def __init__(self, reply=None, seconds=0.0, at_once=None, models=("teacher",)):
+    def __init__(self, reply=None, seconds=0.0, at_once=None, models=("teacher",), port=0, leaves_after=None):
         self.reply = reply or (lambda request, number: {"content": f"To {request['messages'][-1]['content']}"})
-        self.seconds, self.at_once, self.models = seconds, at_once, models
+        self.seconds, self.at_once, self.models, self.leaves_after = seconds, at_once, models, leaves_after
         self.requests, self.headers, self.over, self.times = [], [], [], []
         self.answered = self.busy = self.most = 0
         self._numbers: Counter = Counter()
         config = uvicorn.Config(
-            self._app, host="127.0.0.1", port=0, log_level="critical", lifespan="off", interface="asgi3"
+            self._app, host="127.0.0.1", port=port, log_level="critical", lifespan="off", interface="asgi3"
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -44,12 +46,19 @@ class Server(AbstractContextManager):
         self._thread.start()
         while not self._server.started:
             time.sleep(0.01)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/v1"
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
         return self
 
     def __exit__(self, *_):
+        self._leave()
+        self.wait()
+
+    def _leave(self):
         self._server.should_exit = self._server.force_exit = True
+
+    def wait(self):
+        """Until it has left."""
         self._thread.join()
 
     async def _app(self, scope, receive, send):
@@ -82,6 +91,8 @@ class Server(AbstractContextManager):
         await asyncio.sleep(self.seconds)
         self.busy -= 1
         self.answered += 1
+        if self.answered == self.leaves_after:
+            self._leave()
         if isinstance(result, list):
             await self._stream(send, result)
         elif isinstance(result, bytes):

@@ -268,7 +268,7 @@ def test_two_processes_share_the_prompts_out(world, tmp_path):
 
 @pytest.mark.parametrize("command", [["evaluate", "--datasets", "a"], ["verify", "--dataset_name", "a"]])
 def test_a_command_for_one_process_says_so(command, capsys, monkeypatch):
-    monkeypatch.setattr("trl_dpg.scripts.data.process_state", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as raised:
         cli.main([*command, "--metric", "weight_norm", "--student_model_name_or_path", "b"])
     assert raised.value.code == 2 and f"trl-dpg {command[0]} runs on one process, not 2" in capsys.readouterr().err

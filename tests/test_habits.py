@@ -1,9 +1,13 @@
 """The files around the code agree with it: citation, changelog, workflow, documentation, CONTRIBUTING."""
 
 import re
+import subprocess
+import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -13,11 +17,13 @@ from packaging.version import Version
 from tests.tiny import make_model
 from trl_dpg import FinetunedStudent, Student, metrics, rewards
 from trl_dpg.cli import COMMANDS
+from trl_dpg.practice import lengths, mixing, teaching
 
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOCS = "\n".join(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))
+API = (ROOT / "docs" / "api.md").read_text()
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
 
 
@@ -80,6 +86,14 @@ def test_every_metric_and_reward_is_in_the_documentation(name):
         assert re.search(rf"\b{name}\b", DOCS), f"docs/api.md does not mention {name}"
 
 
+@pytest.mark.parametrize("module", [rewards, lengths, mixing, teaching], ids=lambda module: module.__name__)
+def test_every_public_name_of_practice_is_in_the_api(module):
+    sections = re.findall(r"^::: (\S+)(?:\n    options:\n      members: \[(.*)\])?$", API, re.MULTILINE)
+    members = dict(sections)[module.__name__].split(", ")
+    assert sorted(set(module.__all__) - set(members)) == []
+    assert {"trl_dpg.length_target", "trl_dpg.thinking", "trl_dpg.student_text"} <= {name for name, _ in sections}
+
+
 def test_every_command_is_in_the_table_of_the_readme():
     rows = re.findall(r"^\| (`[^|]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     listed = [command for row in rows for command in re.findall(r"`([a-z_]+)`", row)]
@@ -102,6 +116,13 @@ def test_the_worked_example_in_contributing_is_a_metric():
     for block in (metric, test):
         exec(re.sub(r"^    ", "", block, flags=re.MULTILINE), scope)
     scope["test_weight_mean_is_minus_the_squared_distance"]()
+
+
+def test_the_tests_leave_the_users_datasets_alone():
+    place = "import datasets; print(datasets.config.HF_DATASETS_CACHE)"
+    in_a_process = subprocess.run([sys.executable, "-c", place], capture_output=True, text=True, check=True)
+    assert in_a_process.stdout.strip() == str(datasets.config.HF_DATASETS_CACHE)
+    assert Path(datasets.config.HF_DATASETS_CACHE).parent == Path(tempfile.gettempdir())
 
 
 def test_what_contributing_and_the_readme_link_to_exists():

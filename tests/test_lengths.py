@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 from datasets import Dataset
-from scipy.stats import norm
+from scipy.stats import ks_2samp, norm, wasserstein_distance
 
 from tests.tiny import make_tokenizer
 from trl_dpg import cli
@@ -91,6 +91,15 @@ def test_the_distance_of_two_lognormals_of_one_sigma_is_the_difference_of_their_
     assert found["wasserstein"] == pytest.approx(np.log(1.5), abs=1e-3)
     # The largest difference of two normal distributions is half way between their means
     assert found["ks"] == pytest.approx(2 * norm.cdf(np.log(1.5) / 0.8) - 1, abs=1e-3)
+
+
+def test_distances_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    for number, others in ((1, 1), (7, 30), (6667, 10_000)):
+        lengths, more = (np.ceil(rng.lognormal(5, 0.7, size=size)) for size in (number, others))
+        found = distances(lengths, more)
+        assert found["wasserstein"] == pytest.approx(wasserstein_distance(np.log(lengths), np.log(more)), rel=1e-9)
+        assert found["ks"] == pytest.approx(ks_2samp(lengths, more, method="asymp").statistic, rel=1e-9)
 
 
 def test_the_effective_sample_size_is_all_samples_at_the_target_and_few_far_from_it():

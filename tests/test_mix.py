@@ -3,6 +3,8 @@
 import json
 import random
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -295,6 +297,14 @@ def test_the_command_writes_a_dataset_that_trl_can_load_its_figures_and_a_card(f
     assert len(dataset) == 200 and {"length", "difficulty", "source", "reasoning"} <= set(dataset.column_names)
     assert "lognormal:50,0.4" in (tmp_path / "out" / "README.md").read_text()
     assert "200 of 200 samples (200 data). Left out: 18 truncated" in capsys.readouterr().out
+
+
+def test_the_command_starts_without_torch_and_what_else_takes_seconds_to_import(files, tmp_path):
+    rows = ["--dataset_name", str(files / "data.jsonl"), "--output_dir", str(tmp_path), "--num_samples", "100"]
+    code = "import sys; from trl_dpg import cli; cli.main(sys.argv[1:]); print(*sys.modules)"
+    command = [sys.executable, "-c", code, "mix", *rows, "--target", "lognormal:50,0.4"]
+    modules = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
+    assert "datasets" in modules and not {"torch", "transformers", "scipy.stats", "accelerate"} & set(modules)
 
 
 @pytest.mark.parametrize("kind", ["fitted", "dataset", "json"])

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from tokenizers import AddedToken
 
-from tests.small_runs import CONFIG, METRIC, TOKENIZER, make_student
+from tests.small_runs import CONFIG, METRIC, TOKENIZER, dpg_config, make_student, make_trainer
 from tests.test_thinking import GPT_OSS, tokenizer_with
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import DPGConfig, DPGReward, Student, cli, metagradient
@@ -113,6 +113,14 @@ def test_a_dataset_that_is_read_in_full_stays_as_it_is():
     assert list(read_dataset(dataset, "reasoning")[0]["text"]) == ["w7 w8", "", ""]
 
 
+@pytest.mark.parametrize(("student_text", "reasoning"), [("answer", "w7"), ("all", "w7"), ("reasoning", None)])
+def test_messages_without_one_of_the_assistant_are_an_error_with_the_row(student_text, reasoning):
+    answered = {"messages": [*QUESTION, {"role": "assistant", "content": "w1"}], "reasoning": "w7"}
+    dataset = Dataset.from_list([answered, {"messages": QUESTION, "reasoning": reasoning}])
+    with pytest.raises(ValueError, match=r"Row 1 has `messages`.* no message of the assistant.*leave the row out"):
+        read_dataset(dataset, student_text)
+
+
 # -- in the reward --------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +218,93 @@ def test_figures_of_thinking_are_left_out_without_thinking():
     assert not any("thinking" in name for name in logged)
 
 
+# -- in training ----------------------------------------------------------------------------------------------------
+
+
+def parted(text):
+    """Thoughts, answer and whether the last thought ended, word by word: the tags are tokens of their own."""
+    words = text.split()
+    inside = next((word == "</think>" for word in words if "think>" in word), False)
+    thoughts, answer = [[]] if inside else [], []
+    for word in words:
+        if word == ("</think>" if inside else "<think>"):
+            inside = not inside
+            thoughts += [[]] * inside
+        elif inside:
+            thoughts[-1] = [*thoughts[-1], word]
+        else:
+            answer.append(word)
+    return [" ".join(thought) for thought in thoughts], " ".join(answer), not inside
+
+
+@pytest.mark.parametrize("unfinished", ["empty", "as_is"])
+def test_a_thinking_generator_is_trained_on_what_its_answers_do_to_the_student(unfinished, tmp_path):
+    tokenizer = qwen3_tokenizer()
+    seen, read = [], []
+
+    def watch(completions, **kwargs):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    trainer = make_trainer(
+        dpg_config(tmp_path, max_steps=2, max_completion_length=10, unfinished_thoughts=unfinished, seed=1),
+        model=make_model(seed=1, scale=1.0, vocab_size=len(tokenizer)),
+        reward_funcs=watch,
+        train_dataset=Dataset.from_dict(
+            {"prompt": [[{"role": "user", "content": f"w{k % 3 + 1}"}] for k in range(16)]}
+        ),
+        processing_class=tokenizer,
+    )
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    score, batches = trainer.dpg_reward._score, []
+
+    def watched(datasets):
+        read.extend(sample.example for sample in datasets[0])
+        scored = score(datasets)
+        batches.append(scored[0].output.scores)
+        return scored
+
+    trainer.dpg_reward._score = watched
+    trainer.train()
+    texts = [message["content"] for (message,) in seen]
+    parts = [parted(text) for text in texts]
+    kinds = {(bool(thoughts), finished) for thoughts, _, finished in parts}
+    assert len(texts) == len(read) == 32 and kinds == {(True, True), (True, False), (False, True)}
+    # What the student read
+    whole = {"empty": lambda text: "", "as_is": lambda text: text}[unfinished]
+    expected = [answer if ended else whole(text) for text, (_, answer, ended) in zip(texts, parts, strict=True)]
+    assert [" ".join(text.split()) for text in read] == expected
+    scores = torch.cat(batches)
+    empty = torch.tensor([not text.strip() for text in read])
+    assert (scores[empty] == 0).all() and (scores[~empty] != 0).all() and empty.any()
+    assert any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
+    # The log
+    logs = [log for log in trainer.state.log_history if "dpg/metric_after" in log]
+    records = [json.loads(line) for line in (tmp_path / "dpg_log.jsonl").read_text().splitlines()]
+    records = [record for record in records if "samples" in record]
+    assert len(logs) == len(records) == 2
+    for step, (log, record) in enumerate(zip(logs, records, strict=True)):
+        mine = slice(16 * step, 16 * step + 16)
+        lengths = [sum(map(len, thoughts)) for thoughts, *_ in parts[mine] if thoughts]
+        assert log["dpg/thinking/share"] == pytest.approx(len(lengths) / 16)
+        assert log["dpg/thinking/unfinished"] == sum(not finished for *_, finished in parts[mine])
+        assert log["dpg/thinking/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
+        assert log["dpg/num_empty"] == empty[mine].sum()
+        assert {name: record["scalars"][name] for name in log if "thinking" in name} == {
+            name: value for name, value in log.items() if "thinking" in name
+        }
+        assert {sample["completion"] for sample in record["samples"]} <= set(texts[mine])
+
+
+def qwen3_tokenizer():
+    """A tokenizer of few words with Qwen3's template. A generator that knows no better often writes its tags."""
+    tokenizer = make_tokenizer(["user", "assistant", "w1", "w2", "w3"])
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = tokenizer_with("qwen3").chat_template
+    return tokenizer
+
+
 # -- in the commands ------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +387,10 @@ def test_attribute_and_evaluate_read_what_they_are_told(thinker, tmp_path, capsy
     assert "4 of 4 texts have reasoning; the student reads their answers." in capsys.readouterr().out
     assert answers == scores("plain") != scores("tagged")
     assert "4 of 4 texts have reasoning; the student reads all of them." in capsys.readouterr().out
+    Dataset.from_list([{"messages": QUESTION, "reasoning": "w7"}]).to_json(tmp_path / "asked.jsonl")
+    with pytest.raises(SystemExit):
+        scores("asked", "--student_text", "answer", "--unfinished_thoughts", "empty")
+    assert "--dataset_name" in (shown := capsys.readouterr().err) and "Row 0 has `messages`" in shown
     files = [str(tmp_path / f"{name}.jsonl") for name in ("tagged", "plain")]
     figures_file = tmp_path / "figures.json"
     to = ["--seeds", "0", "--output_file", str(figures_file), "--student_text", "answer"]

@@ -3,22 +3,28 @@
 import asyncio
 import contextlib
 import email.utils
+import heapq
 import itertools
 import json
+import math
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import datasets
 import pytest
 import trl
+from trl import SFTConfig, SFTTrainer
 
 from tests.teacher_server import Server, chunk
-from tests.tiny import make_tokenizer
+from tests.tiny import QUIET, make_byte_tokenizer, make_model, make_tokenizer
 from trl_dpg import cli
 from trl_dpg.practice.teaching import (
     PRESETS,
@@ -273,6 +279,67 @@ def lines_whole(path):
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
+# -- a server that goes away ------------------------------------------------------------------------------------------
+
+MANY = [{"prompt": f"p{number}"} for number in range(60)]
+
+
+def test_a_server_that_stays_away_ends_the_run_and_the_same_call_goes_on(tmp_path, capsys):
+    with Server(seconds=0.05, leaves_after=10) as server:
+        taught = teach(Teacher(server.url, "teacher"), MANY, tmp_path, limits=Limits(max_wait=2), progress=True)
+    assert taught.broken and re.fullmatch(
+        r"the server does not answer any more: no connection to http://\S+: .*, for 2 s", taught.stopped
+    )
+    shown = capsys.readouterr().err
+    assert shown.count("The server does not answer (no connection to") == 2
+    assert "Next attempt in 1 s. If it stays away, this stops in 2 s." in shown
+    assert taught.seconds < 4 and 10 <= taught.there < 60 and lines(tmp_path / "failures.jsonl") == []
+    stored = {sample["key"] for sample in lines(tmp_path / "samples.jsonl")}
+    with Server(port=server.port) as again:
+        assert teach(Teacher(again.url, "teacher"), MANY, tmp_path).there == 60
+    assert len(again.requests) == 60 - len(stored)
+
+
+def test_a_server_that_comes_back_is_waited_for(tmp_path):
+    with Server(seconds=0.05, leaves_after=10) as server:
+        second = Server(port=server.port)
+
+        def come_back():
+            server.wait()
+            time.sleep(1.5)
+            second.__enter__()
+
+        thread = threading.Thread(target=come_back)
+        thread.start()
+        taught = teach(Teacher(server.url, "teacher"), MANY, tmp_path, limits=Limits(max_retries=1))
+        thread.join()
+        second.__exit__()
+    assert taught.there == 60 and taught.stopped is None and lines(tmp_path / "failures.jsonl") == []
+
+
+def test_a_host_that_does_not_take_a_connection_is_no_slow_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_dpg.practice.teaching.client.CONNECT", 0.3)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):  # now its queue is full
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        with pytest.raises(TeacherError, match=r"cannot be reached: no connection to .*: no connection within 0.3 s"):
+            teach(Teacher(url, "teacher"), ROWS, tmp_path)
+
+
+def test_the_command_says_how_to_go_on_without_the_server(tmp_path, capsys):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in MANY))
+    with Server(seconds=0.05, leaves_after=10) as server:
+        command = ["teach", "--base_url", server.url, "--model", "teacher", "--dataset_name", str(rows)]
+        with pytest.raises(SystemExit, match=r"Stopped: the server does not answer any more.*same command goes on"):
+            cli.main([*command, "--output_dir", str(out), "--max_wait", "1"])
+    assert len(lines(out / "samples.jsonl")) == len(lines(out / "train.jsonl")) >= 10
+
+
 # -- rates and costs --------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +402,54 @@ def test_a_limit_of_requests_at_once_is_found_in_simulated_time():
     assert throttle.ceiling == 8 and max(over) < 60
 
 
+def simulated(seed, number=200, at_once=8, seconds=0.2, latency=0.004):
+    """Seconds of a run with 30 % 429s and 5 % 500s, and the answers before each request beyond the limit."""
+    random.seed(seed)
+    now, chance, order = 0.0, random.Random(seed), itertools.count()
+    throttle = Throttle(64, clock=lambda: now)
+    waiting = [(0.0, next(order), 0) for _ in range(number)]  # when it may be sent, and attempts that failed
+    on_their_way = []  # when the reply comes, and what it is
+    busy, answered, over = 0, 0, []
+    while answered < number:
+        while waiting and waiting[0][0] <= now and throttle.wait() == 0:
+            attempts, ticket = heapq.heappop(waiting)[2], throttle.start()
+            reply = "ok" if busy < at_once else "429"
+            if reply == "429":
+                over.append(answered)
+            elif (found := chance.random()) < 0.35:
+                reply = "429" if found < 0.3 else "500"
+            busy += reply == "ok"
+            end = now + latency + seconds * (reply == "ok")
+            heapq.heappush(on_their_way, (end, next(order), reply, ticket, attempts))
+        times = [on_their_way[0][0]] if on_their_way else []
+        if waiting and throttle.wait() < math.inf:
+            times.append(max(waiting[0][0], now + throttle.wait()))
+        now = min(times)
+        while on_their_way and on_their_way[0][0] <= now:
+            _, _, reply, ticket, attempts = heapq.heappop(on_their_way)
+            if reply == "ok":
+                throttle.accepted(ticket)
+                busy, answered = busy - 1, answered + 1
+            elif reply == "429":
+                heapq.heappush(waiting, (now + throttle.refused(ticket), next(order), attempts))
+            else:
+                heapq.heappush(waiting, (now + throttle.failed(ticket, attempts + 1), next(order), attempts + 1))
+    return now, over
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.4])
+def test_random_refusals_rarely_lead_to_a_limit_that_is_too_low(seconds):
+    best = 200 / 8 * (seconds + 0.004 / 0.65)  # each answer with the refusals before it
+    runs = [simulated(seed, seconds=seconds) for seed in range(100)]
+    ratios = sorted(time / best for time, _ in runs)
+    assert ratios[50] < 1.15 and ratios[95] < 1.25, ratios[50::9]
+    assert max(max(over, default=0) for _, over in runs) < 100
+
+
+def test_a_limit_below_the_first_one_is_not_run_against():
+    assert max(len(over) for _, over in (simulated(seed, at_once=3) for seed in range(40))) < 100
+
+
 def test_budgets_of_a_minute_are_kept():
     now = 0.0
     throttle = Throttle(100, requests_per_minute=60, tokens_per_minute=1000, clock=lambda: now)
@@ -381,6 +496,65 @@ def test_the_reasoning_is_where_the_template_reads_it(template):
         assert "<|channel|>analysis<|message|>Two and two.<|end|>" in render(tokenizer, row).completion
     else:
         assert "<think>\nTwo and two.\n</think>\n\nFour." in render(tokenizer, row).completion
+
+
+# That of SmolLM2, which TRL does not have
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TAGGED = "<think>\n{}\n</think>\n\n{}"
+LEARNED = {
+    "qwen3": (["<|im_start|>", "<|im_end|>"], TAGGED + "<|im_end|>\n"),
+    "gptoss": (
+        ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"],
+        "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>",
+    ),
+    "smollm2": (["<|im_start|>", "<|im_end|>"], TAGGED + "<|im_end|>\n"),
+    "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], TAGGED + "<|eot_id|>"),
+}
+"""The special tokens of each template, and what is learned of a reasoning and an answer."""
+
+
+@pytest.mark.parametrize(
+    ("template", "assistant_only"),
+    [(name, only) for name in LEARNED for only in (False, True) if (name, only) != ("smollm2", True)],  # not in TRL
+)
+def test_sft_trainer_learns_reasoning_and_answer_and_not_the_question(template, assistant_only, tmp_path):
+    special_tokens, learned = LEARNED[template]
+    tokenizer = make_byte_tokenizer(special_tokens)
+    tokenizer.chat_template = SMOLLM2 if template == "smollm2" else student(template).chat_template
+    thoughts = {
+        row["prompt"]: f"Is it {row['solution']}? Yes, as {row['solution']} was asked for." for row in ROWS[:4]
+    }
+
+    def reply(request, number):
+        question = request["messages"][-1]["content"]
+        return {"content": f"It is {question.split()[-1]}.", "reasoning_content": thoughts[question]}
+
+    with Server(reply) as server:
+        teach(Teacher(server.url, "teacher"), ROWS[:4], tmp_path / "data", student=tokenizer)
+    trainer = SFTTrainer(
+        make_model(vocab_size=len(tokenizer)),
+        SFTConfig(str(tmp_path), assistant_only_loss=assistant_only, per_device_train_batch_size=4, **QUIET),
+        train_dataset=datasets.load_dataset(str(tmp_path / "data"), split="train"),
+        processing_class=tokenizer,
+    )
+    (batch,) = trainer.get_train_dataloader()
+    whole = ["".join(tokenizer.batch_decode(ids[mask == 1])) for ids, mask in pairs(batch, "attention_mask")]
+    with_loss = ["".join(tokenizer.batch_decode(ids[labels != -100])) for ids, labels in pairs(batch, "labels")]
+    expected = [learned.format(thoughts[f"question {k}"], f"It is {k}.") for k in range(4)]
+    ends = [text.rstrip("\n") for text in expected]  # assistant_only_loss may leave out what follows the last token
+    assert sorted(text.rstrip("\n") for text in with_loss) == ends
+    for text in whole:
+        (k,) = [k for k in range(4) if f"question {k}" in text]
+        assert text.endswith(expected[k]) and text.count(thoughts[f"question {k}"]) == 1
+
+
+def pairs(batch, name):
+    return zip(batch["input_ids"], batch[name], strict=True)
 
 
 def test_a_template_that_loses_the_reasoning_is_an_error():

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,6 +94,18 @@ def on_two_processes(module, *arguments):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command = [sys.executable, "-m", *launcher, module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def make_byte_tokenizer(special_tokens):
+    """A tokenizer of bytes, which loses no text. The last special token ends a text."""
+    vocab = {token: k for k, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = dict(pad_token="<pad>", bos_token="<bos>", eos_token=special_tokens[-1])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    made.add_special_tokens({"additional_special_tokens": special_tokens[:-1]})
+    return made
 
 
 class LiveStorages(TorchDispatchMode):

@@ -1,10 +1,14 @@
-"""JSON files that are whole at any time, also if the process ends while one is written."""
+"""JSON files that survive the end of the process at any moment: whole files, and journals that grow by lines."""
 
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
@@ -21,3 +25,56 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def locked(path: Path, taken: Exception) -> Iterator[None]:
+    """
+    Hold a file lock.
+
+    Args:
+        path (`Path`): The lock file. Its folder is made.
+        taken (`Exception`): Raised if another process, or this one, holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise taken from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def json_line(record: dict[str, Any]) -> bytes:
+    """A record as a line of a journal."""
+    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def append_line(path: Path, record: dict[str, Any]) -> int:
+    """Write a line at the end of a journal. It is on the disk when this returns. Returns its place."""
+    with path.open("ab") as file:
+        place = file.tell()
+        file.write(json_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+    return place
+
+
+def remove_half_line(path: Path) -> None:
+    """Remove what follows a journal's last whole line: the process ended while it wrote. A new journal is made."""
+    path.touch()
+    with path.open("rb+") as file:
+        size = whole = file.seek(0, os.SEEK_END)
+        while whole:  # from the end, as the file may be large
+            step = min(whole, 1 << 16)
+            file.seek(whole - step)
+            found = file.read(step).rfind(b"\n")
+            if found >= 0:
+                whole += found + 1 - step
+                break
+            whole -= step
+        if whole < size:
+            file.truncate(whole)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtri
 
 
 LAYOUT = "trl-dpg length target 1"
@@ -64,7 +64,7 @@ class LogNormal(LengthTarget):
             raise ValueError(f"lognormal needs a median and a sigma above 0, got {self.median:g} and {self.sigma:g}.")
 
     def quantile(self, levels: np.ndarray) -> np.ndarray:
-        return self.median * np.exp(self.sigma * norm.ppf(levels))
+        return self.median * np.exp(self.sigma * ndtri(levels))
 
 
 @dataclass(frozen=True)

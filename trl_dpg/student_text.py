@@ -223,19 +223,20 @@ def read_dataset(
         `tuple[Dataset, int, int]`: The samples, the number with reasoning, and the number with an unfinished thought.
 
     Raises:
-        `ValueError`: If a choice is unknown, or if the rows have none of these columns.
+        `ValueError`: If a choice is unknown, if the rows have none of these columns, or if a row's messages have no
+            assistant's message in which the student could read something.
     """
     reader = StudentText(student_text, unfinished_thoughts)
     thoughts = [row_thinking(row) for row in dataset]
     reasoned = sum(thought.reasoning is not None for thought in thoughts)
     unfinished = sum(not thought.finished for thought in thoughts)
     if (student_text != "all" and (reasoned or student_text == "reasoning")) or unfinished:
-        rows = [_read_row(row, thought, reader) for row, thought in zip(dataset, thoughts, strict=True)]
-        dataset = Dataset.from_list(rows)
+        rows = zip(dataset, thoughts, strict=True)
+        dataset = Dataset.from_list([_read_row(row, thought, reader, k) for k, (row, thought) in enumerate(rows)])
     return dataset, reasoned, unfinished
 
 
-def _read_row(row: dict[str, Any], thought: Thought, reader: StudentText) -> dict[str, Any]:
+def _read_row(row: dict[str, Any], thought: Thought, reader: StudentText, number: int) -> dict[str, Any]:
     """A row in which its assistant's texts are what the student reads."""
     if thought.finished and (
         reader.student_text == "all" or (reader.student_text == "answer" and thought.reasoning is None)
@@ -248,6 +249,12 @@ def _read_row(row: dict[str, Any], thought: Thought, reader: StudentText) -> dic
     if isinstance(written, str):
         return row | {column: _chosen(thought, reader)}
     places = [k for k, message in enumerate(written) if message["role"] == "assistant"]
+    if not places:
+        with_reasoning = " and a `reasoning`" if row.get("reasoning") else ""
+        raise ValueError(
+            f"Row {number} has `{column}`{with_reasoning}, but no message of the assistant, of which the "
+            "student could read a part. Add the message with the answer, or leave the row out."
+        )
     own = {k: completion_thinking([written[k]]) for k in places}
     if all(each.reasoning is None for each in own.values()):  # the reasoning is a column of the row
         own[places[-1]] = thought

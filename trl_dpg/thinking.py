@@ -16,16 +16,18 @@ thought without an answer after it counts as unfinished.
 
 import re
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .text import completion_text
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names under which messages, and the fields of response templates, have the reasoning."""
-_TAG = re.compile(r"(\A\s*<think>\s*|<think>\s*)|(\s*</think>\s*)")
+_TAG = re.compile("</?think>")
+_SPACE = re.compile(r"\s*")
 
 
 class Thought(NamedTuple):
@@ -50,7 +52,7 @@ class Part(NamedTuple):
     text: str
 
 
-def split_thinking(text: str, tokenizer: PreTrainedTokenizerBase | None = None, prompt: str = "") -> Thought:
+def split_thinking(text: str, tokenizer: "PreTrainedTokenizerBase | None" = None, prompt: str = "") -> Thought:
     """
     Cut a completion's text into reasoning and answer.
 
@@ -73,7 +75,7 @@ def split_thinking(text: str, tokenizer: PreTrainedTokenizerBase | None = None, 
 
 
 def thinking_parts(
-    text: str, tokenizer: PreTrainedTokenizerBase | None = None, prompt: str = ""
+    text: str, tokenizer: "PreTrainedTokenizerBase | None" = None, prompt: str = ""
 ) -> tuple[list[Part], bool]:
     """
     The pieces of a completion's text in their order, and whether its reasoning has an end.
@@ -85,21 +87,42 @@ def thinking_parts(
     template = _response_template(tokenizer)
     if template is not None:
         return _parsed(text, tokenizer, template, prompt)  # type: ignore[arg-type]
-    first = _TAG.search(text)
-    inside = prompt.rstrip().endswith("<think>") or (first is not None and first[2] is not None)
+    tags = _tags(text)
+    inside = prompt.rstrip().endswith("<think>") or (bool(tags) and not tags[0].opens)
     parts, end = [], 0
     if inside:
         end = len(text) - len(text.lstrip())
         parts.append(Part("markup", text[:end]))
-    for tag in _TAG.finditer(text):
-        if (tag[1] is not None) == inside:
+    for tag in tags:
+        if tag.opens == inside:
             continue  # "<think>" in a thought and "</think>" in an answer are words of them
-        parts += [Part("reasoning" if inside else "answer", text[end : tag.start()]), Part("markup", tag[0])]
-        inside, end = not inside, tag.end()
+        markup = Part("markup", text[tag.start : tag.end])
+        parts += [Part("reasoning" if inside else "answer", text[end : tag.start]), markup]
+        inside, end = not inside, tag.end
     last = text[end:]
     kept = len(last.rstrip()) if inside else len(last)
     parts += [Part("reasoning" if inside else "answer", last[:kept]), Part("markup", last[kept:])]
     return [part for part in parts if part.text or part.kind == "reasoning"], not inside
+
+
+class _Tag(NamedTuple):
+    """A tag with the white space after it. A closing one, and one at the beginning, also with that before it."""
+
+    start: int
+    end: int
+    opens: bool
+
+
+def _tags(text: str) -> list[_Tag]:
+    """The tags of a text."""  # white space in the pattern makes the search a hundred times slower
+    tags: list[_Tag] = []
+    end = 0
+    for found in _TAG.finditer(text):
+        opens, before = found[0] == "<think>", text[end : found.start()].rstrip()
+        start = found.start() if opens and (tags or before) else end + len(before)
+        end = _SPACE.match(text, found.end()).end()  # type: ignore[union-attr]  # it always matches
+        tags.append(_Tag(start, end, opens))
+    return tags
 
 
 def row_thinking(row: dict[str, Any]) -> Thought:
@@ -129,7 +152,7 @@ def row_thinking(row: dict[str, Any]) -> Thought:
 
 
 def completion_thinking(
-    completion: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase | None = None, prompt: str = ""
+    completion: str | list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase | None" = None, prompt: str = ""
 ) -> Thought:
     """Reasoning and answer of a TRL completion: a text, or messages with a field for the reasoning or with tags."""
     if isinstance(completion, str):
@@ -147,12 +170,12 @@ def message_reasoning(message: dict[str, Any]) -> str:
     return next((message[field] for field in FIELDS if message.get(field)), "")
 
 
-def has_special_markup(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_special_markup(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether the reasoning is marked by special tokens, which a text is usually decoded without."""
     return _response_template(tokenizer) is not None or "</think>" in tokenizer.all_special_tokens
 
 
-def _response_template(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any] | None:
+def _response_template(tokenizer: "PreTrainedTokenizerBase | None") -> dict[str, Any] | None:
     """
     The tokenizer's response template, or TRL's for its chat template, if the reasoning is not between think tags.
 
@@ -178,7 +201,7 @@ def _response_template(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, A
 
 
 def _parsed(
-    text: str, tokenizer: PreTrainedTokenizerBase, template: dict[str, Any], prompt: str
+    text: str, tokenizer: "PreTrainedTokenizerBase", template: dict[str, Any], prompt: str
 ) -> tuple[list[Part], bool]:
     parser = tokenizer.get_response_parser(template, prefix=prompt)
     end = "\0"  # in the reasoning if nothing closes it; and a closing sentinel before it cannot grow any more

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset
-from filelock import FileLock, Timeout
 
+from ..files import append_line, locked, remove_half_line
 from ..metagradients.config import SettingsError
 from ..ranks import from_all_ranks
 from ..student import Examples
@@ -72,7 +71,7 @@ class Journal(AbstractContextManager):
         self.overwrite = overwrite
         self.is_new = False
         self.done: dict[int, float | None] = {}
-        self._lock = FileLock(self.path.with_suffix(".lock"))
+        self._stack = ExitStack()
 
     def __enter__(self) -> "Journal":
         main = PartialState().is_main_process
@@ -81,28 +80,20 @@ class Journal(AbstractContextManager):
         return self
 
     def __exit__(self, *exception) -> None:
-        self._lock.release()
+        self._stack.close()
 
     def _open_locked(self) -> tuple[bool, dict[int, float | None]]:
         """Whether the journal is new, and the chunks that are done."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise JournalError(
-                f"Another attribution is at work on the journal {str(self.path)!r}. Choose another one."
-            ) from error
-        try:
-            return self._open()
-        except BaseException:
-            self._lock.release()
-            raise
+        taken = JournalError(f"Another attribution is at work on the journal {str(self.path)!r}. Choose another one.")
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.path.with_suffix(".lock"), taken))
+            found = self._open()
+            self._stack = stack.pop_all()
+        return found
 
     def _open(self) -> tuple[bool, dict[int, float | None]]:
         self._check_layout()
-        self.path.touch()
-        with self.path.open("rb+") as file:  # remove an incomplete last line
-            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+        remove_half_line(self.path)
         lines = self._lines()
         found = next(lines, None)
         done = {line["chunk"]: line["metric_before"] for line in lines}
@@ -134,10 +125,7 @@ class Journal(AbstractContextManager):
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line. It is on the disk when this returns."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, record)
 
     def chunks(self, number: int) -> Iterator[dict[str, Any]]:
         """The records of the chunks 0 ... `number` - 1, each of them once."""

@@ -1,6 +1,7 @@
 """Loads the datasets and models that arguments name, and checks that they exist."""
 
 import glob
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +12,8 @@ from .arguments import GeneratorArguments, PromptArguments, UsageError
 
 
 FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # of samples
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say the number of processes."""
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -145,7 +148,10 @@ def as_the_student_reads(dataset, arguments, flag: str, name: str):
         if arguments.student_text != "all":
             raise UsageError(f"--student_text {arguments.student_text}: --{flag} {name!r} has token ids. Use 'all'.")
         return dataset
-    read, reasoned, unfinished = read_dataset(dataset, arguments.student_text, arguments.unfinished_thoughts)
+    try:
+        read, reasoned, unfinished = read_dataset(dataset, arguments.student_text, arguments.unfinished_thoughts)
+    except ValueError as error:
+        raise UsageError(f"--{flag} {name!r}: {error}") from error
     line = describe(len(dataset), reasoned, unfinished, arguments.student_text, arguments.unfinished_thoughts)
     if line is not None and process_state().is_main_process:
         print(f"{name}: {line}", flush=True)
@@ -184,8 +190,8 @@ def process_state():
 
 
 def one_process(command: str, instead: str) -> None:
-    """Refuse to run on several processes."""
-    number = process_state().num_processes
+    """Refuse to run on several processes. It needs no torch, which some commands do without."""
+    number = next((int(os.environ[name]) for name in WORLD_SIZES if name in os.environ), 1)
     if number > 1:
         raise UsageError(f"trl-dpg {command} runs on one process, not {number}. {instead}")
 

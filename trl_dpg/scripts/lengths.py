@@ -115,10 +115,10 @@ class LengthsArguments(LengthArguments):
 
 def load_tokenizer(name: str | None):
     """The tokenizer that counts lengths."""
-    from transformers import AutoTokenizer
-
     if name is None:
         return None
+    from transformers import AutoTokenizer  # and with it torch, which takes seconds
+
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

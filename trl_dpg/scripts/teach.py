@@ -60,6 +60,7 @@ FLAGS = {
         "max_requests_per_minute",
         "max_tokens_per_minute",
         "max_cost",
+        "max_wait",
         "max_retries",
         "max_failed_share",
         "output_dir",
@@ -113,6 +114,8 @@ class TeachArguments(PromptArguments):
         prices (`dict[str, float]` or `str`, *optional*):
             `input`, `output` and perhaps `cached`, in dollars per million tokens. By default the preset's. JSON on the
             command line.
+        max_wait (`float`, *optional*, defaults to `300.0`):
+            Seconds that the server may be away, or refuse everything. After them, the command stops.
         max_retries (`int`, *optional*, defaults to `6`):
             How often a request is sent again after a server's error, a broken connection or half an answer.
         max_failed_share (`float`, *optional*, defaults to `0.5`):
@@ -176,6 +179,9 @@ class TeachArguments(PromptArguments):
     prices: dict | str | None = field(
         default=None,
         metadata={"help": 'Dollars per million tokens, as JSON: \'{"input": 0.6, "cached": 0.1, "output": 3}\'.'},
+    )
+    max_wait: float = field(
+        default=300.0, metadata={"help": "Seconds that the server may be away, or refuse everything."}
     )
     max_retries: int = field(default=6, metadata={"help": "Further attempts after an error of the server."})
     max_failed_share: float = field(default=0.5, metadata={"help": "Stop if this share of the requests has failed."})
@@ -301,6 +307,7 @@ def main(script_args: TeachArguments) -> None:
             script_args.max_requests_per_minute,
             script_args.max_tokens_per_minute,
             script_args.max_cost,
+            script_args.max_wait,
             script_args.max_retries,
             script_args.max_failed_share,
         )
@@ -330,8 +337,11 @@ def main(script_args: TeachArguments) -> None:
             raise
         raise UsageError(in_flags(str(error), FLAGS)) from error
     print(render(taught, script_args))
-    if taught.stopped is not None and "failed" in taught.stopped:
-        sys.exit(1)
+    if taught.stopped is not None:
+        line = f"Stopped: {taught.stopped}. The {taught.there} samples are kept, and the same command goes on."
+        if taught.broken:
+            sys.exit(line)  # with the status 1
+        print(line)
 
 
 def render(taught: Taught, script_args: TeachArguments) -> str:
@@ -361,8 +371,6 @@ def render(taught: Taught, script_args: TeachArguments) -> str:
         lines.append(
             f"The longest row has {results.longest} tokens. `trl sft` cuts off at its `max_length` (1024 by default)."
         )
-    if taught.stopped is not None:
-        lines.append(f"Stopped: {taught.stopped}. The same command goes on.")
     return "\n".join([*lines, f"Written: {', '.join(map(str, taught.files))}"])
 
 

@@ -1,7 +1,6 @@
 """How far lengths are from a target."""
 
 import numpy as np
-from scipy.stats import ks_2samp, wasserstein_distance
 
 from ...length_target import LengthTarget
 
@@ -27,10 +26,12 @@ def distances(lengths: np.ndarray, target: LengthTarget | np.ndarray) -> dict[st
     others = target.spread(NUM_LEVELS) if isinstance(target, LengthTarget) else target
     if len(lengths) == 0 or len(others) == 0:
         return {"wasserstein": float("nan"), "ks": float("nan")}
-    return {
-        "wasserstein": float(wasserstein_distance(np.log(lengths), np.log(others))),
-        "ks": float(ks_2samp(lengths, others).statistic),
-    }
+    # Not by scipy.stats, whose import takes a second
+    mine, theirs = np.sort(np.log(lengths)), np.sort(np.log(others))
+    places = np.sort(np.concatenate([mine, theirs]))
+    reached = (np.searchsorted(part, places, side="right") / len(part) for part in (mine, theirs))
+    difference = np.abs(np.subtract(*reached))  # of the cumulative distributions
+    return {"wasserstein": float(difference[:-1] @ np.diff(places)), "ks": float(difference.max())}
 
 
 def log_bins(lengths: np.ndarray, target: LengthTarget, width: float) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Targets that follow the lengths of samples, some of which may have been cut off."""
 
 import numpy as np
-from scipy.stats import CensoredData, ecdf, norm
 
 from ...length_target import Empirical, LengthTarget, LogNormal, Quantiles
 from .rows import DataError
@@ -30,6 +29,8 @@ def fit(form: str, lengths: np.ndarray, truncated: np.ndarray | None = None) -> 
     Raises:
         `ValueError`: If the form is unknown, or if there are too few samples.
     """
+    from scipy.stats import CensoredData, ecdf, norm  # takes a second to import
+
     if form not in FORMS:
         raise DataError(f"Unknown form {form!r} of a target. Choose one of {', '.join(FORMS)}.")
     cut = np.zeros(len(lengths), dtype=bool) if truncated is None else truncated

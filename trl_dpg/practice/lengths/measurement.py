@@ -148,8 +148,16 @@ def prompt_keys(dataset: Dataset) -> list[str] | None:
 
 
 def _default_measure(dataset: Dataset) -> str:
-    start = next(pieces(dataset), [])
+    start = next(pieces(_with_text(dataset)), [])
     return "reasoning" if any(thought.reasoning for thought in thoughts_of(start, 0)) else "all"
+
+
+def _with_text(dataset: Dataset) -> Dataset:
+    """The columns that `row_thinking` reads, or all if the samples are in none of them, for its error."""
+    names = [
+        name for name in ("prompt", "completion", "messages", "text", "reasoning") if name in dataset.column_names
+    ]
+    return dataset.select_columns(names) if set(names) - {"prompt", "reasoning"} else dataset
 
 
 def _read(
@@ -159,7 +167,7 @@ def _read(
     lengths = np.zeros(len(dataset), dtype=np.int64)
     unfinished = np.zeros(len(dataset), dtype=bool)
     display = tqdm(desc="lengths", total=len(dataset), unit="row", disable=not progress, dynamic_ncols=True)
-    for number, rows in enumerate(pieces(dataset)):
+    for number, rows in enumerate(pieces(_with_text(dataset))):
         start = number * ROWS_PER_READ
         thoughts = thoughts_of(rows, start)
         parts = {
@@ -180,7 +188,9 @@ def _count(texts: list[str], tokenizer: "PreTrainedTokenizerBase | None") -> lis
     if tokenizer.is_fast:  # without the positions of tokens, which take a quarter of the time
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-        return [len(ids) for ids in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            len(tokens) for tokens in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 

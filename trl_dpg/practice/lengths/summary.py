@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from ...length_target import LengthTargets
 from .distances import distances
@@ -121,6 +120,8 @@ def share_correct_by_length(measured: Measured) -> list[dict[str, float]]:
     Returns:
         `list[dict[str, float]]`: Median length, number, share, and its 95 % interval (Wilson) of each bin.
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     rows = np.flatnonzero((measured.lengths > 0) & ~np.isnan(measured.correct))
     ordered = rows[np.argsort(measured.lengths[rows], kind="stable")]
     bins = []

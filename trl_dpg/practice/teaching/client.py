@@ -17,6 +17,10 @@ Messages = list[dict[str, Any]]
 OURS = ("model", "messages", "stream", "stream_options", "n")
 """Fields of a request that are not parameters."""
 PRICES = ("input", "cached", "output")
+NO_CONNECTION = ("ConnectError", "ConnectTimeout")
+"""Errors of httpx and of httpx2: openai has the one or the other below it."""
+CONNECT = 10.0
+"""Seconds to connect to the server, at most."""
 
 
 @dataclass
@@ -123,9 +127,8 @@ class Client:
         except ModuleNotFoundError as error:
             raise ImportError('A teacher needs openai: pip install "trl-dpg[teacher]".') from error
         self.teacher, self._openai, self._key = teacher, openai, teacher.key()
-        self._client = openai.AsyncOpenAI(
-            base_url=teacher.base_url, api_key=self._key, max_retries=0, timeout=teacher.timeout
-        )
+        timeout = openai.Timeout(teacher.timeout, connect=min(CONNECT, teacher.timeout))
+        self._client = openai.AsyncOpenAI(base_url=teacher.base_url, api_key=self._key, max_retries=0, timeout=timeout)
 
     async def __aenter__(self) -> "Client":
         return self
@@ -143,13 +146,13 @@ class Client:
         try:
             async with asyncio.timeout(self.teacher.timeout):
                 return await self._ask(messages, sample)
-        except (TimeoutError, self._openai.APITimeoutError):
+        except TimeoutError:
             found: Exception = Disturbed(f"no answer within {self.teacher.timeout:g} s")
         except self._openai.APIStatusError as error:
             message, kind = described(error.body, error.message)
             found = self._sorted(error.status_code, message, kind, error.response.headers)
         except self._openai.APIConnectionError as error:
-            found = Unreachable(self._clean(f"no connection to {self.teacher.base_url}: {error.__cause__ or error}"))
+            found = self._unconnected(error)
         except self._openai.APIError as error:  # in the middle of a stream
             found = self._from_body(error.body, error.message)
         except (MalformedAnswer, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -201,6 +204,15 @@ class Client:
         code = body.get("code") if isinstance(body, dict) else None
         status = int(str(code)) if str(code).isdigit() else None
         return self._sorted(status, message, kind, {})
+
+    def _unconnected(self, error: Exception) -> Exception:
+        """The error of a connection that could not be made, that broke, or that was silent for too long."""
+        if type(error.__cause__).__name__ in NO_CONNECTION:
+            reason = str(error.__cause__) or f"no connection within {min(CONNECT, self.teacher.timeout):g} s"
+            return Unreachable(self._clean(f"no connection to {self.teacher.base_url}: {reason}"))
+        if isinstance(error, self._openai.APITimeoutError):
+            return Disturbed(f"no answer within {self.teacher.timeout:g} s")
+        return Disturbed(self._clean(f"the connection broke: {error.__cause__ or error}"))
 
     def _sorted(self, status: int | None, message: str, kind: str, headers: Any) -> Exception:
         return sorted_error(status, self._clean(message), kind, headers, self.teacher.api_key_env)

@@ -4,13 +4,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ...files import write_json
+from ...files import append_line, json_line, locked, remove_half_line, write_json
 from ...metagradients.config import SettingsError
 from .tally import Tally
 
@@ -58,34 +56,26 @@ class Journal(AbstractContextManager):
         self.base_urls, self.created, self.tally = [base_url], created, tally
         self.done: dict[str, int] = {}
         self.rejected: dict[str, str] = {}
-        self._lock = FileLock(self.folder / "teach.lock")
+        self._open = ExitStack()
 
     def __enter__(self) -> "Journal":
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            raise SettingsError(
-                f"Another run writes to `output_dir` {str(self.folder)!r}. Choose another one."
-            ) from error
-        try:
+        taken = SettingsError(f"Another run writes to `output_dir` {str(self.folder)!r}. Choose another one.")
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder / "teach.lock", taken))
             self._check_settings()
             for path in (self.samples, self.failures):
-                path.touch()
-                _remove_half_line(path)
+                remove_half_line(path)
             for place, record in self.records(self.samples):
                 self.done[record["key"]] = place
                 self.tally.add(record)
             self.rejected = {
                 record["key"]: record["reason"] for _, record in self.records(self.failures) if record["final"]
             }
-        except BaseException:
-            self._lock.release()
-            raise
+            self._open = stack.pop_all()
         return self
 
     def __exit__(self, *exception) -> None:
-        self._lock.release()
+        self._open.close()
 
     def _check_settings(self) -> None:
         path = self.folder / "teach.json"
@@ -114,12 +104,12 @@ class Journal(AbstractContextManager):
 
     def store(self, record: dict[str, Any]) -> None:
         """Write a sample. It is on the disk when this returns."""
-        self.done[record["key"]] = _append(self.samples, record)
+        self.done[record["key"]] = append_line(self.samples, record)
         self.tally.add(record)
 
     def fail(self, record: dict[str, Any]) -> None:
         """Write a failure, on the disk as well."""
-        _append(self.failures, record)
+        append_line(self.failures, record)
         if record["final"]:
             self.rejected[record["key"]] = record["reason"]
 
@@ -150,38 +140,9 @@ class Journal(AbstractContextManager):
         with beside.open("wb") as file:
             for record in records:
                 places[record["key"]] = place
-                place += file.write(_line(record))
+                place += file.write(json_line(record))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
         if path == self.samples:
             self.done = places
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
-
-
-def _append(path: Path, record: dict[str, Any]) -> int:
-    """Write a line at the end. Returns its place."""
-    with path.open("ab") as file:
-        place = file.tell()
-        file.write(_line(record))
-        file.flush()
-        os.fsync(file.fileno())
-    return place
-
-
-def _remove_half_line(path: Path) -> None:
-    with path.open("rb+") as file:
-        size = whole = file.seek(0, os.SEEK_END)
-        while whole:  # from the end, as the file may be large
-            step = min(whole, 1 << 16)
-            file.seek(whole - step)
-            found = file.read(step).rfind(b"\n")
-            if found >= 0:
-                whole += found + 1 - step
-                break
-            whole -= step
-        if whole < size:
-            file.truncate(whole)

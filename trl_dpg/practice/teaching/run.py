@@ -20,8 +20,8 @@ from .journal import Journal
 from .throttle import Throttle, Ticket
 
 
-PATIENCE = 900.0
-"""Seconds after which a run stops if the server refuses everything."""
+NUM_TRIES = 3
+"""Connections that fail before the first answer until the address counts as wrong."""
 
 
 @dataclass
@@ -39,6 +39,8 @@ class Limits:
         max_cost (`float`, *optional*):
             Dollars, of all samples in the folder. No request starts if it and those on their way could cost more, each
             counted like the dearest sample so far.
+        max_wait (`float`, *optional*, defaults to `300.0`):
+            Seconds that the server may be away, or refuse everything. After them, the run stops.
         max_retries (`int`, *optional*, defaults to `6`):
             How often a request is sent again after a server's error, a broken connection or half an answer.
         max_failed_share (`float`, *optional*, defaults to `0.5`):
@@ -52,6 +54,7 @@ class Limits:
     max_requests_per_minute: float | None = None
     max_tokens_per_minute: float | None = None
     max_cost: float | None = None
+    max_wait: float = 300.0
     max_retries: int = 6
     max_failed_share: float = 0.5
 
@@ -61,6 +64,8 @@ class Limits:
         for name in ("max_requests_per_minute", "max_tokens_per_minute", "max_cost"):
             if vars(self)[name] is not None and vars(self)[name] <= 0:
                 raise SettingsError(f"`{name}` must be positive, got {vars(self)[name]}.")
+        if self.max_wait < 0:
+            raise SettingsError(f"`max_wait` must be at least 0 seconds, got {self.max_wait}.")
         if self.max_retries < 0:
             raise SettingsError(f"`max_retries` must be at least 0, got {self.max_retries}.")
         if not 0 < self.max_failed_share <= 1:
@@ -104,6 +109,7 @@ class Run:
     Attributes:
         accepted (`int`), failed (`int`): Requests of this run that were answered, and that were given up.
         stopped (`str` or `None`): Why the run stopped before all was there.
+        broken (`bool`): Whether it stopped because the server is away, refuses everything, or fails too often.
         error (`TeacherError` or `None`): Set if the teacher cannot be used as it is.
     """
 
@@ -113,6 +119,7 @@ class Run:
         self.client, self.journal, self.limits, self.display = client, journal, limits, display
         self.accepted = self.failed = 0
         self.stopped: str | None = None
+        self.broken = False
         self.error: TeacherError | None = None
         self.throttle = Throttle(limits.max_concurrency, limits.max_requests_per_minute, limits.max_tokens_per_minute)
         self._new = requests
@@ -120,13 +127,15 @@ class Run:
         self._next: Request | None = None
         self._tasks: set[asyncio.Task] = set()
         self._changed = asyncio.Event()
-        self._unreachable = 0
+        self._unreachable = 0  # connections that failed before the first answer
+        self._away = ""  # what the last attempt to connect said
         self._refused_since: float | None = None
 
     async def go(self) -> None:
         """Run to the end. Answers that are on their way when it stops are stored."""
         with self._interruptible():
             while True:
+                self._check_away()
                 seconds = self._start_all() if self.stopped is None else None
                 self.display.show(self)
                 if seconds is None and not self._tasks:
@@ -135,10 +144,19 @@ class Run:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), min(seconds or 1.0, 1.0))
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason: str, broken: bool = False) -> None:
         """Start nothing more. Answers that are on their way are still stored."""
-        self.stopped = self.stopped or reason
+        if self.stopped is None:
+            self.stopped, self.broken = reason, broken
         self._changed.set()
+
+    def _check_away(self) -> None:
+        """Stop if the server has been away for too long. What is on its way then will not come any more."""
+        since, most = self.throttle.away_since, self.limits.max_wait
+        if self.stopped is None and since is not None and time.monotonic() - since >= most:
+            self.stop(f"the server does not answer any more: {self._away}, for {most:g} s", broken=True)
+            for task in self._tasks:
+                task.cancel()
 
     def _start_all(self) -> float | None:
         """Start what may start now. Returns the seconds until more may, or `None` if nothing more is to be asked."""
@@ -197,13 +215,12 @@ class Run:
             answer = await self.client.ask(request.messages, request.sample)
         except Refused as error:
             self._refuse(request, error, self.throttle.refused(ticket, error.retry_after))
+        except Unreachable as error:
+            self._miss(request, ticket, error)
         except Disturbed as error:
             request.attempts += 1
             delay = self.throttle.failed(ticket, request.attempts)
-            self._unreachable += isinstance(error, Unreachable) and not self.accepted
-            if self._unreachable >= 3:
-                self._fail_all(TeacherError(f"The server cannot be reached: {error}. Is `base_url` right?"))
-            elif request.attempts > self.limits.max_retries:
+            if request.attempts > self.limits.max_retries:
                 self._give_up(request, str(error), final=False)
             else:
                 self._later(request, delay)
@@ -227,15 +244,30 @@ class Run:
             usage = answer.usage
             self.throttle.accepted(ticket, (usage["prompt_tokens"] or 0) + (usage["completion_tokens"] or 0))
 
+    def _miss(self, request: Request, ticket: Ticket, error: Unreachable) -> None:
+        """There is no server. The request waits for it, and this is no attempt of its own."""
+        pauses = self.throttle.pauses
+        delay = self.throttle.unreachable(ticket)
+        self._away = str(error)
+        self._unreachable += not self.accepted
+        if self._unreachable >= NUM_TRIES:
+            self._fail_all(TeacherError(f"The server cannot be reached: {error}. Is `base_url` right?"))
+        elif self.throttle.pauses > pauses:
+            left = self.limits.max_wait - (time.monotonic() - (self.throttle.away_since or 0.0))
+            self.display.say(
+                f"The server does not answer ({error}). Next attempt in {min(delay, max(left, 0.0)):.0f} s. "
+                f"If it stays away, this stops in {max(left, 0.0):.0f} s."
+            )
+        self._later(request, delay)
+
     def _refuse(self, request: Request, error: Refused, delay: float) -> None:
         now = time.monotonic()
         self._refused_since = self._refused_since or now
-        refuses_all = now - self._refused_since > PATIENCE and not self.throttle.in_flight
-        if refuses_all or (error.retry_after or 0.0) > PATIENCE:
-            when = (
-                f"asks to wait {error.retry_after:.0f} s" if error.retry_after else f"refuses all for {PATIENCE:.0f} s"
-            )
-            self.stop(f"the server {when} ({error})")
+        most = self.limits.max_wait
+        refuses_all = now - self._refused_since > most and not self.throttle.in_flight
+        if refuses_all or (error.retry_after or 0.0) > most:
+            when = f"asks to wait {error.retry_after:.0f} s" if error.retry_after else f"refuses all for {most:g} s"
+            self.stop(f"the server {when} ({error})", broken=True)
         self._later(request, delay)
 
     def _later(self, request: Request, delay: float) -> None:
@@ -261,7 +293,8 @@ class Run:
         )
         if self.failed >= 10 and self.failed >= self.limits.max_failed_share * (self.failed + self.accepted):
             self.stop(
-                f"{self.failed} of {self.failed + self.accepted} requests have failed, the last one with: {reason}"
+                f"{self.failed} of {self.failed + self.accepted} requests have failed, the last one with: {reason}",
+                broken=True,
             )
 
     @contextlib.contextmanager

@@ -39,6 +39,7 @@ class Taught:
         accepted (`int`): Samples of this call.
         seconds (`float`): What the requests of this call took.
         stopped (`str` or `None`): Why it stopped before all was there. The same call goes on.
+        broken (`bool`): Whether it stopped because the server is away, refuses everything, or fails too often.
         results ([`Results`]): Counts.
         tally ([`Tally`]): Tokens and cost of all samples in the folder.
         files (`list[Path]`): The files that were written.
@@ -49,6 +50,7 @@ class Taught:
     accepted: int
     seconds: float
     stopped: str | None
+    broken: bool
     results: Results
     tally: Tally
     files: list[Path]
@@ -109,7 +111,8 @@ def teach(
         if run.error is not None:
             raise run.error
         there = sum(key in journal.done for key in wanted)
-        return Taught(len(wanted), there, run.accepted, seconds, run.stopped, results, journal.tally, files)
+        ended = (there, run.accepted, seconds, run.stopped, run.broken)
+        return Taught(len(wanted), *ended, results, journal.tally, files)
 
 
 def _write(

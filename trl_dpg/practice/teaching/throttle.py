@@ -16,6 +16,9 @@ EVIDENCE = 6.0
 """Log-likelihood ratio from which refusals count as an effect of the load; and for a wall, 1.5 times as much."""
 WALL = 0.3
 """How much larger the share of refused requests is, at and above a level that is beyond the server's limit."""
+MARGIN = 2.0
+"""A server's limit is taken to be below the highest level whose evidence is less than the best one's by at most this
+number: a limit that is found too high is soon found out, one that is found too low is not."""
 MEMORY = 0.98
 """Weight of an earlier request at a level, after a further one."""
 PROBE_AFTER = 600.0
@@ -24,6 +27,8 @@ ROUND = 8
 """Errors in a row that count as one round, or as many as there are requests at once."""
 FIRST_DELAY, LONGEST_DELAY = 0.1, 60.0
 """Seconds before a request is sent again."""
+FIRST_PAUSE = 1.0
+"""Seconds before the next attempt to connect to a server that is away."""
 
 
 @dataclass(eq=False)
@@ -55,15 +60,22 @@ class Throttle:
     (additive increase, multiplicative decrease). Some servers refuse requests at any load. So the refusals at each
     level (the number of requests at once) are counted. A level is too high if a model with two rates of refusal, one
     below the level and one from it on, is much more likely than a model with one. If the second rate is much larger,
-    the server has a limit below this level. It is not exceeded again, except for a test every 10 minutes.
+    the server has a limit below this level, or below a higher one that is nearly as likely. It is not exceeded again,
+    except for a test every 10 minutes.
 
-    If a whole round of requests goes wrong, nothing is started for a time that doubles with each further round.
+    If a whole round of requests goes wrong, nothing is started for a time that doubles with each further round. Nor is
+    anything while the server is away, that is, cannot be connected to.
 
     Args:
         max_concurrency (`int`): Requests at once, at most.
         requests_per_minute (`float`, *optional*): Requests that may start in a minute. They are spread evenly.
         tokens_per_minute (`float`, *optional*): Tokens, of prompts and answers, of the requests of any minute.
         clock (`Callable`, *optional*): Seconds.
+
+    Attributes:
+        away_since (`float` or `None`): When the server could not be connected to for the first time since it last
+            answered. `None` while it answers.
+        pauses (`int`): Attempts to connect since then.
     """
 
     def __init__(
@@ -86,7 +98,8 @@ class Throttle:
         self._recent: deque[Ticket] = deque()
         # By level: not refused (yet), and refused. Refusals come sooner than answers, so what is on its way counts too
         self._counts: dict[int, list[float]] = {}
-        self._started = self._first_after_cut = self._errors_in_a_row = 0
+        self._started = self._first_after_cut = self._errors_in_a_row = self.pauses = 0
+        self.away_since: float | None = None
 
     @property
     def limit(self) -> int:
@@ -131,22 +144,36 @@ class Throttle:
 
     def accepted(self, ticket: Ticket, tokens: float = 0.0) -> None:
         """A request was answered, with this number of tokens."""
-        self.in_flight -= 1
+        self._ended(ticket, tokens)
         self._errors_in_a_row = 0
-        ticket.tokens = tokens
         if ticket.full:
             self._size = min(self._size + (1 / self._size if self._has_been_cut else 1), self.ceiling)
 
     def failed(self, ticket: Ticket, attempts: int) -> float:
         """A request failed for another reason than its rate. Returns the seconds before its next attempt."""
+        self._ended(ticket)
+        return self._delay(attempts)
+
+    def unreachable(self, ticket: Ticket) -> float:
+        """A request found no server. Nothing starts for a time that doubles with each attempt. Returns its seconds."""
         self.in_flight -= 1
         ticket.tokens = 0.0
-        return self._delay(attempts)
+        now = self._clock()
+        self.away_since = now if self.away_since is None else self.away_since
+        if ticket.time >= self._pause_until:  # those that were on their way together are one attempt
+            self._pause_until = now + min(FIRST_PAUSE * 2.0**self.pauses, LONGEST_DELAY)
+            self.pauses += 1
+        return max(self._pause_until - now, 0.0)
+
+    def _ended(self, ticket: Ticket, tokens: float = 0.0) -> None:
+        """The server has answered, or has at least taken the request."""
+        self.in_flight -= 1
+        ticket.tokens = tokens
+        self.away_since, self.pauses = None, 0
 
     def refused(self, ticket: Ticket, retry_after: float | None = None) -> float:
         """A request was refused because of its rate. Returns the seconds before its next attempt."""
-        self.in_flight -= 1
-        ticket.tokens = 0.0
+        self._ended(ticket)
         if ticket.level in self._counts:
             counts = self._counts[ticket.level]
             counts[:] = counts[0] - min(counts[0], 1), counts[1] + min(counts[0], 1)
@@ -154,12 +181,16 @@ class Throttle:
         if self._is_round() and self.in_flight < self.limit / 2:  # nothing is accepted any more
             self._pause_until = max(self._pause_until, self._clock() + delay)
             self._cut()
-        elif ticket.number >= self._first_after_cut:
-            level, evidence, excess = loaded_level(self._counts)
+        elif ticket.number < self._first_after_cut:
+            pass  # it was sent before the last cut, and says nothing of the limit since then
+        elif self._errors_in_a_row >= 2 * max(ROUND, self.limit):  # the refused ones hide the load that is refused
+            self._cut()
+        else:
+            level, evidence, excess, highest = loaded_level(self._counts)
             if ticket.level >= level and evidence >= EVIDENCE:
                 if excess >= WALL and evidence >= 1.5 * EVIDENCE:
-                    self._set_ceiling(level - 1)
-                if excess < WALL or self.ceiling < level:
+                    self._set_ceiling(highest - 1)
+                if excess < WALL or self.ceiling < highest:
                     self._cut()
         return delay
 
@@ -184,7 +215,7 @@ class Throttle:
         self._counts = {key: counts for key, counts in self._counts.items() if key <= level}
 
 
-def loaded_level(counts: dict[int, list[float]]) -> tuple[int, float, float]:
+def loaded_level(counts: dict[int, list[float]]) -> tuple[int, float, float, int]:
     """
     The level from which requests are refused more often than below it.
 
@@ -193,9 +224,10 @@ def loaded_level(counts: dict[int, list[float]]) -> tuple[int, float, float]:
 
     Returns:
         The level; the log-likelihood ratio of two rates of refusal, one below the level and one from it on, against a
-        single rate; the difference of the two rates. `(0, 0.0, 0.0)` if no level has more.
+        single rate; the difference of the two rates; the highest level that is nearly as likely. `(0, 0.0, 0.0, 0)` if
+        no level has more.
     """
-    best = (0, 0.0, 0.0)
+    found = [(0, 0.0, 0.0)]
     accepted, refused = (sum(count[kind] for count in counts.values()) for kind in (0, 1))
     one_rate = _log_likelihood(accepted, refused)
     accepted_below = refused_below = 0.0
@@ -203,13 +235,13 @@ def loaded_level(counts: dict[int, list[float]]) -> tuple[int, float, float]:
         accepted_above, refused_above = accepted - accepted_below, refused - refused_below
         if accepted_below and refused_above * accepted_below > refused_below * accepted_above:
             two_rates = _log_likelihood(accepted_below, refused_below) + _log_likelihood(accepted_above, refused_above)
-            if two_rates - one_rate > best[1]:
-                share_above = refused_above / (accepted_above + refused_above)
-                share_below = refused_below / (accepted_below + refused_below)
-                best = level, two_rates - one_rate, share_above - share_below
+            share_above = refused_above / (accepted_above + refused_above)
+            share_below = refused_below / (accepted_below + refused_below)
+            found.append((level, two_rates - one_rate, share_above - share_below))
         accepted_below += counts[level][0]
         refused_below += counts[level][1]
-    return best
+    best = max(found, key=lambda level: level[1])
+    return *best, max(level for level, evidence, _ in found if evidence >= best[1] - MARGIN)
 
 
 def _log_likelihood(accepted: float, refused: float) -> float:
