@@ -1,0 +1,43 @@
+"""Freed memory stays in the process, unless the user set the allocator up."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from trl_dpg.metagradients import host_memory
+
+
+FAULTS = """
+import resource, torch
+from trl_dpg import InnerLoopConfig, Student
+from trl_dpg.metagradients.fine_tuning import FineTuning
+from tests.tiny import make_model
+FineTuning(Student(make_model()), [{"input_ids": [1, 2, 3]}], InnerLoopConfig())
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(16 << 20)
+before = faults()
+for _ in range(10):
+    torch.ones(16 << 20)  # 64 MB
+print(faults() - before)
+"""
+KEPT = f"import runpy; print(runpy.run_path({host_memory.__file__!r})['keep_freed_memory']())"
+
+
+def output(program: str, **environment) -> str:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, env=own | environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_memory_that_was_freed_is_not_cleared_again():
+    assert int(output(FAULTS).split()[-1]) < 1000  # without this, 16,384 for each tensor of pages of 4 kB
+    assert output(KEPT).strip() == "True"
+
+
+def test_an_allocator_that_the_user_set_up_is_left_alone():
+    assert output(KEPT, MALLOC_TRIM_THRESHOLD_="131072").strip() == "False"
+    assert output(KEPT, GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072").strip() == "False"
