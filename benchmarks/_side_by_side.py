@@ -36,6 +36,7 @@ def add_arguments(parser, steps):
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
     parser.add_argument("--eps", type=float, default=1e-8)

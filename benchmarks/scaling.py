@@ -25,7 +25,7 @@ def measure(args, num_samples):
     samples = [{"input_ids": row} for row in data.tolist()]
     config = InnerLoopConfig(batch_size=args.batch, learning_rate=1e-6, memory_budget=0)
     run = lambda: metagradient(student, samples, head_sum, config, metric_before=0.0)  # noqa: E731
-    seconds = statistics.median([timed(run, args.device) for _ in range(args.repeat + 1)][1:])
+    seconds = statistics.median([timed(run, args) for _ in range(args.repeat + 1)][1:])
     layer = 4 * args.hidden**2 + 3 * args.hidden * (args.hidden * 8 // 3)
     return seconds, data.numel() * (args.layers * layer + args.hidden * args.vocab)
 
