@@ -6,8 +6,9 @@ An optimizer step is a function `U` of the gradient, the optimizer's state and t
 
 and the reverse sweep needs its VJP, which maps the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are
 elementwise and are written out here, so autograd builds no graph over an optimizer state. Parameters, gradients and
-moments are flat tensors of shape `[P]`, one for all trainable parameters. They are processed block by block: the
-intermediate results of a formula stay in the cache, so that each step takes about the time of reading its inputs once.
+moments are flat tensors of shape `[P]`, one for all trainable parameters. Cotangents have a row for each of M metrics,
+`[M, P]`, or the shape `[P]`. All are processed block by block: the intermediate results of a formula stay in the
+cache, so that each step takes about the time of reading its inputs once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ from torch import Tensor
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of equal size into flat pieces that fit into a cache. Pieces of contiguous tensors are views."""
-    size = 1 << 24 if tensors[0].is_cuda else 1 << 19
-    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
+    """Split tensors `[P]` and `[M, P]` along P into pieces that fit into a cache. The pieces are views."""
+    rows = max(tensor.numel() // tensor.size(-1) for tensor in tensors)
+    size = max(1, (1 << 24 if tensors[0].is_cuda else 1 << 19) // rows)
+    return zip(*(tensor.split(size, dim=-1) for tensor in tensors), strict=True)
 
 
 class Optimizer(NamedTuple):
     """
-    An optimizer as three functions over flat tensors of shape `[P]`.
+    An optimizer as three functions over flat tensors of shape `[P]` and, for cotangents, `[M, P]`.
 
     Attributes:
         init (`Callable`):
@@ -36,7 +38,8 @@ class Optimizer(NamedTuple):
             `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: maps the cotangents of a
             step's results to those of its inputs. `state` and `next_state` are the states before and after the step;
             `state_bar` has the type of the state. The gradient's cotangent is written to `out`, which may be
-            `gradient` itself. The other cotangents replace `theta_bar` and `state_bar` in place.
+            `gradient` itself if it has the same shape. The other cotangents replace `theta_bar` and `state_bar` in
+            place.
     """
 
     init: Callable
@@ -148,10 +151,10 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
 
 
 def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> None:
-    """Turn the cotangent of `clip(gradient, max_norm)` into that of `gradient`, in place. All shapes are `[P]`."""
+    """Turn cotangents `[M, P]` of `clip(gradient, max_norm)` into those of `gradient`, in place."""
     norm = gradient.norm()
     scale = max_norm / (norm + 1e-6)
-    through_norm = torch.dot(clipped_bar, gradient) * scale / ((norm + 1e-6) * norm)
+    through_norm = clipped_bar @ gradient * scale / ((norm + 1e-6) * norm)
     clipped = scale < 1
     clipped_bar.mul_(torch.where(clipped, scale, 1.0))
-    clipped_bar.sub_(gradient * torch.where(clipped, through_norm, 0.0))
+    clipped_bar.addr_(torch.where(clipped, through_norm, 0.0), gradient, alpha=-1)
