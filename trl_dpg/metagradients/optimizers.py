@@ -39,7 +39,8 @@ class Optimizer(NamedTuple):
             step's results to those of its inputs. `state` and `next_state` are the states before and after the step;
             `state_bar` has the type of the state. The gradient's cotangent is written to `out`, which may be
             `gradient` itself if it has the same shape. The other cotangents replace `theta_bar` and `state_bar` in
-            place.
+            place. If only the gradient's is wanted, and `state_bar` is zero, it may be `None`; then `out` may also be
+            `theta_bar`.
     """
 
     init: Callable
@@ -84,31 +85,31 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
 
     def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
         correction1, correction2 = 1 - beta1**next_state.step, 1 - beta2**next_state.step
-        pieces = blocks(
-            gradient,
-            next_state.exp_avg,
-            next_state.exp_avg_sq,
-            theta_bar,
-            state_bar.exp_avg,
-            state_bar.exp_avg_sq,
-            out,
-        )
-        for g, m, v, x_bar, m_bar, v_bar, g_bar in pieces:
+        inputs = gradient, next_state.exp_avg, next_state.exp_avg_sq, theta_bar, out
+        if state_bar is not None:
+            inputs += state_bar.exp_avg, state_bar.exp_avg_sq
+        for g, m, v, x_bar, g_bar, *moments in blocks(*inputs):
             root = (v / correction2).add_(eps_root).sqrt_()
             divisor = root + eps
-            step_bar = (x_bar / divisor).mul_(-lr / correction1)  # m̄ of the step
-            m_bar.add_(step_bar)
+            to_m = (-lr / correction1) / divisor  # ∂θ' / ∂m'
             # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0, all gradients so far were zero, and the
             # factor 2g below makes the product zero for every finite value. The nan of 0 / 0 must be replaced.
-            step_bar.mul_(m).div_(divisor).div_(root).mul_(-0.5 / correction2)
+            to_v = (to_m * m).div_(divisor).div_(root).mul_(-0.5 / correction2)  # ∂θ' / ∂v'
             if eps_root == 0:
-                step_bar.masked_fill_(root == 0, 0.0)
-            v_bar.add_(step_bar)
-            torch.mul(g, v_bar, out=g_bar).mul_(2 * (1 - beta2)).add_(m_bar, alpha=1 - beta1)
+                to_v.masked_fill_(root == 0, 0.0)
+            from_v = g * (2 * (1 - beta2))  # ∂v' / ∂g
+            if state_bar is None:
+                torch.mul(x_bar, to_m.mul_(1 - beta1) + to_v * from_v, out=g_bar)
+                continue
+            m_bar, v_bar = moments
+            m_bar.addcmul_(x_bar, to_m)
+            v_bar.addcmul_(x_bar, to_v)
+            torch.mul(v_bar, from_v, out=g_bar).add_(m_bar, alpha=1 - beta1)
             m_bar.mul_(beta1)
             v_bar.mul_(beta2)
-            x_bar.mul_(1 - lr * weight_decay)
-        return state_bar._replace(step=state.step)
+            if weight_decay:
+                x_bar.mul_(1 - lr * weight_decay)
+        return None if state_bar is None else state_bar._replace(step=state.step)
 
     return Optimizer(init, update, vjp)
 
@@ -136,6 +137,9 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
         return next_theta, SGDState(buffer)
 
     def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
+        if state_bar is None:
+            torch.mul(theta_bar, -lr, out=out)
+            return None
         for x_bar, b_bar, g_bar in blocks(theta_bar, state_bar.momentum_buffer, out):
             torch.add(b_bar, x_bar, alpha=-lr, out=g_bar)
             torch.mul(g_bar, momentum, out=b_bar)

@@ -38,14 +38,14 @@ def reverse_sweep(
 
     Args:
         student (`Student`), trajectory (`Trajectory`): The model, and its forward sweep.
-        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T). They are overwritten by λ_0.
+        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T). They are overwritten.
         weights (`torch.Tensor` of shape `[N]`), config (`InnerLoopConfig`): The same as in the forward sweep.
         scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for samples not scored token by token.
         token_scores (`torch.Tensor` of shape `[M, N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
     """
     optimizer = config.make_optimizer()
-    state_bar = optimizer.init(theta_bar)  # zeros
-    several = torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
+    state_bar = optimizer.init(theta_bar) if len(trajectory.loop.steps) > 1 else None  # zeros
+    several = theta_bar if state_bar is None else torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
     theta_bar_parts = list(student.unflatten(theta_bar, cast=False).values())
     for stretch in trajectory.stretches_backwards():
         next_state = stretch.state
