@@ -85,10 +85,9 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
 
     def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
         correction1, correction2 = 1 - beta1**next_state.step, 1 - beta2**next_state.step
-        inputs = gradient, next_state.exp_avg, next_state.exp_avg_sq, theta_bar, out
-        if state_bar is not None:
-            inputs += state_bar.exp_avg, state_bar.exp_avg_sq
-        for g, m, v, x_bar, g_bar, *moments in blocks(*inputs):
+        bars = [] if state_bar is None else [state_bar.exp_avg, state_bar.exp_avg_sq]
+        pieces = blocks(gradient, next_state.exp_avg, next_state.exp_avg_sq, theta_bar, out, *bars)
+        for g, m, v, x_bar, g_bar, *moments in pieces:
             root = (v / correction2).add_(eps_root).sqrt_()
             divisor = root + eps
             to_m = (-lr / correction1) / divisor  # ∂θ' / ∂m'
