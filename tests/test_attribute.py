@@ -415,3 +415,67 @@ def test_the_folder_of_a_training_is_refused(name, student_path, tmp_path, capsy
     (run_dir / name).write_text("{}")
     assert f"holds a training run or a model ({name})" in refuse(capsys, arguments(student_path, data, run_dir))
     assert [path.name for path in run_dir.iterdir()] == [name]
+
+
+# -- several metrics --------------------------------------------------------------------------------------------------
+
+
+METRICS = {
+    "target": {"metric": "language_modeling", "metric_kwargs": {"texts": BENCHMARK}},
+    "control": {"metric": "language_modeling", "metric_kwargs": {"texts": ["w9 w8"]}},
+}
+
+
+def several(student_path, dataset, output_dir, metrics, *more):
+    argv = ["attribute", "--dataset_name", dataset, "--student_model_name_or_path", student_path]
+    argv += ["--output_dir", str(output_dir), "--output_format", "jsonl", "--metrics", json.dumps(metrics)]
+    return [*argv, *INNER_LOOP, *more]
+
+
+def test_several_metrics_have_a_column_each_and_a_contrast(student_path, tmp_path, capsys):
+    data = write(tmp_path / "samples.jsonl", [{"text": text} for text in make_texts(10)])
+    options = ["--contrast", "target", "control", "--keep_top", "0.3", "--per_token"]
+    cli.main(several(student_path, data, tmp_path / "out", METRICS, *options))
+    scored, top = read(tmp_path / "out" / "scored.jsonl"), read(tmp_path / "out" / "top.jsonl")
+    alone = run(student_path, data, tmp_path / "alone", "--per_token")
+    for row, own in zip(scored, alone, strict=True):
+        assert row["dpg_score_target"] == pytest.approx(own["dpg_score"], rel=1e-3, abs=1e-6)
+        assert row["dpg_token_scores_target"] == pytest.approx(own["dpg_token_scores"], rel=1e-3, abs=1e-5)
+        difference = row["dpg_score_target"] - row["dpg_score_control"]
+        assert row["dpg_score_contrast"] == pytest.approx(difference, abs=1e-6)
+    best = sorted(range(10), key=lambda k: -scored[k]["dpg_score_contrast"])[:3]
+    assert top == [scored[k] for k in sorted(best)]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["metrics"]) == ["target", "control", "contrast"] and summary["ranked_by"] == "contrast"
+    assert summary["best"][0]["row"] == best[0] and summary["settings"]["metrics"] == METRICS
+    printed = capsys.readouterr().out
+    assert "Samples are ranked by 'contrast'." in printed and "control: " in printed
+
+    cli.main(several(student_path, data, tmp_path / "out", METRICS, "--per_token"))  # only writes the files again
+    assert "dpg_score_contrast" not in read(tmp_path / "out" / "scored.jsonl")[0]
+    other = METRICS | {"control": METRICS["target"]}
+    assert "settings: metrics (was" in refuse(
+        capsys, several(student_path, data, tmp_path / "out", other, "--per_token")
+    )
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "message"),
+    [
+        ({}, [], "--metrics is empty"),
+        ({"target": {"name": "language_modeling"}}, [], "--metrics: 'target' must have `metric`"),
+        (METRICS, ["--contrast", "target"], "--contrast needs the names of two of the metrics"),
+        (METRICS, ["--contrast", "target", "other"], "--contrast needs the names of two of the metrics"),
+        ({"target": {"metric": "langage_modeling"}}, [], "--metrics: 'target': --metric: unknown name"),
+    ],
+)
+def test_wrong_metrics_are_refused_before_anything_is_loaded(
+    metrics, options, message, student_path, tmp_path, capsys
+):
+    data = write(tmp_path / "samples.jsonl", [{"text": "w1 w2"}])
+    assert message in refuse(capsys, several(student_path, data, tmp_path / "out", metrics, *options))
+
+
+def test_a_contrast_without_metrics_is_refused(tmp_path, capsys):
+    argv = arguments("nowhere", "nothing.jsonl", tmp_path / "out", "--contrast", "a", "b")
+    assert "--contrast needs --metrics" in refuse(capsys, argv)

@@ -173,5 +173,64 @@ def test_empty_samples_score_zero_and_rank_nothing(student):
         result.top(2)
 
 
+METRICS = {"near": METRIC, "far": LanguageModelingMetric(["w9 w8 w7"])}
+
+
+def test_each_of_several_metrics_has_the_scores_of_its_own_run(student):
+    config = replace(CONFIG, per_token=True)
+    results = attribute(student, [*TEXTS, ""], METRICS, config, size=8, contrast=("near", "far"))
+    assert list(results) == ["near", "far", "contrast"]
+    for name, metric in METRICS.items():
+        alone, found = attribute(student, [*TEXTS, ""], metric, config, size=8), results[name]
+        np.testing.assert_allclose(found.scores, alone.scores, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(found.token_scores, alone.token_scores, rtol=1e-3, atol=1e-6)
+        assert (found.metric_before, found.metric_after) == (alone.metric_before, alone.metric_after)
+        assert found.rank_correlation == pytest.approx(alone.rank_correlation, abs=0.05)
+    near, far, contrast = results.values()
+    np.testing.assert_allclose(contrast.scores, near.scores - far.scores, atol=1e-6)
+    np.testing.assert_allclose(contrast.token_scores, near.token_scores - far.token_scores, atol=1e-6)
+    assert contrast.metric_before == pytest.approx(near.metric_before - far.metric_before)
+    assert contrast.num_compared == near.num_compared and contrast.rank_correlation != near.rank_correlation
+
+
+def test_a_journal_of_several_metrics_is_continued_and_others_are_refused(student, tmp_path):
+    path = tmp_path / "attribution.jsonl"
+    whole = attribute(student, TEXTS, METRICS, CONFIG, size=8, journal=path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-2]) + lines[-1][:20])
+    again = attribute(student, TEXTS, METRICS, CONFIG, size=8, journal=path, contrast=["far", "near"])
+    for name in METRICS:
+        assert again[name].scores.tolist() == whole[name].scores.tolist()
+    np.testing.assert_allclose(again["contrast"].scores, whole["far"].scores - whole["near"].scores, atol=1e-6)
+    for metric in (METRIC, {"near": METRIC}, METRICS | {"norm": WeightNormMetric()}):
+        with pytest.raises(ValueError, match="has scores of other settings: metric "):
+            attribute(student, TEXTS, metric, CONFIG, size=8, journal=path)
+    changed = METRICS | {"far": LanguageModelingMetric(["w1 w8 w7"])}
+    with pytest.raises(ValueError, match=r"The metric 'far' of the student before fine-tuning is .* but was"):
+        attribute(student, TEXTS, changed, CONFIG, size=8, journal=path)
+
+
+@pytest.mark.parametrize(
+    ("metric", "contrast", "message"),
+    [
+        (METRIC, ["near", "far"], r"needs the names of two of the metrics \[\]"),
+        (METRICS, ["near", "there"], r"two of the metrics \['near', 'far'\], got \['near', 'there'\]"),
+        (METRICS, ["near", "near"], "two of the metrics"),
+        (METRICS, ["near"], "two of the metrics"),
+        (METRICS | {"contrast": METRIC}, ["near", "far"], "Choose another name"),
+        ({}, None, "mapping of metrics is empty"),
+        (METRICS | {"wrong": 1}, None, "'wrong' must be a callable"),
+    ],
+)
+def test_a_contrast_needs_two_metrics(metric, contrast, message, student):
+    with pytest.raises(ValueError, match=message):
+        attribute(student, TEXTS, metric, CONFIG, contrast=contrast)
+
+
+def test_empty_samples_score_zero_by_every_metric(student):
+    results = attribute(student, [""] * 5, METRICS, replace(CONFIG, per_token=True), contrast=["near", "far"])
+    assert all(result.scores.tolist() == [0.0] * 5 and result.metric_after is None for result in results.values())
+
+
 if __name__ == "__main__":
     on_a_rank(Path(sys.argv[1]))

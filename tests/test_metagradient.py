@@ -110,21 +110,21 @@ def test_float64_scores_are_exact(case, weights, lora):
     assert out.losses.tolist() == pytest.approx(losses, rel=1e-6)
 
 
-def float64_scores(model, config, weights):
-    """Scores before they are rounded to float32 on return."""
+def float64_scores(model, config, weights, metric=METRIC):
+    """Scores before they are rounded to float32 on return: `[N]` or, of several metrics, `[M, N]`."""
     from trl_dpg.metagradients import metagradient as module_function
 
     kept = {}
     original = module_function.__globals__["reverse_sweep"]
 
-    def keep(student, trajectory, gradient, w, scores, token_scores, c):
-        original(student, trajectory, gradient, w, scores, token_scores, c)
-        kept["scores"] = scores + token_scores.sum(dim=1)
+    def keep(student, trajectory, gradients, w, scores, token_scores, c):
+        original(student, trajectory, gradients, w, scores, token_scores, c)
+        kept["scores"] = scores + token_scores.sum(dim=-1)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module_function.__globals__, "reverse_sweep", keep)
-        module_function(Student(model), SAMPLES, METRIC, config, weights=weights)
-    return kept["scores"]
+        module_function(Student(model), SAMPLES, metric, config, weights=weights)
+    return kept["scores"] if isinstance(metric, dict) else kept["scores"][0]
 
 
 def test_token_scores_sum_to_the_samples_score():

@@ -50,6 +50,7 @@ PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3"] * 8, "solution": ["w1"] *
 ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
+    "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
     "batch_rewards.md": {"dataset": PROMPTS},
     "lengths.md": {"dataset": PROMPTS},
@@ -119,6 +120,7 @@ def make_place(folder):
     recipe = yaml.safe_load(first) | {"metric_kwargs": {"dataset": "spanish.jsonl"}, "bf16": False}
     for name in ("recipe.yaml", "my_recipe.yaml"):
         (folder / name).write_text(yaml.safe_dump(recipe))
+    (folder / "scores.yaml").write_text(blocks("attribution.md", "yaml")[0])
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +209,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].reward_func_names == ["dpg"]
     elif page == "attribution.md":
         assert len(scope["best"]) == 5 and scope["result"].scores.shape == (len(TEXTS),)
+    elif page == "concepts.md":
+        assert scope["out"].scores["spanish"].shape == scope["out"].scores["english"].shape == (len(TEXTS),)
     elif page == "teach.md":
         assert scope["taught"].there == 2 == scope["taught"].results.correct
     elif page == "batch_rewards.md":
@@ -299,7 +303,7 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    assert pages_with("yaml") == ["lengths.md", "thinking.md", "training.md", "tune.md"]
+    assert pages_with("yaml") == ["attribution.md", "lengths.md", "thinking.md", "training.md", "tune.md"]
     pages = ("training.md", "tune.md", "thinking.md")
     settings = yaml.safe_load("\n".join(block for page in pages for block in blocks(page, "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))

@@ -346,6 +346,17 @@ def test_4bit_scores_match_the_dequantised_network(quantized_path, nested):
     assert torch.corrcoef(torch.stack([out.scores, expected]))[0, 1] >= 0.999
 
 
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_4bit_scores_of_several_metrics_are_those_of_calls_of_their_own(batch_size, quantized_path):
+    samples = make_samples(16)
+    metrics = {str(seed): LanguageModelingMetric(make_samples(4, seed=seed)) for seed in (5, 6)}
+    config = InnerLoopConfig(batch_size=batch_size, learning_rate=1e-3, eps_root=1e-7)
+    student = quantized_student(quantized_path)
+    together = metagradient(student, samples, metrics, config).scores
+    for name, metric in metrics.items():
+        assert relative_error(together[name], metagradient(student, samples, metric, config).scores) <= 1e-3
+
+
 def test_4bit_weights_and_adapters_are_bit_identical_afterwards(quantized_path):
     student = quantized_student(quantized_path)
     before = {name: p.detach().clone() for name, p in student.model.named_parameters()}

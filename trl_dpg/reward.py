@@ -244,7 +244,7 @@ class DPGReward:
         parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
         start = (self.student, parameters, self.metric)
         metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
-        output = differentiate(fine_tuning, self.metric, metric_before=metric_before)
+        output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
@@ -299,6 +299,9 @@ class DPGReward:
             "num_empty": float(sum(dataset.num_empty for dataset in scored)),
             "num_truncated": float(sum(dataset.num_truncated for dataset in scored)),
         }
+        for name in outputs[0].part_scores:
+            parts = torch.cat([output.part_scores[name] for output in outputs]).double()
+            figures[f"score/std/{name}"] = parts.std(correction=0).item()
         if self.inner_loop_config.attribution != "dataset":
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:

@@ -4,7 +4,7 @@ from .attribute import attribute
 from .chunks import Chunk, plan_chunks
 from .journal import Journal
 from .reliability import rank_correlation
-from .result import Attribution
+from .result import Attribution, write
 
 
-__all__ = ["Attribution", "Chunk", "Journal", "attribute", "plan_chunks", "rank_correlation"]
+__all__ = ["Attribution", "Chunk", "Journal", "attribute", "plan_chunks", "rank_correlation", "write"]

@@ -1,42 +1,66 @@
 """Scores of a dataset of any size: one fine-tuning of the student for each chunk of it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from torch import Tensor
 from tqdm import tqdm
 
 from ..metagradients import InnerLoopConfig
-from ..metagradients.config import MEMORY_ONLY
+from ..metagradients.config import MEMORY_ONLY, SettingsError
 from ..metagradients.fine_tuning import FineTuning
-from ..metagradients.metagradient import differentiate, metric_at_start
+from ..metagradients.goals import MetricFunction, check_metrics, metric_at_start
+from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
 from ..ranks import from_all_ranks
-from ..student import Examples, FinetunedStudent, Student
+from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
 from .result import Attribution, collect
 
 
+CONTRAST = "contrast"
+"""What the difference of two metrics is called in the results."""
+
+
+@overload
 def attribute(
     student: Student,
     dataset: Examples,
-    metric: Callable[[FinetunedStudent], Tensor],
+    metric: MetricFunction,
     config: InnerLoopConfig | None = None,
     size: int | None = None,
     num_repeats: int = 1,
     journal: Journal | str | Path | None = None,
     progress: bool = False,
-) -> Attribution:
+) -> Attribution: ...
+
+
+@overload
+def attribute(
+    student: Student,
+    dataset: Examples,
+    metric: Mapping[str, MetricFunction],
+    config: InnerLoopConfig | None = None,
+    size: int | None = None,
+    num_repeats: int = 1,
+    journal: Journal | str | Path | None = None,
+    progress: bool = False,
+    contrast: Sequence[str] | None = None,
+) -> dict[str, Attribution]: ...
+
+
+def attribute(
+    student, dataset, metric, config=None, size=None, num_repeats=1, journal=None, progress=False, contrast=None
+):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
 
@@ -52,8 +76,9 @@ def attribute(
             The student before fine-tuning.
         dataset (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
             N samples, see [`Student.tokenize`].
-        metric (`Callable`):
-            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
+        metric (`Callable` or `dict[str, Callable]`):
+            Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. Several metrics, by names that you
+            choose, share the fine-tunings. The result is then a `dict` with an [`Attribution`] for each.
         config (`InnerLoopConfig`, *optional*):
             The inner loop. With `per_token`, tokens are scored as well.
         size (`int`, *optional*):
@@ -66,11 +91,17 @@ def attribute(
             is compared, too. Pass an entered [`Journal`] to use other settings.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
+        contrast (`Sequence[str]`, *optional*):
+            The names of two metrics, target and control. The result then also has `"contrast"`: the scores of the
+            target minus those of the control.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
-        student, or in the cases of [`metagradient`]. If all samples are empty, their scores are 0 without an error.
+        student, if `contrast` names no two metrics, or in the cases of [`metagradient`]. If all samples are empty,
+        their scores are 0 without an error.
     """
+    check_metrics(metric)
+    wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
     if num_repeats < 1:
@@ -84,7 +115,26 @@ def attribute(
             path = journal or _shared_folder(stack) / "attribution.jsonl"
             opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
         _score(student, dataset, metric, config, chunks, opened, progress)
-        return _collect_together(opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+        found = _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+        return found if isinstance(metric, Mapping) else found[None]
+
+
+def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
+    """
+    The results by name, each with the weights of metrics in it. A single metric has neither name nor weights.
+
+    Raises:
+        `ValueError`: If `contrast` does not name two metrics, or a metric has its name.
+    """
+    if contrast is None:
+        return {name: {name: 1.0} for name in metric} if isinstance(metric, Mapping) else {None: None}
+    names = list(metric) if isinstance(metric, Mapping) else []
+    if len(set(contrast)) != 2 or not set(contrast) <= set(names):
+        raise SettingsError(f"`contrast` needs the names of two of the metrics {names}, got {list(contrast)}.")
+    if CONTRAST in names:
+        raise SettingsError(f"{CONTRAST!r} is the name of the `contrast` itself. Choose another name for the metric.")
+    target, control = contrast
+    return {name: {name: 1.0} for name in names} | {CONTRAST: {target: 1.0, control: -1.0}}
 
 
 def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig) -> tuple[list[Chunk], int]:
@@ -96,17 +146,21 @@ def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig
     return chunks, chunks_per_repeat
 
 
-def _collect_together(*arguments) -> Attribution:
+def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attribution]:
     """[`collect`] on all processes. None goes on, and may delete the journal, before all have read it."""
-    results: list[Attribution] = []
-    from_all_ranks(lambda: results.append(collect(*arguments)), "Reading the journal")
-    return results[0]
+    results: dict[Any, Attribution] = {}
+
+    def read():
+        results.update({name: collect(*(*arguments, weights)) for name, weights in wanted.items()})
+
+    from_all_ranks(read, "Reading the journal")
+    return results
 
 
 def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
-        "metric": metric_name(metric),
+        "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
         "num_samples": len(dataset),
@@ -130,10 +184,13 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
     show = progress and state.is_main_process
     metric_before = None
     if any(value is not None for value in journal.done.values()):  # also if nothing is left to score
-        metric_before = from_all_ranks(lambda: metric_at_start(metric, student), "The metric")[0]
+        starts = from_all_ranks(
+            lambda: _each(metric, lambda name, own: metric_at_start(own, student, name)), "The metric"
+        )
+        metric_before = starts[0]
         journal.check_start(metric_before)  # the same on all ranks
 
-    def score(mine: list[int], before: float | None) -> list[dict[str, Any]]:
+    def score(mine: list[int], before) -> list[dict[str, Any]]:
         return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
@@ -153,31 +210,45 @@ def _append(journal: Journal, records: list[dict[str, Any]]) -> None:
             journal.append(record)
 
 
-def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before: float | None) -> dict[str, Any]:
+def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
+    """`function(name, metric)` of the metric or, by name, of each of several."""
+    if isinstance(metric, Mapping):
+        return {name: function(name, own) for name, own in metric.items()}
+    return function(None, metric)
+
+
+def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
     fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config)
     mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
     record: dict[str, Any] = {
         "rows": chunk.rows[chunk.scored].tolist(),
-        "scores": [0.0] * len(mine),
+        "scores": _each(metric, lambda *_: [0.0] * len(mine)),
         "num_tokens": [len(sample.input_ids) for sample in mine],
         "num_empty": sum(not sample.num_supervised for sample in mine),
         "num_truncated": sum(sample.truncated for sample in mine),
         "metric_before": None,
         "metric_after": None,
     }
-    token_scores = [[0.0] * length for length in record["num_tokens"]]
+    lengths = record["num_tokens"]
+    token_scores = _each(metric, lambda *_: [[0.0] * length for length in lengths])
     if any(sample.num_supervised or sample.truncated for sample in fine_tuning.samples):  # none after a cut: an error
         out = differentiate(fine_tuning, metric, metric_before=metric_before)
-        record |= {"metric_before": out.metric_before, "metric_after": out.metric_after}
-        record["scores"] = out.scores[chunk.scored].tolist()
-        if out.token_scores is not None:
-            padded = zip(out.token_scores[chunk.scored].tolist(), record["num_tokens"], strict=True)
-            token_scores = [values[:length] for values, length in padded]
+        outputs = out if isinstance(metric, Mapping) else {None: out}
+        record["metric_before"] = _each(metric, lambda name, _: outputs[name].metric_before)
+        record["metric_after"] = _each(metric, lambda name, _: outputs[name].metric_after)
+        record["scores"] = _each(metric, lambda name, _: outputs[name].scores[chunk.scored].tolist())
+        if config.per_token:
+            token_scores = _each(metric, lambda name, _: _cut(outputs[name].token_scores[chunk.scored], lengths))
     if config.per_token:
         record["token_scores"] = token_scores
     return record | {"seconds": time.perf_counter() - started}
+
+
+def _cut(token_scores, lengths: list[int]) -> list[list[float]]:
+    """The scores `[N, L]` without those of padding."""
+    return [values[:length] for values, length in zip(token_scores.tolist(), lengths, strict=True)]
 
 
 def _rows(dataset: Examples, rows: list[int]) -> list:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ class Journal(AbstractContextManager):
     Attributes:
         settings (`dict[str, Any]`): The settings after conversion to JSON and back.
         is_new (`bool`): Whether the file was created on entering.
-        done (`dict[int, float | None]`): The chunks that were finished on entering, each with its `metric_before`.
+        done (`dict[int, Any]`):
+            The chunks that were finished on entering, each with its `metric_before`: a `float`, one for each of
+            several metrics by name, or `None`.
 
     Raises:
         `ValueError`: On entering, if another run has the journal open, if it has scores of other settings, or if the
@@ -70,7 +72,7 @@ class Journal(AbstractContextManager):
         self.settings = {"layout": LAYOUT} | json.loads(json.dumps(settings, default=str))
         self.overwrite = overwrite
         self.is_new = False
-        self.done: dict[int, float | None] = {}
+        self.done: dict[int, Any] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Journal":
@@ -82,7 +84,7 @@ class Journal(AbstractContextManager):
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def _open_locked(self) -> tuple[bool, dict[int, float | None]]:
+    def _open_locked(self) -> tuple[bool, dict[int, Any]]:
         """Whether the journal is new, and the chunks that are done."""
         taken = JournalError(f"Another attribution is at work on the journal {str(self.path)!r}. Choose another one.")
         with ExitStack() as stack:
@@ -135,7 +137,7 @@ class Journal(AbstractContextManager):
                 seen.add(record["chunk"])
                 yield record
 
-    def check_start(self, metric_before: float | None) -> None:
+    def check_start(self, metric_before: float | Mapping[str, float] | None) -> None:
         """
         Compare the metric of the student before fine-tuning with its value in the chunks done earlier.
 
@@ -143,12 +145,17 @@ class Journal(AbstractContextManager):
             `ValueError`: If the values differ, so the student or the metric has changed.
         """
         earlier = next((value for value in self.done.values() if value is not None), None)
-        if None not in (earlier, metric_before) and not math.isclose(earlier, metric_before, rel_tol=1e-3):  # type: ignore
-            raise JournalError(
-                f"The metric of the student before fine-tuning is {metric_before:.6g}, but was {earlier:.6g} when the "
-                f"journal {str(self.path)!r} was written: the student or the metric's data have changed. Choose "
-                "another journal, or delete the old scores with `overwrite`."
-            )
+        if earlier is None or metric_before is None:
+            return
+        several = isinstance(metric_before, Mapping)
+        for name, value in metric_before.items() if isinstance(metric_before, Mapping) else [("", metric_before)]:
+            then = earlier[name] if several else earlier
+            if not math.isclose(then, value, rel_tol=1e-3):
+                raise JournalError(
+                    f"The metric {f'{name!r} ' if several else ''}of the student before fine-tuning is {value:.6g}, "
+                    f"but was {then:.6g} when the journal {str(self.path)!r} was written: the student or the metric's "
+                    "data have changed. Choose another journal, or delete the old scores with `overwrite`."
+                )
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         with self.path.open("rb") as file:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -139,35 +140,59 @@ class Attribution:
         Returns:
             `list[Path]`: The files. A file gets its final name only when it is complete.
         """
-        added = {"dpg_score": Value("float32")}
-        if self.token_scores is not None:
-            added["dpg_token_scores"] = List(Value("float32"))
-        schema = Features(dict(dataset.features) | added).arrow_schema
-        masks = {"scored": np.ones(len(dataset), dtype=bool)}
-        if rows is not None:
-            masks["top"] = np.isin(np.arange(len(dataset)), rows)
-        files = [output_dir / f"{name}.{output_format}" for name in masks]
-        parts = [file.with_name(f"{file.name}.tmp") for file in files]
-        writer_type = pq.ParquetWriter if output_format == "parquet" else JSONLinesWriter
-        writers = [writer_type(part, schema) for part in parts]
-        arrow = dataset.with_format("arrow")
-        for start in range(0, len(dataset), ROWS_PER_WRITE):
-            piece = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
-            table = pa.table([*arrow[piece].columns, *self._columns(piece)], names=schema.names).cast(schema)
-            for writer, mask in zip(writers, masks.values(), strict=True):
-                writer.write_table(table.filter(pa.array(mask[piece])))
-        for writer, part, file in zip(writers, parts, files, strict=True):
-            writer.close()
-            os.replace(part, file)
-        return files
+        return write({None: self}, dataset, output_dir, output_format, rows)
 
-    def _columns(self, rows: slice) -> list[pa.Array]:
+    def columns(self, rows: slice) -> list[pa.Array]:
+        """The new columns of some rows: scores and, if there are any, those of tokens."""
         columns = [pa.array(self.scores[rows])]
         if self.token_scores is not None:
             ends = self.token_offsets[rows.start : rows.stop + 1]
             values = pa.array(self.token_scores[ends[0] : ends[-1]])
             columns.append(pa.ListArray.from_arrays(pa.array(ends - ends[0], pa.int32()), values))
         return columns
+
+
+def score_columns(name: str | None) -> list[str]:
+    """The columns for the scores of samples and tokens by the metric with this name, or by the only metric."""
+    suffix = "" if name is None else f"_{name}"
+    return [f"dpg_score{suffix}", f"dpg_token_scores{suffix}"]
+
+
+def write(
+    results: Mapping[Any, Attribution],
+    dataset: Dataset,
+    output_dir: Path,
+    output_format: str = "parquet",
+    rows: np.ndarray | None = None,
+) -> list[Path]:
+    """
+    Write the dataset with the scores by several metrics: `dpg_score_<name>` (and `dpg_token_scores_<name>`).
+
+    See [`Attribution.write`] for arguments and files.
+    """
+    added: dict[str, Any] = {}
+    for name, result in results.items():
+        kinds = [Value("float32")] + ([] if result.token_scores is None else [List(Value("float32"))])
+        added |= dict(zip(score_columns(name), kinds, strict=False))
+    schema = Features(dict(dataset.features) | added).arrow_schema
+    masks = {"scored": np.ones(len(dataset), dtype=bool)}
+    if rows is not None:
+        masks["top"] = np.isin(np.arange(len(dataset)), rows)
+    files = [output_dir / f"{name}.{output_format}" for name in masks]
+    parts = [file.with_name(f"{file.name}.tmp") for file in files]
+    writer_type = pq.ParquetWriter if output_format == "parquet" else JSONLinesWriter
+    writers = [writer_type(part, schema) for part in parts]
+    arrow = dataset.with_format("arrow")
+    for start in range(0, len(dataset), ROWS_PER_WRITE):
+        piece = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
+        columns = [column for result in results.values() for column in result.columns(piece)]
+        table = pa.table([*arrow[piece].columns, *columns], names=schema.names).cast(schema)
+        for writer, mask in zip(writers, masks.values(), strict=True):
+            writer.write_table(table.filter(pa.array(mask[piece])))
+    for writer, part, file in zip(writers, parts, files, strict=True):
+        writer.close()
+        os.replace(part, file)
+    return files
 
 
 class JSONLinesWriter:
@@ -185,16 +210,25 @@ class JSONLinesWriter:
 
 
 def collect(
-    journal: Journal, num_samples: int, chunks_per_repeat: int, num_repeats: int, per_token: bool
+    journal: Journal,
+    num_samples: int,
+    chunks_per_repeat: int,
+    num_repeats: int,
+    per_token: bool,
+    weights: Mapping[str, float] | None = None,
 ) -> Attribution:
-    """The result in a finished journal. An additional chunk is used for the rank correlation only."""
+    """
+    The result in a finished journal. An additional chunk is used for the rank correlation only.
+
+    In a journal of several metrics, `weights` says what the result is: a weighted sum of some of them, by their names.
+    """
     num_chunks = chunks_per_repeat * num_repeats
     repeats = np.full((max(num_repeats, 2), num_samples), np.nan, dtype=np.float32)
     num_tokens = np.zeros(num_samples, dtype=np.int64)
     num_empty, num_truncated, seconds = 0, 0, 0.0
     before, after = [], []
     for record in journal.chunks(max(num_chunks, chunks_per_repeat + 1)):
-        repeats[record["chunk"] // chunks_per_repeat, record["rows"]] = record["scores"]
+        repeats[record["chunk"] // chunks_per_repeat, record["rows"]] = _sum(record["scores"], weights)
         if record["chunk"] >= num_chunks:
             continue
         num_tokens[record["rows"]] = record["num_tokens"]
@@ -202,8 +236,8 @@ def collect(
         num_truncated += record["num_truncated"]
         seconds += record["seconds"]
         if record["metric_after"] is not None:
-            before.append(record["metric_before"])
-            after.append(record["metric_after"])
+            before.append(float(_sum(record["metric_before"], weights)))
+            after.append(float(_sum(record["metric_after"], weights)))
     compared = repeats[:, ~np.isnan(repeats).any(axis=0) & repeats.any(axis=0)]  # empty samples score 0 in any order
     result = Attribution(
         scores=repeats[:num_repeats].mean(axis=0),
@@ -220,16 +254,25 @@ def collect(
         seconds=seconds,
     )
     if per_token:
-        result.token_scores = _token_scores(journal, result)
+        result.token_scores = _token_scores(journal, result, weights)
     return result
 
 
-def _token_scores(journal: Journal, result: Attribution) -> np.ndarray:
+def _sum(entry: Any, weights: Mapping[str, float] | None) -> np.ndarray:
+    """An entry of a record or, if it has one for each of several metrics, their weighted sum."""
+    if weights is None:
+        return np.asarray(entry)
+    return sum((weight * np.asarray(entry[name]) for name, weight in weights.items()), start=np.zeros(()))
+
+
+def _token_scores(journal: Journal, result: Attribution, weights: Mapping[str, float] | None) -> np.ndarray:
     """All tokens' scores in the dataset's order, in a memory-mapped file that is deleted when the process ends."""
     offsets = result.token_offsets
     with TemporaryFile(dir=journal.path.parent) as file:  # one for each process
         flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
     for record in journal.chunks(result.num_chunks):
-        for row, values in zip(record["rows"], record["token_scores"], strict=True):
-            flat[offsets[row] : offsets[row + 1]] += np.asarray(values, dtype=np.float32) / result.num_repeats
+        for index, row in enumerate(record["rows"]):
+            entry = record["token_scores"]
+            own = entry[index] if weights is None else {name: entry[name][index] for name in weights}
+            flat[offsets[row] : offsets[row + 1]] += _sum(own, weights).astype(np.float32) / result.num_repeats
     return flat[: offsets[-1]]

@@ -4,7 +4,8 @@ The gradient of each sample, out of the backward pass that computes the gradient
 Samples of a batch do not meet before their losses are added. So a layer y = W x of a sample with tokens l has the
 gradient Σ_l δ_l x_lᵀ in W, with δ the cotangents of its outputs, and the batch's gradient is the sum over the samples.
 Either the samples' gradients are kept, `[B, out, in]`, or the factors x and δ, whichever is smaller. Products with a
-direction U follow without another pass: ⟨U, Σ_l δ_l x_lᵀ⟩ = Σ_l δ_l · (U x_l).
+direction U follow without another pass: ⟨U, Σ_l δ_l x_lᵀ⟩ = Σ_l δ_l · (U x_l). For several directions they are one
+matrix product with the samples' gradients.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,15 +37,15 @@ class Recorder:
             Data weights of the samples. The gradient of all samples together is weighted by them, that of each sample
             is not. Ones if `None`.
         along (`Sequence[torch.Tensor]`, *optional*):
-            One direction for each parameter. Then nothing is kept, and no gradient of all samples is computed. Only
-            the products with the directions are, in the backward pass itself.
+            M directions `[M, *shape]` for each parameter. Then nothing is kept, and no gradient of all samples is
+            computed. Only the products with the directions are, in the backward pass itself.
         keep (`bool`, *optional*, defaults to `True`):
             Keep the samples' gradients. The gradient of all samples is bit for bit the same without.
 
     Attributes:
         covers (`bool`): Whether all uses of the parameters are of a known kind. If not, the result is incomplete.
         parts (`list`): What was kept.
-        scores (`torch.Tensor` of shape `[B]`): The products with `along`.
+        scores (`torch.Tensor` of shape `[M, B]`): The products with `along`.
     """
 
     def __init__(
@@ -63,9 +64,7 @@ class Recorder:
         self.covers = True
         self.parts: list = []
         self.last: list[tuple[set[int], Tensor]] = []
-        self.scores = torch.zeros(num_samples, device=owners.device, dtype=parameters[0].dtype)
-        if along is not None:
-            self.scores = self.scores.to(along[0].dtype)
+        self.scores = parameters[0].new_zeros(0) if along is None else along[0].new_zeros(len(along[0]), num_samples)
 
     def place(self, parameter: Tensor | None) -> int | None:
         """The place of a trained parameter. `None` for any other tensor."""
@@ -82,13 +81,13 @@ class Recorder:
         if self.keep:
             self.parts.append(part)
         elif self.directions is not None:
-            products = self.by_sample(part.along(self.directions), self.scores.dtype)
+            products = part.along(self.directions, self.by_sample)
             self.scores += products
             places = part.places if isinstance(part, Head) else [part.place]
-            self.last.append(({place for place in places if place is not None}, products[-1]))
+            self.last.append(({place for place in places if place is not None}, products[0, -1]))
 
     def last_by_place(self) -> list[tuple[list[int], float]]:
-        """The last sample's products with `along`, for each parameter, or several that were used as one."""
+        """The last sample's products with the first of `along`, for each parameter, or several used as one."""
         groups: list[tuple[set[int], float]] = []
         for places, product in self.last:
             overlapping = [group for group in groups if group[0] & places]
@@ -99,10 +98,10 @@ class Recorder:
 
     @torch.no_grad()
     def products(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`, with one tensor of `u` for each parameter."""
-        total = torch.zeros_like(self.scores, dtype=u[0].dtype)
+        """⟨u_m, ∇ℓ_i⟩ for M directions and B samples, of shape `[M, B]`; `u` has `[M, *shape]` for each parameter."""
+        total = u[0].new_zeros(len(u[0]), self.num_samples)
         for part in self.parts:
-            total += self.by_sample(part.along(u), total.dtype)
+            total += part.along(u, self.by_sample)
         return total
 
     @torch.no_grad()
@@ -189,7 +188,7 @@ class Recorder:
         fixed = [matrix.detach() for matrix in matrices], None if bias is None else bias.detach()
         seen = [x.detach() for x in inputs]
         if self.keep or self.directions is not None:
-            self.add(Head(places, seen, *fixed, labels, loss_weights))
+            self.add(Head(places, seen, *fixed, labels, loss_weights, self.owners, self.num_samples))
         if self.directions is None and self.weights is None:
             return linear_cross_entropy(inputs, matrices, bias, labels, loss_weights, False)
         loss, losses = linear_cross_entropy(inputs, *fixed, labels, loss_weights, False)

@@ -83,6 +83,48 @@ def loss_derivative(
     return derivative
 
 
+@torch.no_grad()
+def loss_gradients(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    loss_weights: Tensor,
+    owners: Tensor,
+    samples: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """
+    Gradients of each sample's loss Σ_i q_i ℓ_i in W_j and b: `[B, V, D_j]` and `[B, V]` of B samples.
+
+    Args:
+        inputs, weights, bias, labels, loss_weights: See [`linear_cross_entropy`].
+        owners (`torch.Tensor` of shape `[N]`): The sample of each token.
+        samples (`torch.Tensor` of shape `[B]`): The samples of interest.
+        needed (`Sequence[bool]`): For W_j and b, whether the gradients are needed. Those that are not are `None`.
+    """
+    num_rows, dtype = weights[0].size(0), loss_weights.dtype
+    shapes = [(num_rows, weight.size(1)) for weight in weights] + [(num_rows,)]
+    totals = [
+        torch.zeros(len(samples), *shape, dtype=dtype, device=labels.device) if need else None
+        for shape, need in zip(shapes, needed, strict=True)
+    ]
+    for index, sample in enumerate(samples):
+        tokens = (owners == sample).nonzero().squeeze(1)
+        for rows in _chunks(len(tokens), weights[0]):
+            mine = tokens[rows]
+            x = [x[mine] for x in inputs]
+            z_bar = _minus_one_hot(_product(x, weights, bias, dtype).softmax(1), labels[mine])
+            z_bar.mul_(loss_weights[mine, None])
+            *matrices, vector = (None if total is None else total[index] for total in totals)
+            for total, factor in zip(matrices, x, strict=True):
+                if total is not None:
+                    total.addmm_(z_bar.mT, factor.to(dtype))
+            if vector is not None:
+                vector += z_bar.sum(0)
+    return totals
+
+
 def _chunks(num_rows: int, weight: Tensor) -> Iterator[slice]:
     size = max(1, chunk_elements(weight.device) // weight.size(0))
     return (slice(first, first + size) for first in range(0, num_rows, size))
@@ -182,7 +224,7 @@ class _Gradient(Function):
                 continue
             weight = q[rows, None]
             _accumulate(bars, rows, z_dot.sub_(mean[:, None]).mul_(probabilities).mul_(weight), x, weights)
-            z_bar = _minus_one_hot(probabilities, labels[rows]).mul_(weight)  # the last use of P
+            z_bar = (probabilities * weight).scatter_add_(1, labels[rows, None], -weight)  # P may be used again
             _accumulate([None, *bars[1:]], rows, z_bar, a_x, a_weights)
         bias_bar, *factor_bars = bars
         return None, q_bar, bias_bar, None, None, None, None, *factor_bars

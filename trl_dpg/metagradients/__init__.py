@@ -1,5 +1,5 @@
 from .config import InnerLoopConfig
-from .metagradient import MetagradientOutput, metagradient
+from .metagradient import MetagradientOutput, MetagradientOutputs, metagradient
 
 
-__all__ = ["InnerLoopConfig", "MetagradientOutput", "metagradient"]
+__all__ = ["InnerLoopConfig", "MetagradientOutput", "MetagradientOutputs", "metagradient"]

@@ -63,11 +63,11 @@ class FineTuning:
         with modes(self.student), lean_layers(self.student.model):
             yield
 
-    def sweep(self, weights: Tensor, keep_states: bool) -> Trajectory:
-        """Run the forward sweep with data weights w of shape `[N]`."""
+    def sweep(self, weights: Tensor, keep_states: bool, num_metrics: int = 1) -> Trajectory:
+        """Run the forward sweep with data weights w of shape `[N]`, for a reverse sweep with this many metrics."""
         weights = weights.to(self.student.device, self.student.accumulator_dtype)
         with self.sweeping():
-            return forward_sweep(self.student, self.steps, weights, self.config, keep_states)
+            return forward_sweep(self.student, self.steps, weights, self.config, keep_states, num_metrics)
 
     def theta(self, weights: Tensor) -> Tensor:
         """θ_T(w) of shape `[P]`, for w of shape `[N]`."""

@@ -1,34 +1,27 @@
 """`metagradient`: how much each sample of a dataset changes a metric of the student that is fine-tuned on it."""
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..metrics.base import Metric
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from ..student.tokenization import row_as_json
 from .config import InnerLoopConfig, SettingsError
 from .fine_tuning import FineTuning, modes
+from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
 from .gradient import check_attention
 from .reverse import reverse_sweep
+from .trajectory import Trajectory
 
 
 logger = logging.get_logger(__name__)
-
-
-_NO_GRADIENT = (
-    "The metric (here {:.6g}) is not differentiable, or does not depend on what the student trains: it has no "
-    "gradient in the student's trainable parameters. Do not use `detach`, `no_grad`, `argmax` or similar functions, "
-    "and read outputs or weights that depend on these parameters."
-)
 
 
 @dataclass
@@ -51,6 +44,8 @@ class MetagradientOutput:
         readout (`dict[str, Any]`): The metric's readout of the fine-tuned student, e.g. `picture`.
         seconds (`dict[str, float]`): Seconds of `fine_tuning` (the forward sweep), `metric` (before and after it, with
             gradients and proxies) and `attribution` (the reverse sweep).
+        part_scores (`dict[str, torch.Tensor]`):
+            The scores `[N]` of each part of a [`CombinedMetric`], by name, without the part's weight. Otherwise empty.
     """
 
     scores: Tensor
@@ -62,6 +57,7 @@ class MetagradientOutput:
     proxies: dict[str, float] = field(default_factory=dict)
     readout: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    part_scores: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_truncated(self) -> int:
@@ -83,14 +79,42 @@ class MetagradientOutput:
         return None if self.token_scores is None else [sample.ends for sample in self.samples]
 
 
+class MetagradientOutputs(dict[str, MetagradientOutput]):
+    """
+    The result of [`metagradient`] for several metrics: the output of each, by its name.
+
+    Losses, samples and seconds are those of the one fine-tuning, and the same in each output.
+    """
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """∂Φ/∂w_i of each metric, of shape `[N]`."""
+        return {name: output.scores for name, output in self.items()}
+
+
+@overload
 def metagradient(
     student: Student,
     examples: Examples,
-    metric: Callable[[FinetunedStudent], Tensor],
+    metric: MetricFunction,
     config: InnerLoopConfig | None = None,
     weights: Tensor | Sequence[float] | None = None,
     metric_before: float | None = None,
-) -> MetagradientOutput:
+) -> MetagradientOutput: ...
+
+
+@overload
+def metagradient(
+    student: Student,
+    examples: Examples,
+    metric: Mapping[str, MetricFunction],
+    config: InnerLoopConfig | None = None,
+    weights: Tensor | Sequence[float] | None = None,
+    metric_before: Mapping[str, float] | None = None,
+) -> MetagradientOutputs: ...
+
+
+def metagradient(student, examples, metric, config=None, weights=None, metric_before=None):
     """
     Fine-tune the student on a dataset, and compute the exact derivative of its metric in the weight of each sample.
 
@@ -103,79 +127,116 @@ def metagradient(
             The student before fine-tuning.
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
             N samples, see [`Student.tokenize`].
-        metric (`Callable`):
+        metric (`Callable` or `dict[str, Callable]`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. Must be a deterministic function of
-            the student.
+            the student. Several metrics, by names that you choose, share one fine-tuning and most of the reverse
+            sweep. The result is then a [`MetagradientOutputs`].
         config (`InnerLoopConfig`, *optional*):
             The inner loop.
         weights (`torch.Tensor` of shape `[N]`, *optional*):
             The data weights w at which the derivative is taken; ones if `None`.
-        metric_before (`float`, *optional*):
+        metric_before (`float` or `dict[str, float]`, *optional*):
             Φ of the student before fine-tuning, if it is known from an earlier call. The metric is then not evaluated
-            and checked again before fine-tuning.
+            and checked again before fine-tuning. Of several metrics, some may be known.
 
     Raises:
         `ValueError`:
             Before any training: if the metric is not a finite, differentiable scalar that depends on the student, if
-            `weights` have another length or are not finite, if no sample has a supervised token, if different samples
-            are the same tokens because they were cut off, if the student's attention has no second derivative, or if
-            its 4-bit layers disagree with their dequantised weights.
+            there is none, if `weights` have another length or are not finite, if no sample has a supervised token, if
+            different samples are the same tokens because they were cut off, if the student's attention has no second
+            derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite. The message names the likely cause.
     """
-    return differentiate(FineTuning(student, examples, config or InnerLoopConfig()), metric, weights, metric_before)
+    check_metrics(metric)
+    fine_tuning = FineTuning(student, examples, config or InnerLoopConfig())
+    return differentiate(fine_tuning, metric, weights, metric_before, score_parts=True)
 
 
-def differentiate(
+def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=None, score_parts: bool = False) -> Any:
+    """
+    [`metagradient`] for samples that are tokenised already, and whose batches are planned.
+
+    Without `score_parts`, the parts of a [`CombinedMetric`] have no scores.
+    """
+    if isinstance(metric, Mapping):
+        return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, metric_before or {}, score_parts))
+    known = {} if metric_before is None else {None: metric_before}
+    return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+
+
+def _differentiate(
     fine_tuning: FineTuning,
-    metric: Callable[[FinetunedStudent], Tensor],
-    weights: Tensor | Sequence[float] | None = None,
-    metric_before: float | None = None,
-) -> MetagradientOutput:
-    """[`metagradient`] for samples that are tokenised already, and whose batches are planned."""
+    metrics: Mapping[Any, MetricFunction],
+    weights: Tensor | Sequence[float] | None,
+    known: Mapping[Any, float],
+    score_parts: bool,
+) -> dict[Any, MetagradientOutput]:
     student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
     _check_student(student, config)
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution != "dataset"
+    goals = plan_goals(metrics, score_parts and attribute)
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
-        if metric_before is None:
-            metric_before = metric_at_start(metric, student)
+        befores = {
+            name: known[name] if name in known else metric_at_start(metric, student, name)
+            for name, metric in metrics.items()
+        }
         times.append(time.perf_counter())
-        trajectory = fine_tuning.sweep(data_weights, keep_states=attribute)
+        trajectory = fine_tuning.sweep(data_weights, keep_states=attribute, num_metrics=goals[-1].rows.stop)
         losses = trajectory.losses.float().cpu()
         _check_losses(losses, config)
 
         times.append(time.perf_counter())
         finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.initial_theta)
-        with torch.set_grad_enabled(attribute):
-            value, metric_gradient = finetuned.evaluate(metric)
-        metric_after = value.item()
-        _check_metric_after(metric_after, attribute and metric_gradient is None, config)
-        proxies, readout = {}, {}
-        if isinstance(metric, Metric):
-            with torch.no_grad():
-                proxies = metric.proxies(finetuned, metric_after)
-                readout = metric.readout(finetuned)
+        theta_bar = trajectory.theta.new_zeros(goals[-1].rows.stop, trajectory.theta.numel() if attribute else 0)
+        figures = []
+        for goal in goals:
+            with torch.set_grad_enabled(attribute):
+                goal.evaluate(finetuned, theta_bar, config)
+            figures.append(goal.figures(finetuned))
+        del finetuned
 
         times.append(time.perf_counter())
-        scores, token_scores = torch.full((len(samples),), metric_after), None
-        if metric_gradient is not None:
-            length = max(len(sample.input_ids) for sample in samples)
-            token_scores = torch.zeros(len(samples), length, device=student.device, dtype=student.accumulator_dtype)
-            scores = token_scores.new_zeros(len(samples))
-            with fine_tuning.sweeping():
-                reverse_sweep(student, trajectory, metric_gradient, data_weights, scores, token_scores, config)
-            scores = (scores + token_scores.sum(dim=1)).float().cpu()
-            token_scores = token_scores.float().cpu() if config.per_token else None
-    _check_scores(scores, fine_tuning)
+        scores, token_scores = (
+            _reverse(fine_tuning, trajectory, theta_bar, data_weights) if attribute else (None, None)
+        )
     before, forward, after, reverse = (end - begin for begin, end in pairwise([*times, time.perf_counter()]))
     seconds = {"fine_tuning": forward, "metric": before + after, "attribution": reverse}
-    return MetagradientOutput(
-        scores, token_scores, metric_before, metric_after, losses, samples, proxies, readout, seconds
-    )
+    outputs = {}
+    for goal, (proxies, readout) in zip(goals, figures, strict=True):
+        own = torch.full((len(samples),), goal.value) if scores is None else goal.total(scores).float()
+        outputs[goal.name] = MetagradientOutput(
+            own,
+            None if token_scores is None else goal.total(token_scores).float(),
+            befores[goal.name],
+            goal.value,
+            losses,
+            samples,
+            proxies,
+            readout,
+            seconds,
+            {} if scores is None else dict(zip(goal.parts, scores[goal.rows].float(), strict=False)),
+        )
+        _check_scores(own, fine_tuning, goal.name)
+    return outputs
+
+
+def _reverse(
+    fine_tuning: FineTuning, trajectory: Trajectory, theta_bar: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The scores `[M, N]` and, with `per_token`, those of tokens `[M, N, L]`, on the CPU."""
+    student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
+    length = max(len(sample.input_ids) for sample in samples)
+    scores = theta_bar.new_zeros(len(theta_bar), len(samples))
+    token_scores = theta_bar.new_zeros(*scores.shape, length)
+    with fine_tuning.sweeping():
+        reverse_sweep(student, trajectory, theta_bar, weights, scores, token_scores, config)
+    scores = (scores + token_scores.sum(dim=-1)).cpu()
+    return scores, token_scores.cpu() if config.per_token else None
 
 
 def check_samples(fine_tuning: FineTuning) -> None:
@@ -234,34 +295,6 @@ def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -
     return weights
 
 
-def metric_at_start(metric: Callable[[FinetunedStudent], Tensor], student: Student) -> float:
-    """Φ(θ_0), after checking that the metric is a finite, differentiable scalar that depends on the student."""
-    with modes(student):
-        student.verify_quantization()
-        initial_theta = student.initial_theta()
-        theta = initial_theta.clone().requires_grad_()
-        value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"The metric returned {value!r}, a {type(value).__name__}; it must return a scalar tensor that is "
-            "differentiable in the student (no `.item()`)."
-        )
-    if value.numel() != 1 or value.dim() > 0:
-        raise ValueError(
-            f"The metric returned a tensor of shape {tuple(value.shape)}; it must return a scalar. Take e.g. its mean."
-        )
-    if not value.isfinite():
-        raise ValueError(f"The metric of the student before fine-tuning is {value.item()}; it must be finite.")
-    if gradient is None:
-        raise ValueError(_NO_GRADIENT.format(value.item()))
-    if not gradient.isfinite().all():
-        raise ValueError(
-            "The metric's gradient for the student before fine-tuning is not finite. The usual cause is a square root "
-            "or logarithm of zero. Add a small constant inside it."
-        )
-    return value.item()
-
-
 def _check_losses(losses: Tensor, config: InnerLoopConfig) -> None:
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
@@ -271,23 +304,15 @@ def _check_losses(losses: Tensor, config: InnerLoopConfig) -> None:
         )
 
 
-def _check_scores(scores: Tensor, fine_tuning: FineTuning) -> None:
+def _check_scores(scores: Tensor, fine_tuning: FineTuning, name: str | None) -> None:
     if not scores.isfinite().all():
         steps, config = fine_tuning.steps, fine_tuning.config
+        whose = "" if name is None else f" for the metric{called(name)}"
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
         raise FloatingPointError(
-            f"{len(bad)} of {len(scores)} scores are not finite, the first in step {first_step + 1} of {len(steps)}. "
+            f"{len(bad)} of {len(scores)} scores are not finite{whose}, the first in step {first_step + 1} of "
+            f"{len(steps)}. "
             f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
             f"rate ({config.learning_rate}) is too high."
         )
-
-
-def _check_metric_after(value: float, lacks_gradient: bool, config: InnerLoopConfig) -> None:
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"The metric of the fine-tuned student is {value}. Likely cause: the student's learning rate "
-            f"({config.learning_rate}) is too high."
-        )
-    if lacks_gradient:
-        raise ValueError(_NO_GRADIENT.format(value))

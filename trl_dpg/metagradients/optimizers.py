@@ -6,8 +6,9 @@ An optimizer step is a function `U` of the gradient, the optimizer's state and t
 
 and the reverse sweep needs its VJP, which maps the cotangents of `(θ', s')` to those of `(g, s, θ)`. Both are
 elementwise and are written out here, so autograd builds no graph over an optimizer state. Parameters, gradients and
-moments are flat tensors of shape `[P]`, one for all trainable parameters. They are processed block by block: the
-intermediate results of a formula stay in the cache, so that each step takes about the time of reading its inputs once.
+moments are flat tensors of shape `[P]`, one for all trainable parameters. Cotangents have a row for each of M metrics,
+`[M, P]`, or the shape `[P]`. All are processed block by block: the intermediate results of a formula stay in the
+cache, so that each step takes about the time of reading its inputs once.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,14 +19,15 @@ from torch import Tensor
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors of equal size into flat pieces that fit into a cache. Pieces of contiguous tensors are views."""
-    size = 1 << 24 if tensors[0].is_cuda else 1 << 19
-    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
+    """Split tensors `[P]` and `[M, P]` along P into pieces that fit into a cache. The pieces are views."""
+    rows = max(tensor.numel() // tensor.size(-1) for tensor in tensors)
+    size = max(1, (1 << 24 if tensors[0].is_cuda else 1 << 19) // rows)
+    return zip(*(tensor.split(size, dim=-1) for tensor in tensors), strict=True)
 
 
 class Optimizer(NamedTuple):
     """
-    An optimizer as three functions over flat tensors of shape `[P]`.
+    An optimizer as three functions over flat tensors of shape `[P]` and, for cotangents, `[M, P]`.
 
     Attributes:
         init (`Callable`):
@@ -36,7 +38,9 @@ class Optimizer(NamedTuple):
             `vjp(gradient, state, next_state, lr, theta_bar, state_bar, out) -> state_bar`: maps the cotangents of a
             step's results to those of its inputs. `state` and `next_state` are the states before and after the step;
             `state_bar` has the type of the state. The gradient's cotangent is written to `out`, which may be
-            `gradient` itself. The other cotangents replace `theta_bar` and `state_bar` in place.
+            `gradient` itself if it has the same shape. The other cotangents replace `theta_bar` and `state_bar` in
+            place. If only the gradient's is wanted, and `state_bar` is zero, it may be `None`; then `out` may also be
+            `theta_bar`.
     """
 
     init: Callable
@@ -81,31 +85,30 @@ def adamw(betas: tuple[float, float], eps: float, eps_root: float, weight_decay:
 
     def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
         correction1, correction2 = 1 - beta1**next_state.step, 1 - beta2**next_state.step
-        pieces = blocks(
-            gradient,
-            next_state.exp_avg,
-            next_state.exp_avg_sq,
-            theta_bar,
-            state_bar.exp_avg,
-            state_bar.exp_avg_sq,
-            out,
-        )
-        for g, m, v, x_bar, m_bar, v_bar, g_bar in pieces:
+        bars = [] if state_bar is None else [state_bar.exp_avg, state_bar.exp_avg_sq]
+        pieces = blocks(gradient, next_state.exp_avg, next_state.exp_avg_sq, theta_bar, out, *bars)
+        for g, m, v, x_bar, g_bar, *moments in pieces:
             root = (v / correction2).add_(eps_root).sqrt_()
             divisor = root + eps
-            step_bar = (x_bar / divisor).mul_(-lr / correction1)  # m̄ of the step
-            m_bar.add_(step_bar)
+            to_m = (-lr / correction1) / divisor  # ∂θ' / ∂m'
             # ∂(m̂ / (√x + eps)) / ∂x = -m̂ / (√x + eps)² / 2√x. Where √x = 0, all gradients so far were zero, and the
             # factor 2g below makes the product zero for every finite value. The nan of 0 / 0 must be replaced.
-            step_bar.mul_(m).div_(divisor).div_(root).mul_(-0.5 / correction2)
+            to_v = (to_m * m).div_(divisor).div_(root).mul_(-0.5 / correction2)  # ∂θ' / ∂v'
             if eps_root == 0:
-                step_bar.masked_fill_(root == 0, 0.0)
-            v_bar.add_(step_bar)
-            torch.mul(g, v_bar, out=g_bar).mul_(2 * (1 - beta2)).add_(m_bar, alpha=1 - beta1)
+                to_v.masked_fill_(root == 0, 0.0)
+            from_v = g * (2 * (1 - beta2))  # ∂v' / ∂g
+            if state_bar is None:
+                torch.mul(x_bar, to_m.mul_(1 - beta1) + to_v * from_v, out=g_bar)
+                continue
+            m_bar, v_bar = moments
+            m_bar.addcmul_(x_bar, to_m)
+            v_bar.addcmul_(x_bar, to_v)
+            torch.mul(v_bar, from_v, out=g_bar).add_(m_bar, alpha=1 - beta1)
             m_bar.mul_(beta1)
             v_bar.mul_(beta2)
-            x_bar.mul_(1 - lr * weight_decay)
-        return state_bar._replace(step=state.step)
+            if weight_decay:
+                x_bar.mul_(1 - lr * weight_decay)
+        return None if state_bar is None else state_bar._replace(step=state.step)
 
     return Optimizer(init, update, vjp)
 
@@ -133,6 +136,9 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
         return next_theta, SGDState(buffer)
 
     def vjp(gradient, state, next_state, lr, theta_bar, state_bar, out):
+        if state_bar is None:
+            torch.mul(theta_bar, -lr, out=out)
+            return None
         for x_bar, b_bar, g_bar in blocks(theta_bar, state_bar.momentum_buffer, out):
             torch.add(b_bar, x_bar, alpha=-lr, out=g_bar)
             torch.mul(g_bar, momentum, out=b_bar)
@@ -148,10 +154,10 @@ def clip(gradient: Tensor, max_norm: float) -> Tensor:
 
 
 def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> None:
-    """Turn the cotangent of `clip(gradient, max_norm)` into that of `gradient`, in place. All shapes are `[P]`."""
+    """Turn cotangents `[M, P]` of `clip(gradient, max_norm)` into those of `gradient`, in place."""
     norm = gradient.norm()
     scale = max_norm / (norm + 1e-6)
-    through_norm = torch.dot(clipped_bar, gradient) * scale / ((norm + 1e-6) * norm)
+    through_norm = clipped_bar @ gradient * scale / ((norm + 1e-6) * norm)
     clipped = scale < 1
     clipped_bar.mul_(torch.where(clipped, scale, 1.0))
-    clipped_bar.sub_(gradient * torch.where(clipped, through_norm, 0.0))
+    clipped_bar.addr_(torch.where(clipped, through_norm, 0.0), gradient, alpha=-1)

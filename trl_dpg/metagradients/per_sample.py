@@ -34,7 +34,7 @@ class SampleGradients(NamedTuple):
     recorder: Recorder
 
     def products(self, u: Sequence[Tensor]) -> Tensor:
-        """⟨u, ∇_θ Σ_k c_{i,k} ℓ_{i,k}⟩ for each sample, of shape `[B]`; `u` has one tensor for each parameter."""
+        """⟨u_m, ∇_θ Σ_k c_{i,k} ℓ_{i,k}⟩ of shape `[M, B]`; `u` has a tensor `[M, *shape]` for each parameter."""
         return self.recorder.products(u)
 
     def bytes(self, *others: Tensor) -> int:
@@ -93,9 +93,10 @@ def sample_products(
     student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig, u: Sequence[Tensor]
 ) -> Tensor | None:
     """
-    ⟨u, ∇_θ Σ_k c_{i,k} ℓ_{i,k}(θ)⟩ for each sample, of shape `[B]`, by a forward and a backward pass.
+    ⟨u_m, ∇_θ Σ_k c_{i,k} ℓ_{i,k}(θ)⟩ for M directions and B samples, `[M, B]`, by a forward and a backward pass.
 
-    No gradient in a parameter is computed, and none is kept. See [`sample_gradients`] for arguments and for `None`.
+    `u` has a tensor `[M, *shape]` for each parameter. No gradient in a parameter is computed, and none is kept. See
+    [`sample_gradients`] for arguments and for `None`.
     """
     if not _is_right(student, theta, micro_batch, config):
         return None
@@ -163,7 +164,7 @@ def _is_right(student: Student, theta: Tensor, micro_batch: MicroBatch, config: 
     norms = torch.stack([value.norm() for value in expected])
     rounding = torch.tensor([torch.finfo(parameter.dtype).eps for parameter in parameters.values()]).to(norms)
     moved = norms > 32 * rounding * norms[norms > 0].median()  # less is rounding, e.g. in the bias of attention's keys
-    along = [value / norm**2 if norm > 0 else value for value, norm in zip(expected, norms, strict=True)]
+    along = [(value / norm**2 if norm > 0 else value)[None] for value, norm in zip(expected, norms, strict=True)]
     found = _backward(student, theta, micro_batch, config, along=along)
     if found is not None:
         products = found.recorder.last_by_place()

@@ -1,6 +1,6 @@
-"""The reverse sweep: backpropagates the metric's gradient through all fine-tuning steps to the samples' weights."""
+"""The reverse sweep: backpropagates metrics' gradients through all fine-tuning steps to the samples' weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +17,15 @@ from .trajectory import Trajectory
 def reverse_sweep(
     student: Student,
     trajectory: Trajectory,
-    metric_gradient: Tensor,
+    theta_bar: Tensor,
     weights: Tensor,
     scores: Tensor,
     token_scores: Tensor,
     config: InnerLoopConfig,
 ) -> None:
     """
-    Differentiate the metric through the whole fine-tuning (Engstrom et al., arXiv 2503.13751; Thrush et al., arXiv
-    2604.08423), for t = T-1 ... 0, from λ_T = ∇Φ(θ_T) and σ_T = 0:
+    Differentiate M metrics through the whole fine-tuning (Engstrom et al., arXiv 2503.13751; Thrush et al., arXiv
+    2604.08423), for t = T-1 ... 0, from λ_T = ∇Φ(θ_T) and σ_T = 0 of each:
 
         1. (u, λ', σ_t) = VJP of the optimizer step U_t with cotangents (λ_{t+1}, σ_{t+1})
         2. τ_{i,k} += c_{i,k} ⟨u, ∇ℓ_{i,k}(θ_t)⟩                for the tokens of the step's batch
@@ -33,19 +33,19 @@ def reverse_sweep(
 
     Steps 2 and 3 are one double backward. Since g_t is linear in the token weights, the derivative of ⟨u, g_t⟩ in the
     token weights gives 2. Its derivative in θ gives 3. Where 3 is not needed, the samples' own gradients give 2, see
-    `per_sample.py`. With `attribution="first_order"`, 3 is left out everywhere: λ_t = λ'.
+    `per_sample.py`. With `attribution="first_order"`, 3 is left out everywhere: λ_t = λ'. The metrics share the graph
+    of g_t, or the samples' gradients. Only the double backward runs once for each.
 
     Args:
         student (`Student`), trajectory (`Trajectory`): The model, and its forward sweep.
-        metric_gradient (`torch.Tensor` of shape `[P]`): ∇Φ(θ_T).
-        weights (`torch.Tensor` of shape `[N]`): Data weights w, the same as in the forward sweep.
-        scores (`torch.Tensor` of shape `[N]`): τ_i = ∂Φ/∂w_i of samples that were not scored token by token is added.
-        token_scores (`torch.Tensor` of shape `[N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
-        config (`InnerLoopConfig`): The same as in the forward sweep.
+        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T). They are overwritten.
+        weights (`torch.Tensor` of shape `[N]`), config (`InnerLoopConfig`): The same as in the forward sweep.
+        scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for samples not scored token by token.
+        token_scores (`torch.Tensor` of shape `[M, N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
     """
     optimizer = config.make_optimizer()
-    theta_bar = metric_gradient.clone()
-    state_bar = optimizer.init(theta_bar)  # zeros
+    state_bar = optimizer.init(theta_bar) if len(trajectory.loop.steps) > 1 else None  # zeros
+    several = theta_bar if state_bar is None else torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
     theta_bar_parts = list(student.unflatten(theta_bar, cast=False).values())
     for stretch in trajectory.stretches_backwards():
         next_state = stretch.state
@@ -53,8 +53,9 @@ def reverse_sweep(
             t = stretch.first + len(stretch.steps) - 1
             step = stretch.steps.pop()
             theta, state, gradient = map(trajectory.loop.get, (step.theta, step.state, step.gradient))
-            u = gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm)
-            state_bar = optimizer.vjp(u, state, next_state, step.lr, theta_bar, state_bar, out=u)
+            clipped = (gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm))[None]
+            u = clipped if several is None else several
+            state_bar = optimizer.vjp(clipped, state, next_state, step.lr, theta_bar, state_bar, out=u)
             if config.max_grad_norm is not None:
                 clip_vjp(gradient, config.max_grad_norm, u)
             u_parts = list(student.unflatten(u, cast=False).values())
@@ -63,17 +64,23 @@ def reverse_sweep(
                 if step.by_sample and not isinstance(part, Gradient):
                     found = _sample_scores(student, theta, micro_batch, part, config, u_parts)
                     if found is not None:
-                        scores[micro_batch.samples] += found
+                        scores[:, micro_batch.samples] += found
                         continue
                 exact = t > 0 and config.attribution != "first_order"
-                token_bar, products = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
-                del part  # frees its graph
-                if token_bar is not None:
-                    token_scores[micro_batch.rows, micro_batch.columns] += token_bar
-                for bar, product in zip(theta_bar_parts, products, strict=False):
-                    if product is not None:
-                        bar += product
+                pulled = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
+                del part  # so that the last product frees its graph
+                for m, (token_bar, products) in enumerate(pulled):
+                    if token_bar is not None:
+                        token_scores[m, micro_batch.rows, micro_batch.columns] += token_bar
+                    _add([bar[m] for bar in theta_bar_parts], products)
             next_state = state
+
+
+def _add(totals: list[Tensor], products: Sequence[Tensor | None]) -> None:
+    """Add products, which may be missing, to their totals."""
+    for total, product in zip(totals, products, strict=False):
+        if product is not None:
+            total += product
 
 
 def _sample_scores(
@@ -84,7 +91,7 @@ def _sample_scores(
     config: InnerLoopConfig,
     u: list[Tensor],
 ) -> Tensor | None:
-    """c_i ⟨u, ∇ℓ_i⟩ for each sample, of shape `[B]`; `None` if the samples cannot be told apart."""
+    """c_i ⟨u, ∇ℓ_i⟩ for each metric and sample, `[M, B]`; `None` if the samples cannot be told apart."""
     if kept is not None:
         return kept.products(u)
     return sample_products(student, theta, micro_batch, config, u)
@@ -100,11 +107,16 @@ def _products(
     u_parts: list[Tensor],
     config: InnerLoopConfig,
     through_theta: bool,
-) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """∇_w ⟨u, g⟩ of shape `[n]` and, with `through_theta`, ∇_θ ⟨u, g⟩ by parameter; g is a micro-batch's gradient."""
+) -> Iterator[tuple[Tensor | None, Sequence[Tensor | None]]]:
+    """
+    For each metric, ∇_w ⟨u, g⟩ of shape `[n]` and, with `through_theta`, ∇_θ ⟨u, g⟩ by parameter; g is a micro-batch's
+    gradient.
+    """
     if config.hvp == "finite_difference":
-        token_bar, products = _shifted(student, theta, micro_batch, weights, u, config)
-        return token_bar, products if through_theta else ()
+        for own in u:
+            token_bar, products = _shifted(student, theta, micro_batch, weights, own, config)
+            yield token_bar, products if through_theta else ()
+        return
     check_attention(student)
     part = (
         retained
@@ -120,17 +132,19 @@ def _products(
             skip_values=True,
         )
     )
-    return _pull_back(student, part, u_parts, through_theta)
+    for m in range(len(u)):
+        yield _pull_back(student, part, [own[m] for own in u_parts], through_theta, keep=m < len(u) - 1)
 
 
 def _pull_back(
-    student: Student, part: Gradient, u: list[Tensor], through_theta: bool
+    student: Student, part: Gradient, u: list[Tensor], through_theta: bool, keep: bool
 ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-    """The results of [`_products`], by one double backward through the gradient's graph."""
+    """The results of [`_products`] for one metric, by a double backward. With `keep`, the graph can be used again."""
     inputs = [part.token_weights, *part.leaves] if through_theta else [part.token_weights]
     edges, cotangents = zip(*((edge, bar) for edge, bar in zip(part.edges, u, strict=True) if edge), strict=True)
     token_bar, *products = student.run(
-        part.parameters, lambda _: torch.autograd.grad(edges, inputs, cotangents, allow_unused=True)
+        part.parameters,
+        lambda _: torch.autograd.grad(edges, inputs, cotangents, retain_graph=keep, allow_unused=True),
     )
     return token_bar, products
 
@@ -139,7 +153,7 @@ def _shifted(
     student: Student, theta: Tensor, micro_batch: MicroBatch, weights: Tensor, u: Tensor, config: InnerLoopConfig
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """
-    The results of [`_products`], by central differences along u. They need first derivatives only.
+    The results of [`_products`] for one metric, by central differences along u. They need first derivatives only.
 
     θ is moved by ε^(1/3) ‖θ‖ in each direction, where ε is the machine epsilon. This length balances the rounding
     error with the error from the third derivative.

@@ -217,6 +217,7 @@ def forward_sweep(
     weights: Tensor,
     config: InnerLoopConfig,
     keep_states: bool = True,
+    num_metrics: int = 1,
 ) -> Trajectory:
     """
     Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t), t = 0 ... T-1.
@@ -233,12 +234,13 @@ def forward_sweep(
         config (`InnerLoopConfig`): Optimizer and schedule.
         keep_states (`bool`, *optional*, defaults to `True`):
             Keep what the reverse sweep needs. If `False`, memory does not grow with T.
+        num_metrics (`int`, *optional*, defaults to 1): M. The reverse sweep needs memory for each of them.
     """
     plain, rates = bool((weights == 1).all()), config.learning_rates(len(steps))
     loop = InnerLoop(student, steps, weights, plain, config, config.make_optimizer(), rates)
     initial_theta = theta = student.initial_theta()
     state = loop.optimizer.init(theta)
-    length, budget = _plan_memory(loop, theta) if keep_states else (len(steps), 0)
+    length, budget = _plan_memory(loop, theta, num_metrics) if keep_states else (len(steps), 0)
     checkpoints, losses, last = [], [], None
     for first in range(0, len(steps), length):
         end = min(first + length, len(steps))
@@ -253,14 +255,15 @@ def forward_sweep(
     )
 
 
-def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
+def _plan_memory(loop: InnerLoop, theta: Tensor, num_metrics: int) -> tuple[int, int]:
     """Number of steps in a stretch, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
     config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
     step_bytes = 4 * theta.nbytes  # θ, g and two moments
+    cotangents = step_bytes * (num_metrics - 1)  # what is left free has room for those of one metric
     if isinstance(config.checkpoint_interval, int):
         interval = config.checkpoint_interval
     else:
-        free = free_memory(torch.device("cpu") if config.offload_trajectory else device)
+        free = free_memory(torch.device("cpu") if config.offload_trajectory else device) - cotangents
         interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
     # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
     length = num_steps if interval == 1 else interval
@@ -268,4 +271,4 @@ def _plan_memory(loop: InnerLoop, theta: Tensor) -> tuple[int, int]:
         return length, config.memory_budget
     held = 0 if config.offload_trajectory else step_bytes * (length + num_steps // length)
     share = 2 if device.type == "cuda" else 4  # the generator uses the host's memory, too
-    return length, max(0, free_memory(device) - held) // share
+    return length, max(0, free_memory(device) - held - cotangents) // share

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..student import FinetunedStudent, Student
-from .base import Metric
+from .base import Metric, metric_name
 
 
 class CombinedMetric(Metric):
@@ -22,25 +22,44 @@ class CombinedMetric(Metric):
             The metrics. They can be any callables.
         weights (`Sequence[float]`, *optional*):
             The weight of each metric; ones when `None`.
+        score_parts (`bool`, *optional*, defaults to `True`):
+            Whether [`metagradient`] and [`DPGReward`] score the samples by each part as well. With one student step
+            this costs next to nothing. With more, each part takes about a second derivative of its own.
+        names (`Sequence[str]`, *optional*):
+            What the parts are called in logs; when `None`, what their functions or classes are called. If an earlier
+            part has the same name, the part's index is appended.
 
     Raises:
-        `ValueError`: If there is no metric, or the number of weights is not that of the metrics.
+        `ValueError`: If there is no metric, or the number of weights or names is not that of the metrics.
     """
 
     def __init__(
-        self, metrics: Sequence[Callable[[FinetunedStudent], Tensor]], weights: Sequence[float] | None = None
+        self,
+        metrics: Sequence[Callable[[FinetunedStudent], Tensor]],
+        weights: Sequence[float] | None = None,
+        score_parts: bool = True,
+        names: Sequence[str] | None = None,
     ):
         weights = [1.0] * len(metrics) if weights is None else list(weights)
         if not metrics or len(weights) != len(metrics):
             raise ValueError(
                 f"A CombinedMetric needs as many weights as metrics, got {len(weights)} and {len(metrics)}."
             )
+        if names is not None and len(names) != len(metrics):
+            raise ValueError(f"A CombinedMetric needs as many names as metrics, got {len(names)} and {len(metrics)}.")
         self.metrics = list(metrics)
         self.weights = weights
+        self.score_parts = score_parts
+        self.names: list[str] = []
+        for index, name in enumerate(map(metric_name, self.metrics) if names is None else names):
+            self.names.append(f"{name}_{index}" if name in self.names else name)
         self._values: list[float] = []
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
-        parts = [metric(student) for metric in self.metrics]
+        return self.combine([metric(student) for metric in self.metrics])
+
+    def combine(self, parts: Sequence[Tensor]) -> Tensor:
+        """The weighted sum of the parts' values."""
         for metric, part in zip(self.metrics, parts, strict=True):
             if not isinstance(part, Tensor) or part.dim() > 0:
                 raise ValueError(

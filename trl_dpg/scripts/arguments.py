@@ -1,6 +1,5 @@
 """Arguments that several commands share, and the names of metrics, rewards and toy worlds on the command line."""
 
-import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -8,6 +7,11 @@ from functools import cache
 from typing import Any, ClassVar
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
+
+from .usage import UsageError as UsageError
+from .usage import at_least as at_least
+from .usage import from_json as from_json
+from .usage import metric_entries
 
 
 METRICS = {
@@ -41,30 +45,6 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 TINY = 5_000_000
 """Models with fewer parameters run fastest on one thread."""
-
-
-class UsageError(ValueError):
-    """Wrong usage of a command. The message names the flag and says what to do."""
-
-
-def at_least(least: int, **values: int | None) -> None:
-    """Refuse arguments that are below a smallest value."""
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UsageError(f"--{name} must be at least {least}, got {value}.")
-
-
-def from_json(flag: str, value: dict | str | None) -> dict | None:
-    """The mapping that an argument stands for. On the command line it is JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        mapping = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"--{flag} must be JSON, got {value!r} ({error}).") from error
-    if not isinstance(mapping, dict):
-        raise UsageError(f"--{flag} must be a mapping, got {value!r}.")
-    return mapping
 
 
 @cache
@@ -379,12 +359,8 @@ class DPGScriptArguments(MetricArguments, PromptArguments, ToyWorldArguments, Sc
     def __post_init__(self):
         super().__post_init__()
         self.reward_kwargs = from_json("reward_kwargs", self.reward_kwargs)
-        self.held_out_metrics = from_json("held_out_metrics", self.held_out_metrics)
-        for name, entry in (self.held_out_metrics or {}).items():  # type: ignore[union-attr]
-            if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
-                raise UsageError(
-                    f"--held_out_metrics: {name!r} must have `metric` and perhaps `metric_kwargs`, got {entry!r}."
-                )
+        self.held_out_metrics = metric_entries("held_out_metrics", self.held_out_metrics)
+        for name in self.held_out_metrics or ():
             if name in ("metric", "samples", "greedy", *(self.reward_funcs or ())):
                 raise UsageError(f"--held_out_metrics: {name!r} is the name of another figure. Choose another name.")
         at_least(1, num_fresh_students=self.num_fresh_students)

@@ -13,7 +13,8 @@ Files in `output_dir`:
   adds repeats.
 - `scored.parquet` (or `.jsonl`): the dataset, in its order, with all its columns and `dpg_score` (float32). With
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
-  `student_max_length`.
+  `student_max_length`. With `metrics`, there are such columns for each metric: `dpg_score_<name>`, and for their
+  contrast `dpg_score_contrast`.
 - `top.parquet` (or `.jsonl`), with `keep_top`: the best rows, in the dataset's order.
 - `summary.json`: counts, quantiles of the scores, the metric before and after, seconds (of all processes together).
 - `attribution.lock`: prevents two commands from writing at the same time.
@@ -25,11 +26,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl_dpg.attribution import Attribution, Journal, attribute
+from trl_dpg.attribution import Attribution, Journal, attribute, write
 from trl_dpg.attribution import plan_chunks as plan_chunks
 from trl_dpg.attribution import rank_correlation as rank_correlation
+from trl_dpg.attribution.attribute import CONTRAST, plan_results
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.attribution.journal import JournalError, digest
+from trl_dpg.attribution.result import score_columns
 from trl_dpg.config import StudentArguments
 from trl_dpg.metagradients import InnerLoopConfig
 from trl_dpg.metagradients.config import AUTO, SettingsError
@@ -47,14 +50,15 @@ from .data import (
     process_state,
 )
 from .flags import in_flags
-from .registry import make_metric
+from .registry import make_metric, make_metrics
 from .samples import choose_numbers, tuning_file
 from .toy_world import toy_world
+from .usage import metric_entries
 
 
 MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
-FLAGS = {name: name for name in ("overwrite", "num_repeats")} | {"chunk_size": "dataset_chunk"}
+FLAGS = {name: name for name in ("overwrite", "num_repeats", "contrast")} | {"chunk_size": "dataset_chunk"}
 """What the library's arguments are called here, beside those of the student."""
 
 
@@ -64,6 +68,12 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
     Script arguments of `trl-dpg attribute`.
 
     Args:
+        metrics (`dict[str, dict[str, Any]]` or `str`, *optional*):
+            Several metrics in the place of `metric`, by names that you choose. Each entry has `metric` and perhaps
+            `metric_kwargs`. JSON on the command line. Numbers in the place of `auto` are chosen for the first one.
+        contrast (`list[str]`, *optional*):
+            The names of two of the `metrics`, target and control. The samples are then also scored by target minus
+            control. `keep_top` and the printed samples are by this score; without it, by that of the first metric.
         dataset_name (`str`):
             The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt).
         dataset_config (`str`, *optional*):
@@ -94,6 +104,14 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
             Delete the results of an earlier run with other settings in `output_dir`.
     """
 
+    metrics: dict | str | None = field(
+        default=None,
+        metadata={"help": "Several metrics in the place of `metric`, by your names for them, as JSON."},
+    )
+    contrast: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of two `metrics`, target and control: also score by target minus control."},
+    )
     dataset_name: str | None = field(
         default=None, metadata={"help": "The samples: a Hub id, or a file (json, jsonl, parquet, csv, txt)."}
     )
@@ -133,6 +151,18 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
     overwrite: bool = field(default=False, metadata={"help": "Delete the results of other settings in `output_dir`."})
 
     def __post_init__(self):
+        self.metrics = metric_entries("metrics", self.metrics)
+        if self.metrics is not None:
+            if not self.metrics:
+                raise UsageError("--metrics is empty. Give at least one metric, by a name that you choose.")
+            first = next(iter(self.metrics.values()))
+            self.metric, self.metric_kwargs = first["metric"], first.get("metric_kwargs")
+        if self.contrast is not None and self.metrics is None:
+            raise UsageError("--contrast needs --metrics, with the metrics that it names.")
+        try:
+            self.names = list(plan_results(self.metrics, self.contrast))
+        except SettingsError as error:
+            raise UsageError(in_flags(str(error), FLAGS)) from error
         super().__post_init__()
         check_student_text(self.student_text, self.unfinished_thoughts)
         if self.dataset_name is None:
@@ -143,6 +173,11 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         at_least(0, num_shown=self.num_shown)
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
+
+    @property
+    def leading(self) -> str | None:
+        """The name of the score by which samples are kept and shown."""
+        return CONTRAST if self.contrast else self.names[0]
 
 
 @dataclass
@@ -159,7 +194,8 @@ def load_samples(script_args: AttributeArguments):
     """The dataset as it is, and the view of it that the student reads."""
     name = str(script_args.dataset_name)
     dataset = load_data(name, script_args.dataset_config, script_args.dataset_split)
-    taken = [column for column in ("dpg_score", "dpg_token_scores") if column in dataset.column_names]
+    new = [column for name in script_args.names for column in score_columns(name)]
+    taken = [column for column in new if column in dataset.column_names]
     if taken:
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
 
@@ -213,6 +249,7 @@ def run_settings(script_args: AttributeArguments, student_args: AttributeStudent
     return {
         "metric": script_args.metric,
         "metric_kwargs": script_args.metric_kwargs,
+        **({} if script_args.metrics is None else {"metrics": script_args.metrics}),
         "dataset_chunk": size,
         **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
         "dataset_columns": samples.column_names,
@@ -233,7 +270,8 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             check_student(student_args)
             dataset, samples = load_samples(script_args)
         check_scores(config)
-        metric = make_metric(script_args)
+        several = script_args.metrics
+        metric = make_metric(script_args) if several is None else make_metrics("metrics", several)
         settings = run_settings(script_args, student_args, samples, size)
         with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
             check_choice(config, output_dir, journal)
@@ -245,12 +283,15 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             student = student_args.load_student()
             script_args.set_threads(student.model)
             first = samples.select(range(min(size, len(samples))))
-            choose_numbers(script_args, student_args, student, first, metric, tuning_file(output_dir, "attribute"))
+            leader = metric if several is None else next(iter(metric.values()))
+            choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
             config, repeats = student_args.inner_loop_config(), script_args.num_repeats
             settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            result = attribute(student, samples, metric, config, size, repeats, journal, progress=True)
+            contrast = script_args.contrast
+            found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, contrast)
             if state.is_main_process:
-                finish(script_args, result, dataset, samples, student, settings)
+                results = {None: found} if several is None else found
+                finish(script_args, results, dataset, samples, student, settings)
     except JournalError as error:
         raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
     except SettingsError as error:
@@ -266,8 +307,16 @@ def check_choice(config: InnerLoopConfig, output_dir: Path, journal: Journal) ->
         )
 
 
-def finish(script_args: AttributeArguments, result: Attribution, dataset, samples, student, settings: dict) -> None:
+def finish(
+    script_args: AttributeArguments,
+    results: dict[str | None, Attribution],
+    dataset,
+    samples,
+    student,
+    settings: dict,
+) -> None:
     """Write the results, and print them."""
+    result = results[script_args.leading]
     if result.num_empty == len(samples):
         raise UsageError(
             f"None of the {len(samples)} samples of --dataset_name has a token to learn from. Name the column with "
@@ -275,6 +324,11 @@ def finish(script_args: AttributeArguments, result: Attribution, dataset, sample
         )
     output_dir, kept = Path(script_args.output_dir), None
     figures = result.figures() | {"settings": json.loads(json.dumps(settings, default=str))}
+    if script_args.metrics is not None:
+        parts = {name: own.figures() for name, own in results.items()}
+        own_keys = ("metric_before", "metric_after", "score")
+        figures["metrics"] = {name: {key: part[key] for key in own_keys} for name, part in parts.items()}
+        figures["contrast"], figures["ranked_by"] = script_args.contrast, script_args.leading
     if script_args.keep_top is not None:
         try:
             kept = result.top(script_args.keep_top)
@@ -287,7 +341,7 @@ def finish(script_args: AttributeArguments, result: Attribution, dataset, sample
             {"row": row, "dpg_score": float(result.scores[row]), "sample": preview(samples[row], student)}
             for row in rows.tolist()
         ]
-    files = result.write(dataset, output_dir, script_args.output_format, kept)
+    files = write(results, dataset, output_dir, script_args.output_format, kept)
     for name in RESULTS:
         if output_dir / name not in files:
             (output_dir / name).unlink(missing_ok=True)  # of an earlier command; it would contradict the summary
@@ -303,6 +357,12 @@ def render(figures: dict[str, Any], chance: str, files: list[Path]) -> str:
         f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)",
         chance,
     ]
+    for name, own in figures.get("metrics", {}).items():
+        before, after, agreement = own["metric_before"], own["metric_after"], own["score"]["rank_correlation"]
+        known = "none" if agreement is None else f"{agreement:.2f}"
+        lines.append(f"{name}: {before:.6g} before, {after:.6g} after; rank correlation {known}")
+    if "ranked_by" in figures:
+        lines.append(f"Samples are ranked by {figures['ranked_by']!r}.")
     for name in ("best", "worst"):
         lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
         lines += [f"{'':5}  {row['row']:>8}  {row['dpg_score']:>11.4g}  {row['sample']}" for row in figures[name]]

@@ -36,7 +36,7 @@ FIRST: dict[str, dict[str, list[str]]] = {
     "attribute": {
         "run": ["output_dir", "dataset_name", "dataset_text_field", "keep_top", "num_repeats", "overwrite"],
         "student": STUDENT,
-        "metric": METRIC,
+        "metric": [*METRIC, "metrics", "contrast"],
     },
     "evaluate": {
         "run": ["datasets", "num_samples", "seeds", "output_dir"],

@@ -79,27 +79,32 @@ def lm_eval(**kwargs):
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
-def combined(metrics: list[dict[str, Any]]):
+def combined(metrics: list[dict[str, Any]], score_parts: bool = True):
     """
     Weighted sum of metrics, a [`CombinedMetric`].
 
     Args:
         metrics (`list[dict]`):
-            The metrics: entries with `metric` (a name or dotted path), and perhaps `metric_kwargs` and `weight` (1 by
-            default).
+            The metrics: entries with `metric` (a name or dotted path), and perhaps `metric_kwargs`, `weight` (1 by
+            default) and `name` (in logs; that of the metric by default).
+        score_parts (`bool`, *optional*, defaults to `True`):
+            Whether the samples are scored by each part as well, for logs. With one student step this costs next to
+            nothing. With more, each part takes about a second derivative of its own.
     """
     from trl_dpg.metrics import CombinedMetric
 
     if not isinstance(metrics, list) or not metrics:
         raise UsageError("--metric_kwargs: combined needs `metrics`, a list of metrics.")
     for entry in metrics:
-        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs", "weight"}:
+        known = {"metric", "metric_kwargs", "weight", "name"}
+        if not isinstance(entry, dict) or "metric" not in entry or set(entry) - known:
             raise UsageError(
-                f"--metric_kwargs: an entry of combined's `metrics` has `metric` and perhaps `metric_kwargs` and "
-                f"`weight`, got {entry!r}."
+                "--metric_kwargs: an entry of combined's `metrics` has `metric` and perhaps `metric_kwargs`, `weight` "
+                f"and `name`, got {entry!r}."
             )
     parts = [named_metric(str(entry["metric"]), entry.get("metric_kwargs")) for entry in metrics]
-    return CombinedMetric(parts, [float(entry.get("weight", 1)) for entry in metrics])
+    weights = [float(entry.get("weight", 1)) for entry in metrics]
+    return CombinedMetric(parts, weights, score_parts, [entry.get("name", entry["metric"]) for entry in metrics])
 
 
 def make_metric(arguments: MetricArguments):
@@ -109,12 +114,17 @@ def make_metric(arguments: MetricArguments):
 
 def make_held_out_metrics(arguments: DPGScriptArguments) -> dict[str, Any]:
     """The metrics of the fresh students by name."""
+    return make_metrics("held_out_metrics", arguments.held_out_metrics or {})
+
+
+def make_metrics(flag: str, entries: Any) -> dict[str, Any]:
+    """Several metrics by name, from their entries in a flag."""
     metrics = {}
-    for name, entry in (arguments.held_out_metrics or {}).items():  # type: ignore[union-attr]
+    for name, entry in entries.items():
         try:
             metrics[name] = named_metric(str(entry["metric"]), entry.get("metric_kwargs"))
         except UsageError as error:
-            raise UsageError(f"--held_out_metrics: {name!r}: {error}") from error
+            raise UsageError(f"--{flag}: {name!r}: {error}") from error
     return metrics
 
 

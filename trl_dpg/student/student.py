@@ -178,9 +178,13 @@ class Student:
         return torch.cat([p.to(self.accumulator_dtype) for p in parameters])
 
     def unflatten(self, theta: Tensor, cast: bool = True) -> dict[str, Tensor]:
-        """Parts of a flat vector `[P]` by name, in the parameters' shapes and, with `cast`, dtypes; differentiable."""
-        parts = theta.split([shape.numel() for shape in self._layout.shapes])
-        parts = [part.view(shape) for part, shape in zip(parts, self._layout.shapes, strict=True)]
+        """
+        Parts of a flat vector `[P]` by name, in the parameters' shapes and, with `cast`, dtypes; differentiable.
+
+        Of rows `[M, P]`, parts of all rows: `[M, *shape]`.
+        """
+        parts = theta.split([shape.numel() for shape in self._layout.shapes], dim=-1)
+        parts = [part.view(*theta.shape[:-1], *shape) for part, shape in zip(parts, self._layout.shapes, strict=True)]
         return self.cast(parts) if cast else dict(zip(self._layout.names, parts, strict=True))
 
     def cast(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..metagradients import InnerLoopConfig
 from ..metagradients.fine_tuning import FineTuning, modes
-from ..metagradients.metagradient import differentiate, metric_at_start
+from ..metagradients.goals import metric_at_start
+from ..metagradients.metagradient import differentiate
 from ..student import FinetunedStudent
 from ..verification import SMOOTH, STEP, Agreement, random_signs
 from ..verification.measurements import changes_along, predicted_changes

@@ -63,7 +63,7 @@ class OneStep(NamedTuple):
         _, end = optimizer.update(u, start, self.theta, rate)
         optimizer.vjp(u, start, end, rate, metric_gradient.clone(), optimizer.init(self.theta), out=u)
         if config.max_grad_norm is not None:
-            clip_vjp(self.gradient, config.max_grad_norm, u)
+            clip_vjp(self.gradient, config.max_grad_norm, u[None])
         return (self.along @ u).double().cpu()
 
 
