@@ -83,13 +83,17 @@ class Recorder:
         elif self.directions is not None:
             products = part.along(self.directions, self.by_sample)
             self.scores += products
-            places = part.places if isinstance(part, Head) else [part.place]
-            self.last.append(({place for place in places if place is not None}, products[0, -1]))
+            self.last.append((_places(part), products[0, -1]))
 
-    def last_by_place(self) -> list[tuple[list[int], float]]:
-        """The last sample's products with the first of `along`, for each parameter, or several used as one."""
+    def last_by_place(self, along: Sequence[Tensor]) -> list[tuple[list[int], float]]:
+        """
+        The last sample's products with the first of `along`, for each parameter, or several used as one.
+
+        If nothing was kept, these are the directions that were given at the start.
+        """
+        kept = [(_places(part), part.along(along, self.by_sample)[0, -1]) for part in self.parts]
         groups: list[tuple[set[int], float]] = []
-        for places, product in self.last:
+        for places, product in self.last or kept:
             overlapping = [group for group in groups if group[0] & places]
             groups = [group for group in groups if not group[0] & places]
             merged = places.union(*(group[0] for group in overlapping))
@@ -268,6 +272,12 @@ class BySample(TorchFunctionMode):
         if not self.recorder.knows(x) or weight is None or weight.dim() != 1:
             return None
         return _Affine.apply(x, weight, bias, self.recorder, self.recorder.place(weight), self.recorder.place(bias))
+
+
+def _places(part) -> set[int]:
+    """The places of a part's parameters."""
+    places = part.places if isinstance(part, Head) else [part.place]
+    return {place for place in places if place is not None}
 
 
 def _tensors(value) -> list[Tensor]:

@@ -70,9 +70,12 @@ def sample_gradients(
     if student.tells_samples_apart is False:
         return None
     weights = None if weights is None else weights[micro_batch.samples]
-    if (keep or weights is not None) and not _is_right(student, theta, micro_batch, config):
+    if not keep and weights is not None and not _is_right(student, theta, micro_batch, config):
         return None
-    return _backward(student, theta, micro_batch, config, weights, keep=keep)
+    found = _backward(student, theta, micro_batch, config, weights, keep=keep)
+    if found is not None and keep and not _is_right(student, theta, micro_batch, config, found.recorder):
+        return None
+    return found
 
 
 def estimated_bytes(student: Student, micro_batch: MicroBatch) -> int:
@@ -142,9 +145,13 @@ def _backward(
     return SampleGradients(torch.dot(weighted, losses), [value.detach() for value in values], recorder)
 
 
-def _is_right(student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig) -> bool:
+def _is_right(
+    student: Student, theta: Tensor, micro_batch: MicroBatch, config: InnerLoopConfig, kept: Recorder | None = None
+) -> bool:
     """
     Whether the last sample's gradient is that of the sample alone. It is tested once for a student.
+
+    The sample's gradient is the one that was `kept`. If none was, the batch takes a pass of its own.
 
     A model may change the order of the rows of its activations, so that they belong to other samples. Then the result
     is wrong by much more than rounding errors.
@@ -165,9 +172,12 @@ def _is_right(student: Student, theta: Tensor, micro_batch: MicroBatch, config: 
     rounding = torch.tensor([torch.finfo(parameter.dtype).eps for parameter in parameters.values()]).to(norms)
     moved = norms > 32 * rounding * norms[norms > 0].median()  # less is rounding, e.g. in the bias of attention's keys
     along = [(value / norm**2 if norm > 0 else value)[None] for value, norm in zip(expected, norms, strict=True)]
-    found = _backward(student, theta, micro_batch, config, along=along)
-    if found is not None:
-        products = found.recorder.last_by_place()
+    if kept is None:
+        found = _backward(student, theta, micro_batch, config, along=along)
+        kept = None if found is None else found.recorder
+    if kept is not None:
+        with torch.no_grad():
+            products = kept.last_by_place(along)
         told = {place for places, _ in products for place in places}
         student.tells_samples_apart = set(moved.nonzero().flatten().tolist()) <= told and all(
             abs(product - len(places)) <= 0.1 * len(places) for places, product in products if moved[places].all()
