@@ -65,7 +65,9 @@ def expressions(operators: int, number: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, operators]).integers(BASE, size=(number, operators + 1))
 
 
-def trained(folder: Path, name: str, layers: int, mixture: Mixture, seed: int, num_steps: int) -> LlamaForCausalLM:
+def trained(
+    folder: Path, name: str, layers: int, mixture: Mixture, seed: int, num_steps: int, learning_rate: float
+) -> LlamaForCausalLM:
     """The model of this name: from its file, or trained now."""
     path = folder / "models" / name
     if not (path / "training.json").exists():
@@ -77,7 +79,7 @@ def trained(folder: Path, name: str, layers: int, mixture: Mixture, seed: int, n
                 losses.append(loss)
                 progress.update()
 
-            train(model, mixture, num_steps, seed=seed, on_step=on_step)
+            train(model, mixture, num_steps, learning_rate=learning_rate, seed=seed, on_step=on_step)
         model.save_pretrained(path)
         prefix_sums_tokenizer().save_pretrained(path)
         figures = {"cpu_seconds": time.process_time() - started, "loss": statistics.mean(losses[-50:])}
@@ -117,12 +119,13 @@ def measured(folder: Path, pattern: str) -> list[dict[str, dict[str, dict[str, f
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"data/{pattern}.json"))]
 
 
-def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int) -> None:
+def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int, learning_rate: float) -> None:
     """Accuracy against t, of models that are trained on all t alike."""
     for seed in seeds:
         for layers in sizes:
             name = f"uniform_{layers}_layers_seed_{seed}"
-            measure(trained(folder, name, layers, UNIFORM, seed, num_steps), folder / "data" / f"{name}.json", UNIFORM)
+            model = trained(folder, name, layers, UNIFORM, seed, num_steps, learning_rate)
+            measure(model, folder / "data" / f"{name}.json", UNIFORM)
 
 
 def mean_curves(folder: Path, layers: int, seed: int | str = "*") -> dict[int, dict[int, list[float]]]:
@@ -160,12 +163,13 @@ def mixtures(best: Mixture) -> dict[str, Mixture]:
     return {"only_1": one, "best": best, "long_short": long_short, "only_2": two, "only_3": three}
 
 
-def data(folder: Path, layers: int, seeds: list[int], num_steps: int) -> None:
+def data(folder: Path, layers: int, seeds: list[int], num_steps: int, learning_rate: float) -> None:
     """Accuracy of models that are trained on other mixtures, with each control token that they know."""
     for arm, mixture in mixtures(best_mixture(folder, layers)).items():
         for seed in seeds:
             name = f"{arm}_{layers}_layers_seed_{seed}"
-            measure(trained(folder, name, layers, mixture, seed, num_steps), folder / "data" / f"{name}.json", mixture)
+            model = trained(folder, name, layers, mixture, seed, num_steps, learning_rate)
+            measure(model, folder / "data" / f"{name}.json", mixture)
 
 
 def scores(folder: Path, layers: int, seeds: list[int], number: int = 256) -> None:
@@ -274,38 +278,41 @@ def data_figures(folder: Path, layers: int) -> dict[str, dict[str, np.ndarray]]:
     return arms
 
 
-def draw_uses(folder: Path, layers: int, scored_layers: int, path: Path) -> None:
-    """Accuracy of models by what they were trained on, and mean scores of `attribute` by t."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    arms = data_figures(folder, layers)
+def draw_data(arms: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Accuracy of models by what they were trained on."""
+    figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
     for k, (arm, runs) in enumerate(arms.items()):
         places = np.arange(len(TESTED)) + (k - (len(arms) - 1) / 2) * 0.8 / len(arms)
-        (line,) = left.plot(places, runs["accuracy"].mean(axis=0), "_", markersize=9, label=arm)
-        left.plot(places, runs["accuracy"].T, ".", color=line.get_color(), markersize=4)
-    left.set_xticks(range(len(TESTED)), [f"T = {T}" for T in TESTED])
-    left.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data (dot: a seed, line: the mean)")
-    left.legend(frameon=False, fontsize=7, ncols=2)
+        (line,) = axis.plot(places, runs["accuracy"].mean(axis=0), "_", markersize=9, label=arm)
+        axis.plot(places, runs["accuracy"].T, ".", color=line.get_color(), markersize=5)
+    axis.axhline(1 / BASE, color="grey", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(TESTED)), [f"T = {T}" for T in TESTED])
+    axis.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data (dot: a seed, line: the mean)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=100)
+
+
+def draw_scores(folder: Path, layers: int, path: Path) -> None:
+    """Mean scores of `attribute` by t."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for T in TESTED:
-        cells = [
-            json.loads(file.read_text())
-            for file in sorted(folder.glob(f"scores/right_answer_{scored_layers}_layers_T_{T}_seed_*.json"))
-        ]
-        if cells:
-            sizes = list(map(int, cells[0]["mean_score"]))
-            scores = np.array(list(cells[0]["mean_score"].values()))
+        for file in sorted(folder.glob(f"scores/right_answer_{layers}_layers_T_{T}_seed_*.json"))[:1]:
+            first = json.loads(file.read_text())
+            sizes = list(map(int, first["mean_score"]))
+            scores = np.array(list(first["mean_score"].values()))
             means = scores / np.abs(scores).max()
-            (line,) = right.plot(sizes, means, marker=".", label=f"T = {T}")
-            right.plot(cells[0]["best"], means[sizes.index(cells[0]["best"])], "o", color=line.get_color())
-    right.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-    right.set(
+            (line,) = axis.plot(sizes, means, marker=".", label=f"T = {T}")
+            axis.plot(first["best"], means[sizes.index(first["best"])], "o", color=line.get_color())
+    axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(
         xlabel="t of the sample",
         ylabel="mean score, relative",
         title="scores of attribute, first seed (dot: the best t)",
     )
-    right.set_xticks(STEP_SIZES)
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xticks(STEP_SIZES)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -342,7 +349,8 @@ def figures(folder: Path, sizes: list[int], layers: int, scored_layers: int) -> 
             files = sorted(folder.glob(f"scores/{name}_{scored_layers}_layers_T_{T}_seed_*.json"))
             values = [f"{json.loads(path.read_text())['spearman']:+.2f}" for path in files]
             print(f"{name}, T = {T}: Spearman of score and distance from the best length, by seed: {' '.join(values)}")
-    draw_uses(folder, layers, scored_layers, folder / "uses.png")
+    draw_data(arms, folder / "data.png")
+    draw_scores(folder, scored_layers, folder / "scores.png")
 
 
 def choice(run: Path, operators: int = 6, number: int = 2000) -> None:
@@ -366,13 +374,14 @@ def main():
     parser.add_argument("--scored_layers", type=int, default=3, help="number of layers of the part `scores`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=2000)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--run", type=Path, default=Path("runs/cot_length_mini"), help="the run of the part `choice`")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "curves" in args.parts:
-        curves(args.output_dir, args.sizes, args.seeds, args.num_steps)
+        curves(args.output_dir, args.sizes, args.seeds, args.num_steps, args.learning_rate)
     if "data" in args.parts:
-        data(args.output_dir, args.layers, args.seeds, args.num_steps)
+        data(args.output_dir, args.layers, args.seeds, args.num_steps, args.learning_rate)
     if "scores" in args.parts:
         scores(args.output_dir, args.scored_layers, args.seeds)
     if "figures" in args.parts:
