@@ -6,13 +6,15 @@ when it is finished. The same command goes on where it was stopped.
 
     python benchmarks/cot_length.py                                  # everything
     python benchmarks/cot_length.py --parts curves --sizes 1 2 3     # accuracy against the length alone
+    python benchmarks/cot_length.py --parts choice                   # after recipes/cot_length/mini.yaml
 
 Parts, which build on each other:
 
 - `curves`: accuracy against t, for each T and number of layers, of models that are trained on all t alike.
-- `data`: models that are trained on the best t for each T, on t = 1 (the longest), and on both t = 1 and 3.
+- `data`: models that are trained on one t, on the best t for each T as measured in `curves`, and on t = 1 and 3.
 - `scores`: the scores of `trl_dpg.attribute` for samples with different t, against their distance from the best.
 - `figures`: tables and pictures of docs/cot_length.md, from the files.
+- `choice`: which t a generator chooses before and after recipes/cot_length/mini.yaml. Not among the defaults.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -47,13 +50,11 @@ from trl_dpg.practice.prefix_sums import (
     train,
     with_reasoning,
 )
+from trl_dpg.scripts.toy_world import world_folder
 
 
 TESTED = (6, 8, 10, 12)
 """The values of T that are tested."""
-
-BEST = {T: 2 if T <= 8 else 3 for T in range(1, MAX_OPERATORS + 1)}
-"""t with which the first model of one layer was most often right. It had learned no t for T = 10 and more."""
 
 SHORT = 3
 """t of the short half of the long-short mixture."""
@@ -64,7 +65,9 @@ def expressions(operators: int, number: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, operators]).integers(BASE, size=(number, operators + 1))
 
 
-def trained(folder: Path, name: str, layers: int, mixture: Mixture, seed: int, num_steps: int) -> LlamaForCausalLM:
+def trained(
+    folder: Path, name: str, layers: int, mixture: Mixture, seed: int, num_steps: int, learning_rate: float
+) -> LlamaForCausalLM:
     """The model of this name: from its file, or trained now."""
     path = folder / "models" / name
     if not (path / "training.json").exists():
@@ -76,7 +79,7 @@ def trained(folder: Path, name: str, layers: int, mixture: Mixture, seed: int, n
                 losses.append(loss)
                 progress.update()
 
-            train(model, mixture, num_steps, seed=seed, on_step=on_step)
+            train(model, mixture, num_steps, learning_rate=learning_rate, seed=seed, on_step=on_step)
         model.save_pretrained(path)
         prefix_sums_tokenizer().save_pretrained(path)
         figures = {"cpu_seconds": time.process_time() - started, "loss": statistics.mean(losses[-50:])}
@@ -92,34 +95,42 @@ def cell(path: Path, make) -> dict:
     return json.loads(path.read_text())
 
 
-def measure(model, path: Path, step_sizes: list[int], number: int = 500) -> None:
+def measure(model, path: Path, mixture: Mixture, number: int = 500) -> None:
     """
-    Write to a file, by t and T: accuracy with a forced control token and greedy decoding, and mean length in tokens.
+    Write to a file, by t and T: accuracy with greedy decoding, and mean length in tokens.
 
-    Lengths T that are in the file already are not measured again.
+    The control token of each t of the mixture is forced in turn. With several t, the model also chooses it ("free").
+    What is in the file already is not measured again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = json.loads(path.read_text()) if path.exists() else {}
-    for t in step_sizes:
-        row = figures.setdefault(str(t), {})
-        for T in TESTED:
-            if str(T) not in row and t <= T:
+    for T in TESTED:
+        sizes = sorted(set(mixture[T]))
+        for name, t in [*((str(t), t) for t in sizes), *[("free", None)] * (len(sizes) > 1)]:
+            row = figures.setdefault(name, {})
+            if str(T) not in row:
                 result = answer(model, expressions(T, number, seed=999), t)
                 row[str(T)] = {"accuracy": float(result.right.mean()), "tokens": float(result.num_tokens.mean())}
     write_json(path, figures)
 
 
-def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int) -> None:
+def measured(folder: Path, pattern: str) -> list[dict[str, dict[str, dict[str, float]]]]:
+    """The figures of the models whose names fit, in the order of the names."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"data/{pattern}.json"))]
+
+
+def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int, learning_rate: float) -> None:
     """Accuracy against t, of models that are trained on all t alike."""
     for seed in seeds:
         for layers in sizes:
-            model = trained(folder, f"uniform_{layers}_layers_seed_{seed}", layers, UNIFORM, seed, num_steps)
-            measure(model, folder / "curves" / f"{layers}_layers_seed_{seed}.json", list(STEP_SIZES))
+            name = f"uniform_{layers}_layers_seed_{seed}"
+            model = trained(folder, name, layers, UNIFORM, seed, num_steps, learning_rate)
+            measure(model, folder / "data" / f"{name}.json", UNIFORM)
 
 
 def mean_curves(folder: Path, layers: int, seed: int | str = "*") -> dict[int, dict[int, list[float]]]:
     """Accuracy of each seed, or of one, by T and t."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob(f"curves/{layers}_layers_seed_{seed}.json"))]
+    runs = measured(folder, f"uniform_{layers}_layers_seed_{seed}")
     return {T: {t: [run[str(t)][str(T)]["accuracy"] for run in runs] for t in STEP_SIZES if t <= T} for T in TESTED}
 
 
@@ -130,23 +141,35 @@ def best_step_sizes(folder: Path, layers: int, seed: int | str = "*") -> dict[in
     return {T: max(by_size, key=by_size.__getitem__) for T, by_size in means.items()}
 
 
-def mixtures() -> dict[str, Mixture]:
+def best_mixture(folder: Path, layers: int) -> dict[int, list[int]]:
+    """
+    The best t for each T, of models of the same size that are trained on all t alike.
+
+    A T that is not tested has the best t of the next longer one that is. The first choice is kept in a file.
+    """
+    best = cell(folder / "data" / f"best_{layers}_layers.json", lambda: best_step_sizes(folder, layers))
+    mixture = {}
+    for T in range(1, MAX_OPERATORS + 1):
+        t = best[str(min(tested for tested in TESTED if tested >= T))]
+        mixture[T] = [max(size for size in STEP_SIZES if size <= min(t, T))]
+    return mixture
+
+
+def mixtures(best: Mixture) -> dict[str, Mixture]:
     """What models of the part `data` are trained on."""
     lengths = range(1, MAX_OPERATORS + 1)
-    return {
-        "longest": {T: [1] for T in lengths},
-        "best": {T: [min(T, BEST[T])] for T in lengths},
-        "long_short": {T: [1, min(T, SHORT)] for T in lengths},
-    }
+    long_short = {T: [1, min(T, SHORT)] for T in lengths}
+    one, two, three = ({T: [min(T, t)] for T in lengths} for t in (1, 2, 3))
+    return {"only_1": one, "best": best, "long_short": long_short, "only_2": two, "only_3": three}
 
 
-def data(folder: Path, layers: int, seeds: list[int], num_steps: int) -> None:
+def data(folder: Path, layers: int, seeds: list[int], num_steps: int, learning_rate: float) -> None:
     """Accuracy of models that are trained on other mixtures, with each control token that they know."""
-    for seed in seeds:
-        for arm, mixture in mixtures().items():
-            model = trained(folder, f"{arm}_{layers}_layers_seed_{seed}", layers, mixture, seed, num_steps)
-            known = sorted({t for sizes in mixture.values() for t in sizes})
-            measure(model, folder / "data" / f"{arm}_seed_{seed}.json", known)
+    for arm, mixture in mixtures(best_mixture(folder, layers)).items():
+        for seed in seeds:
+            name = f"{arm}_{layers}_layers_seed_{seed}"
+            model = trained(folder, name, layers, mixture, seed, num_steps, learning_rate)
+            measure(model, folder / "data" / f"{name}.json", mixture)
 
 
 def scores(folder: Path, layers: int, seeds: list[int], number: int = 256) -> None:
@@ -224,60 +247,79 @@ def draw_curves(folder: Path, sizes: list[int], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def data_figures(folder: Path, layers: int) -> dict[str, dict[int, list[float]]]:
-    """Accuracy of each seed by mixture and T. `uniform, any t`: the mean over all t, as if t was drawn at random."""
-    best = best_step_sizes(folder, layers)
-    curves = mean_curves(folder, layers)
-    arms: dict[str, dict[int, list[float]]] = {
-        "uniform, any t": {T: np.mean(list(by_size.values()), axis=0).tolist() for T, by_size in curves.items()},
-        "uniform, best t": {T: by_size[best[T]] for T, by_size in curves.items()},
+def data_figures(folder: Path, layers: int) -> dict[str, dict[str, np.ndarray]]:
+    """
+    `accuracy` and `tokens`, each `[seeds, tested T]`, by what the models were trained on and how they were tested.
+
+    `any t`: the mean over all t, as if t was drawn at random. `free`: the model chose t.
+    """
+    best = best_mixture(folder, layers)
+    ways: dict[str, tuple[str, Callable[[int], Sequence[int | str]]]] = {
+        "longest": ("only_1", lambda T: [1]),
+        "t = 2": ("only_2", lambda T: [2]),
+        "t = 3": ("only_3", lambda T: [3]),
+        "best t": ("best", lambda T: best[T]),
+        "all t, any t": ("uniform", lambda T: UNIFORM[T]),
+        "all t, best t": ("uniform", lambda T: best[T]),
+        "all t, free": ("uniform", lambda T: ["free"]),
+        "long-short, long": ("long_short", lambda T: [1]),
+        "long-short, short": ("long_short", lambda T: [SHORT]),
+        "long-short, free": ("long_short", lambda T: ["free"]),
     }
-    runs = {
-        arm: [json.loads(path.read_text()) for path in sorted(folder.glob(f"data/{arm}_seed_*.json"))]
-        for arm in ("longest", "best", "long_short")
-    }
-    arms["longest"] = {T: [run["1"][str(T)]["accuracy"] for run in runs["longest"]] for T in TESTED}
-    arms["best"] = {T: [run[str(BEST[T])][str(T)]["accuracy"] for run in runs["best"]] for T in TESTED}
-    for name, t in (("long-short, long", "1"), ("long-short, short", str(SHORT))):
-        arms[name] = {T: [run[t][str(T)]["accuracy"] for run in runs["long_short"]] for T in TESTED}
-    return {arm: by_length for arm, by_length in arms.items() if by_length[TESTED[0]]}  # the finished ones
+    arms = {}
+    for way, (name, tested) in ways.items():
+        if runs := measured(folder, f"{name}_{layers}_layers_seed_*"):
+            arms[way] = {
+                figure: np.array(
+                    [[np.mean([run[str(t)][str(T)][figure] for t in tested(T)]) for T in TESTED] for run in runs]
+                )
+                for figure in ("accuracy", "tokens")
+            }
+    return arms
 
 
-def draw_uses(folder: Path, layers: int, scored_layers: int, path: Path) -> None:
-    """Accuracy of models by what they were trained on, and mean scores of `attribute` by t."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    arms = data_figures(folder, layers)
-    for k, (arm, by_length) in enumerate(arms.items()):
-        places = np.arange(len(TESTED)) + (k - (len(arms) - 1) / 2) * 0.12
-        (line,) = left.plot(places, [statistics.mean(values) for values in by_length.values()], "_", markersize=11)
-        for place, values in zip(places, by_length.values(), strict=True):
-            left.plot([place] * len(values), values, ".", color=line.get_color())
-        line.set_label(arm)
-    left.set_xticks(range(len(TESTED)), [f"T = {T}" for T in TESTED])
-    left.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data (dot: a seed, line: the mean)")
-    left.legend(frameon=False, fontsize=8)
+def draw_data(arms: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Accuracy of models by what they were trained on."""
+    figure, axis = plt.subplots(figsize=(9, 3.4), layout="constrained")
+    for k, (arm, runs) in enumerate(arms.items()):
+        places = np.arange(len(TESTED)) + (k - (len(arms) - 1) / 2) * 0.8 / len(arms)
+        (line,) = axis.plot(places, runs["accuracy"].mean(axis=0), "_", markersize=9, label=arm)
+        axis.plot(places, runs["accuracy"].T, ".", color=line.get_color(), markersize=5)
+    axis.axhline(1 / BASE, color="grey", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(TESTED)), [f"T = {T}" for T in TESTED])
+    axis.set(ylabel="accuracy", ylim=(0, 1.05), title="by training data (dot: a seed, line: the mean)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=100)
+
+
+def draw_scores(folder: Path, layers: int, path: Path) -> None:
+    """Mean scores of `attribute` by t."""
+    figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
     for T in TESTED:
-        cells = [
-            json.loads(file.read_text())
-            for file in sorted(folder.glob(f"scores/right_answer_{scored_layers}_layers_T_{T}_seed_*.json"))
-        ]
-        if cells:
-            sizes = list(map(int, cells[0]["mean_score"]))
-            scores = np.array(list(cells[0]["mean_score"].values()))
+        for file in sorted(folder.glob(f"scores/right_answer_{layers}_layers_T_{T}_seed_*.json"))[:1]:
+            first = json.loads(file.read_text())
+            sizes = list(map(int, first["mean_score"]))
+            scores = np.array(list(first["mean_score"].values()))
             means = scores / np.abs(scores).max()
-            (line,) = right.plot(sizes, means, marker=".", label=f"T = {T}")
-            right.plot(cells[0]["best"], means[sizes.index(cells[0]["best"])], "o", color=line.get_color())
-    right.axhline(0, color="grey", linewidth=0.8, linestyle=":")
-    right.set(
+            (line,) = axis.plot(sizes, means, marker=".", label=f"T = {T}")
+            axis.plot(first["best"], means[sizes.index(first["best"])], "o", color=line.get_color())
+    axis.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(
         xlabel="t of the sample",
         ylabel="mean score, relative",
         title="scores of attribute, first seed (dot: the best t)",
     )
-    right.set_xticks(STEP_SIZES)
-    right.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xticks(STEP_SIZES)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def plus_minus(values: np.ndarray) -> str:
+    """Mean and half the width of its 95 % interval, from one value a seed."""
+    mean, width = interval(values.tolist())
+    return f"{mean:+.2f}" if width is None else f"{mean:.2f} ± {width:.2f}"
 
 
 def figures(folder: Path, sizes: list[int], layers: int, scored_layers: int) -> None:
@@ -286,18 +328,41 @@ def figures(folder: Path, sizes: list[int], layers: int, scored_layers: int) -> 
         best = best_step_sizes(folder, size)
         for T, by_size in mean_curves(folder, size).items():
             row = "  ".join(f"t={t}: {statistics.mean(values):.2f}" for t, values in by_size.items())
-            print(f"{size} layers  T={T:2}  {row}  best N = {math.ceil(T / best[T])}")
-    for arm, by_length in data_figures(folder, layers).items():
-        rows = [*by_length.values(), np.mean(list(by_length.values()), axis=0).tolist()]  # the last one: all T
-        cells = [f"{mean:.2f} ± {width or math.nan:.2f}" for mean, width in map(interval, rows)]
-        print(f"{arm:20} {'  '.join(cells)}")
+            others = [
+                f"t={t}: {plus_minus(np.subtract(by_size[best[T]], values))}"
+                for t, values in by_size.items()
+                if abs(STEP_SIZES.index(t) - STEP_SIZES.index(best[T])) == 1
+            ]
+            print(f"{size} layers  T={T:2}  {row}  best N = {math.ceil(T / best[T])}, above {'  '.join(others)}")
+    draw_curves(folder, sizes, folder / "curves.png")
+    arms = data_figures(folder, layers)
+    if "longest" not in arms:
+        return
+    for arm, runs in arms.items():
+        accuracies, both = runs["accuracy"], min(len(runs["accuracy"]), len(arms["longest"]["accuracy"]))
+        means = accuracies.mean(axis=1)
+        above = means[:both] - arms["longest"]["accuracy"][:both].mean(axis=1)
+        columns = [*map(plus_minus, accuracies.T), plus_minus(means), plus_minus(above)]
+        print(f"{arm:18} | {' | '.join(columns)} | {runs['tokens'].mean():.1f} tokens")
     for name in ("right_answer", "all_lengths"):
         for T in TESTED:
             files = sorted(folder.glob(f"scores/{name}_{scored_layers}_layers_T_{T}_seed_*.json"))
             values = [f"{json.loads(path.read_text())['spearman']:+.2f}" for path in files]
             print(f"{name}, T = {T}: Spearman of score and distance from the best length, by seed: {' '.join(values)}")
-    draw_curves(folder, sizes, folder / "curves.png")
-    draw_uses(folder, layers, scored_layers, folder / "uses.png")
+    draw_data(arms, folder / "data.png")
+    draw_scores(folder, scored_layers, folder / "scores.png")
+
+
+def choice(run: Path, operators: int = 6, number: int = 2000) -> None:
+    """Which t a generator of recipes/cot_length/mini.yaml chooses, and how often its answers are right."""
+    tested = expressions(operators, number, seed=999)
+    for state, folder in (("untrained", world_folder(str(run)) / "generator"), ("trained", run)):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        chosen = answer(model, tested, temperature=1.0)
+        print(f"{state}: right {chosen.right.mean():.3f}, {chosen.num_tokens.mean():.1f} tokens")
+        for t in UNIFORM[operators]:
+            forced = answer(model, tested, t, temperature=1.0).right.mean()
+            print(f"  t = {t}: chosen {(chosen.control == t).mean():.3f}, right if it is forced {forced:.3f}")
 
 
 def main():
@@ -305,20 +370,24 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("runs/cot_length"))
     parser.add_argument("--parts", nargs="+", default=["curves", "data", "scores", "figures"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 3], help="numbers of layers of the curves")
-    parser.add_argument("--layers", type=int, default=1, help="number of layers of the part `data`")
+    parser.add_argument("--layers", type=int, default=2, help="number of layers of the part `data`")
     parser.add_argument("--scored_layers", type=int, default=3, help="number of layers of the part `scores`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=2000)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--run", type=Path, default=Path("runs/cot_length_mini"), help="the run of the part `choice`")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if "curves" in args.parts:
-        curves(args.output_dir, args.sizes, args.seeds, args.num_steps)
+        curves(args.output_dir, args.sizes, args.seeds, args.num_steps, args.learning_rate)
     if "data" in args.parts:
-        data(args.output_dir, args.layers, args.seeds, args.num_steps)
+        data(args.output_dir, args.layers, args.seeds, args.num_steps, args.learning_rate)
     if "scores" in args.parts:
         scores(args.output_dir, args.scored_layers, args.seeds)
     if "figures" in args.parts:
         figures(args.output_dir, args.sizes, args.layers, args.scored_layers)
+    if "choice" in args.parts:
+        choice(args.run)
 
 
 if __name__ == "__main__":

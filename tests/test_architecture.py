@@ -22,8 +22,8 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["tuning"],
     ["attribution", "scored_batch", "reward"],
-    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "practice"],
-    ["trainer", "report", "toy", "declaration"],
+    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "toy", "practice"],
+    ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]
 ORDER = {room: place for place, room in enumerate(room for layer in LAYERS for room in layer)}

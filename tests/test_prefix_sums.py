@@ -120,9 +120,7 @@ def test_what_is_not_of_the_task_is_refused():
 def test_a_world_has_a_generator_a_student_and_prompts(tmp_path):
     prefix_sums_world(tmp_path, operators=(2, 3), num_steps=2, num_layers=1)
     prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").open()]
-    assert len(prompts) == 1024 and {row["operators"] for row in prompts} == {2, 3}
-    assert all(
-        row["prompt"].endswith(" <begin> ") and len(row["prompt"].split()) == row["operators"] + 2 for row in prompts
-    )
+    assert len(prompts) == 1024 and all(row["prompt"].endswith(" <begin> ") for row in prompts)
+    assert {len(row["prompt"].split()) for row in prompts} == {4, 5}  # T + 1 digits and `<begin>`
     student = Student(str(tmp_path / "student"))
     assert student.processing_class("t3 +4 = 0 <eos>")["input_ids"][-1] == student.processing_class.eos_token_id

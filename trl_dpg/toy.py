@@ -55,14 +55,19 @@ def character_tokenizer(characters: str = CHARACTERS, bos: bool = False) -> PreT
 
 
 def tiny_llama(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int, initializer_range: float = 0.02
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int,
+    num_layers: int,
+    seed: int,
+    initializer_range: float = 0.02,
+    mlp_ratio: int = 2,
 ) -> LlamaForCausalLM:
     """A Llama with random weights, an untied head and four attention heads."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=mlp_ratio * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         max_position_embeddings=128,

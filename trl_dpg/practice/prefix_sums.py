@@ -12,7 +12,6 @@ leaf are one token:
 The prompt ends with `<begin>`, and only the completion is learned.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -22,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..metrics.base import Metric
 from ..student import FinetunedStudent, Student
+from ..toy import save_world, tiny_llama, word_tokenizer
 
 
 BASE = 5
@@ -57,29 +56,12 @@ UNIFORM: Mixture = {T: [t for t in STEP_SIZES if t <= T] for T in range(1, MAX_O
 
 def prefix_sums_tokenizer() -> PreTrainedTokenizerFast:
     """The task's tokenizer. Its tokens are separated by spaces."""
-    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
+    return word_tokenizer(WORDS[3:])  # it puts `<pad>`, `<eos>` and `<unk>` before them
 
 
 def prefix_sums_model(num_layers: int, hidden_size: int = 64, seed: int = 0) -> LlamaForCausalLM:
     """A Llama with random weights and four attention heads, for the task's vocabulary."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.05,
-        bos_token_id=BEGIN,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(prefix_sums_tokenizer(), hidden_size, num_layers, seed, initializer_range=0.05, mlp_ratio=4)
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -346,13 +328,8 @@ def prefix_sums_world(
         num_steps (`int`): Training steps.
         num_layers (`int`): Layers of the model.
     """
-    model, tokenizer = prefix_sums_model(num_layers, seed=seed), prefix_sums_tokenizer()
+    model = prefix_sums_model(num_layers, seed=seed)
     train(model, {T: sizes for T, sizes in UNIFORM.items() if T <= max(operators)}, num_steps, seed=seed)
-    for name in ("generator", "student"):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
     rng = np.random.default_rng(seed)
     rows = [as_row(with_reasoning(rng.integers(BASE, size=(1, rng.choice(operators) + 1)), 1)[0]) for _ in range(1024)]
-    lines = [json.dumps({"prompt": row["prompt"], "operators": row["operators"]}) + "\n" for row in rows]
-    (folder / "prompts.jsonl").write_text("".join(lines))
-    (folder / "benchmark.jsonl").write_text("")  # as of all worlds whose metric reads no texts
+    save_world(folder, prefix_sums_tokenizer(), model, model, [row["prompt"] for row in rows])
