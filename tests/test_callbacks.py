@@ -315,6 +315,13 @@ def test_a_metric_with_more_tokens_than_the_completions_is_said(tmp_path, metric
     assert f"a metric of {4 * metric_texts} tokens" in work_of_a_step(dpg_config(tmp_path), reward)
 
 
+def test_a_training_names_the_command_that_says_what_4_bits_do(tmp_path, monkeypatch):
+    reward = DPGReward(Student(make_model(), TOKENIZER), PATTERN, CONFIG)
+    assert "4 bits" not in work_of_a_step(dpg_config(tmp_path), reward)
+    monkeypatch.setattr(Student, "has_4bit_base", True)
+    assert "4 bits: `trl-dpg verify` says what they do" in work_of_a_step(dpg_config(tmp_path), reward)
+
+
 def state_and_logs(step):
     logs = {"dpg/metric_before": -3.0, "dpg/metric_after": -step, "rewards/word_share/mean": step / 10}
     logs |= {f"dpg/seconds/{name}": 1.0 for name in ("generation", "reward", "update")}

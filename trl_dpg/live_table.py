@@ -205,7 +205,7 @@ class LiveTable(TrainerCallback):
 
 
 def work_of_a_step(args, reward: "DPGReward") -> str:
-    """The size of a generation batch and of the metric. It advises if the metric is much the larger one."""
+    """The size of a generation batch and of the metric, and what to look at: a large metric, a base in 4 bits."""
     config, samples = reward.inner_loop_config, args.generation_batch_size
     completion = args.max_completion_length or config.max_length
     length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
@@ -221,6 +221,8 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
         )
     elif num_tokens > samples * length:
         work += f" (all completions: {samples * length:,} at most)"
+    if reward.student.has_4bit_base:
+        work += ". The student's base has 4 bits: `trl-dpg verify` says what they do to the metric"
     return work + "."
 
 

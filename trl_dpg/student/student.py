@@ -156,9 +156,14 @@ class Student:
         """One line for a model card: name, number of trainable parameters, and if it has adapters or a 4-bit base."""
         trainable = sum(shape.numel() for shape in self._layout.shapes)
         name = self.model.config._name_or_path or type(self.model).__name__
-        base = ", 4-bit base" if bnb_modules(self.model, "Linear4bit") else ""
+        base = ", 4-bit base" if self.has_4bit_base else ""
         adapters = " (adapters)" if is_peft_model(self.model) else ""
         return f"`{name}`, {trainable:,} trainable parameters{adapters}{base}"
+
+    @property
+    def has_4bit_base(self) -> bool:
+        """Whether linear layers of the model are quantised to 4 bits."""
+        return bool(bnb_modules(self.model, "Linear4bit"))
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
