@@ -463,6 +463,7 @@ def test_several_metrics_have_a_column_each_and_a_contrast(student_path, tmp_pat
     ("metrics", "options", "message"),
     [
         ({}, [], "--metrics is empty"),
+        ({"": {"metric": "language_modeling"}}, [], "--metrics: the names must be texts, got ''"),
         ({"target": {"name": "language_modeling"}}, [], "--metrics: 'target' must have `metric`"),
         (METRICS, ["--contrast", "target"], "--contrast needs the names of two of the metrics"),
         (METRICS, ["--contrast", "target", "other"], "--contrast needs the names of two of the metrics"),
@@ -472,8 +473,8 @@ def test_several_metrics_have_a_column_each_and_a_contrast(student_path, tmp_pat
 def test_wrong_metrics_are_refused_before_anything_is_loaded(
     metrics, options, message, student_path, tmp_path, capsys
 ):
-    data = write(tmp_path / "samples.jsonl", [{"text": "w1 w2"}])
-    assert message in refuse(capsys, several(student_path, data, tmp_path / "out", metrics, *options))
+    nowhere = str(tmp_path / "samples.jsonl")
+    assert message in refuse(capsys, several(student_path, nowhere, tmp_path / "out", metrics, *options))
 
 
 def test_a_contrast_without_metrics_is_refused(tmp_path, capsys):

@@ -32,7 +32,10 @@ def output(program: str, **environment) -> str:
     return subprocess.run(command, env=own | environment, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+GLIBC = tuple(map(int, platform.libc_ver()[1].split("."))) if platform.libc_ver()[0] == "glibc" else (0,)
+
+
+@pytest.mark.skipif(GLIBC < (2, 36), reason="older releases keep tensors of less than 32 MB only")
 def test_memory_that_was_freed_is_not_cleared_again():
     assert int(output(FAULTS).split()[-1]) < 1000  # without this, 16,384 for each tensor of pages of 4 kB
     assert output(KEPT).strip() == "True"

@@ -251,3 +251,13 @@ def test_a_combined_metric_needs_a_name_for_each_part():
     with pytest.raises(ValueError, match="as many names as metrics, got 1 and 3"):
         CombinedMetric(PARTS, names=["one"])
     assert CombinedMetric(PARTS, names=["a", "b", "a"]).names == ["a", "b", "a_2"]
+    with pytest.raises(ValueError, match=r"different names, got .*a_2.*a_2"):
+        CombinedMetric(PARTS, names=["a", "a_2", "a"])
+
+
+@pytest.mark.parametrize("before", [-5.0, {"c": -5.0}])
+def test_known_values_of_other_metrics_are_refused(before):
+    with pytest.raises(ValueError, match="`metric_before` must be a dictionary with names of the metrics"):
+        metagradient(Student(make_model()), SAMPLES, {"a": PARTS[0], "b": PARTS[1]}, metric_before=before)
+    with pytest.raises(ValueError, match="of a single metric must be a number"):
+        metagradient(Student(make_model()), SAMPLES, PARTS[0], metric_before={"a": -5.0})

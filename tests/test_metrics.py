@@ -180,6 +180,8 @@ def test_a_benchmark_that_is_cut_off_is_warned_about(monkeypatch):
     monkeypatch.setattr(language_modeling.logger, "warning", warnings.append)
     metric = LanguageModelingMetric([{"input_ids": [1, 2, 3, 4]}, {"input_ids": [1, 2]}], max_length=3)
     metric(student := finetuned()), metric(student), metric(finetuned())
+    metric.max_length = 4  # of a student whose tokens are fewer
+    metric(finetuned())
     assert len(warnings) == 1 and "1 of the metric's 2 samples are longer than max_length = 3" in warnings[0]
 
 

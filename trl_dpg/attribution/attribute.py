@@ -128,7 +128,9 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
     """
     if contrast is None:
         return {name: {name: 1.0} for name in metric} if isinstance(metric, Mapping) else {None: None}
-    names = list(metric) if isinstance(metric, Mapping) else []
+    if not isinstance(metric, Mapping):
+        raise SettingsError(f"`contrast` {list(contrast)} needs several metrics. Pass them as a dictionary, by name.")
+    names = list(metric)
     if len(set(contrast)) != 2 or not set(contrast) <= set(names):
         raise SettingsError(f"`contrast` needs the names of two of the metrics {names}, got {list(contrast)}.")
     if CONTRAST in names:

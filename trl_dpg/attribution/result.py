@@ -161,15 +161,23 @@ def score_columns(name: str | None) -> list[str]:
 def write(
     results: Mapping[Any, Attribution],
     dataset: Dataset,
-    output_dir: Path,
+    output_dir: str | Path,
     output_format: str = "parquet",
     rows: np.ndarray | None = None,
 ) -> list[Path]:
     """
     Write the dataset with the scores by several metrics: `dpg_score_<name>` (and `dpg_token_scores_<name>`).
 
-    See [`Attribution.write`] for arguments and files.
+    Args:
+        results (`dict[str, Attribution]`):
+            The scores by name, as [`attribute`] returns them. Values of a metric per unit of data weight.
+        dataset ([`~datasets.Dataset`]), output_dir (`str` or `Path`), output_format (`str`), rows (`np.ndarray`):
+            See [`Attribution.write`].
+
+    Returns:
+        `list[Path]`: The files.
     """
+    output_dir = Path(output_dir)
     added: dict[str, Any] = {}
     for name, result in results.items():
         kinds = [Value("float32")] + ([] if result.token_scores is None else [List(Value("float32"))])

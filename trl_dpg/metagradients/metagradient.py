@@ -160,7 +160,14 @@ def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=N
     Without `score_parts`, the parts of a [`CombinedMetric`] have no scores.
     """
     if isinstance(metric, Mapping):
-        return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, metric_before or {}, score_parts))
+        before = {} if metric_before is None else metric_before
+        if not isinstance(before, Mapping) or not set(before) <= set(metric):
+            raise ValueError(
+                f"`metric_before` must be a dictionary with names of the metrics {list(metric)}, got {before!r}."
+            )
+        return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
+    if isinstance(metric_before, Mapping):
+        raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
     known = {} if metric_before is None else {None: metric_before}
     return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
 

@@ -259,11 +259,12 @@ def _plan_memory(loop: InnerLoop, theta: Tensor, num_metrics: int) -> tuple[int,
     """Number of steps in a stretch, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
     config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
     step_bytes = 4 * theta.nbytes  # θ, g and two moments
-    cotangents = step_bytes * (num_metrics - 1)  # what is left free has room for those of one metric
+    vectors = 4 if num_steps > 1 else 1  # λ, u and those of the moments, or λ alone
+    cotangents = vectors * theta.nbytes * (num_metrics - 1)  # what is left free has room for those of one metric
     if isinstance(config.checkpoint_interval, int):
         interval = config.checkpoint_interval
     else:
-        free = free_memory(torch.device("cpu") if config.offload_trajectory else device) - cotangents
+        free = free_memory(torch.device("cpu")) if config.offload_trajectory else free_memory(device) - cotangents
         interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
     # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
     length = num_steps if interval == 1 else interval

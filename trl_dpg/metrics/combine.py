@@ -30,7 +30,8 @@ class CombinedMetric(Metric):
             part has the same name, the part's index is appended.
 
     Raises:
-        `ValueError`: If there is no metric, or the number of weights or names is not that of the metrics.
+        `ValueError`: If there is no metric, if the number of weights or names is not that of the metrics, or if parts
+            have the same name.
     """
 
     def __init__(
@@ -53,6 +54,8 @@ class CombinedMetric(Metric):
         self.names: list[str] = []
         for index, name in enumerate(map(metric_name, self.metrics) if names is None else names):
             self.names.append(f"{name}_{index}" if name in self.names else name)
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"The parts of a CombinedMetric need different names, got {self.names}. Give `names`.")
         self._values: list[float] = []
 
     def __call__(self, student: FinetunedStudent) -> Tensor:

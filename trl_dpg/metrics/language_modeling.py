@@ -136,7 +136,9 @@ class LanguageModelingMetric(Metric):
         if student not in self._tokenized:
             examples = self._tokenize(student, self.dataset, self.max_length, self.add_eos)
             num_truncated = sum(example.truncated for example in examples)
-            if num_truncated != self._warned_of:  # with further students of the same tokenizer, it is known
+            if (
+                num_truncated and num_truncated != self._warned_of
+            ):  # with further students of the same tokenizer, it is known
                 self._warned_of = num_truncated
                 logger.warning(
                     f"{num_truncated} of the metric's {len(examples)} samples are longer than max_length = "

@@ -124,8 +124,8 @@ class MetricArguments(CommandArguments):
     Args:
         metric (`str`):
             The target metric: `"language_modeling"`, `"lm_eval"`, `"weight_pattern"`, `"qr_code"`, `"weight_norm"`,
-            `"combined"` (of `metrics`: a list of entries with `metric`, `metric_kwargs` and `weight`), or a dotted
-            import path. The path names a callable that maps the fine-tuned student to a scalar tensor. With
+            `"combined"` (of `metrics`: a list of entries with `metric`, `metric_kwargs`, `weight` and `name`), or a
+            dotted import path. The path names a callable that maps the fine-tuned student to a scalar tensor. With
             `metric_kwargs`, or if it names a class, the path names a callable that makes the metric.
         metric_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the metric. JSON on the command line.

@@ -268,10 +268,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         check_folder(output_dir)
         with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
             check_student(student_args)
+            several = script_args.metrics
+            metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
         check_scores(config)
-        several = script_args.metrics
-        metric = make_metric(script_args) if several is None else make_metrics("metrics", several)
         settings = run_settings(script_args, student_args, samples, size)
         with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
             check_choice(config, output_dir, journal)

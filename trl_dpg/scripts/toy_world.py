@@ -52,7 +52,8 @@ def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: 
         for name, file in stand_ins.items():
             if vars(arguments).get(name, "") is None:
                 setattr(arguments, name, str(world / file))
-    if vars(script_args).get("metric") == "language_modeling":
-        kwargs = vars(script_args)["metric_kwargs"] or {}
-        if not {"dataset", "texts"} & set(kwargs):
-            script_args.metric_kwargs = kwargs | {"dataset": str(world / "benchmark.jsonl")}  # type: ignore
+    entries = [vars(script_args), *(vars(script_args).get("metrics") or {}).values()]
+    for entry in entries:
+        kwargs = entry.get("metric_kwargs") or {}
+        if entry.get("metric") == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
+            entry["metric_kwargs"] = kwargs | {"dataset": str(world / "benchmark.jsonl")}

@@ -32,6 +32,8 @@ def metric_entries(flag: str, value: dict | str | None) -> dict[str, Any] | None
     """Several metrics by name, each a mapping with `metric` and perhaps `metric_kwargs`."""
     entries = from_json(flag, value)
     for name, entry in (entries or {}).items():
+        if not isinstance(name, str) or not name:
+            raise UsageError(f"--{flag}: the names must be texts, got {name!r}. Put it into quotes.")
         if not isinstance(entry, dict) or "metric" not in entry or set(entry) - {"metric", "metric_kwargs"}:
             raise UsageError(f"--{flag}: {name!r} must have `metric` and perhaps `metric_kwargs`, got {entry!r}.")
     return entries
