@@ -2,7 +2,8 @@
 Which length of reasoning is best, and does DPG find it? The task is that of `trl_dpg/practice/prefix_sums.py`.
 
 Small models are trained from random weights. Every model and every measurement is a file of the output folder, written
-when it is finished. The same command goes on where it was stopped.
+when it is finished. The same command goes on where it was stopped. A folder belongs to the number of steps and the
+learning rate of its first run: `settings.json`.
 
     python benchmarks/cot_length.py                                  # everything
     python benchmarks/cot_length.py --parts curves --sizes 1 2 3     # accuracy against the length alone
@@ -95,6 +96,16 @@ def cell(path: Path, make) -> dict:
     return json.loads(path.read_text())
 
 
+def check_settings(folder: Path, settings: dict[str, float]) -> None:
+    """Refuse a folder whose models were trained with other settings."""
+    stored = cell(folder / "settings.json", lambda: settings)
+    for name, value in settings.items():
+        if stored[name] != value:
+            raise SystemExit(
+                f"{folder} has models with --{name} {stored[name]}, not {value}. Choose another --output_dir."
+            )
+
+
 def measure(model, path: Path, mixture: Mixture, number: int = 500) -> None:
     """
     Write to a file, by t and T: accuracy with greedy decoding, and mean length in tokens.
@@ -114,9 +125,11 @@ def measure(model, path: Path, mixture: Mixture, number: int = 500) -> None:
     write_json(path, figures)
 
 
-def measured(folder: Path, pattern: str) -> list[dict[str, dict[str, dict[str, float]]]]:
-    """The figures of the models whose names fit, in the order of the names."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"data/{pattern}.json"))]
+def measured(folder: Path, name: str, seed: int | str = "*") -> dict[int, dict[str, dict[str, dict[str, float]]]]:
+    """The figures of the models of this name, by seed."""
+    paths = folder.glob(f"data/{name}_seed_{seed}.json")
+    by_seed = {int(path.stem.rpartition("_")[2]): json.loads(path.read_text()) for path in paths}
+    return dict(sorted(by_seed.items()))
 
 
 def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int, learning_rate: float) -> None:
@@ -130,7 +143,7 @@ def curves(folder: Path, sizes: list[int], seeds: list[int], num_steps: int, lea
 
 def mean_curves(folder: Path, layers: int, seed: int | str = "*") -> dict[int, dict[int, list[float]]]:
     """Accuracy of each seed, or of one, by T and t."""
-    runs = measured(folder, f"uniform_{layers}_layers_seed_{seed}")
+    runs = measured(folder, f"uniform_{layers}_layers", seed).values()
     return {T: {t: [run[str(t)][str(T)]["accuracy"] for run in runs] for t in STEP_SIZES if t <= T} for T in TESTED}
 
 
@@ -249,7 +262,8 @@ def draw_curves(folder: Path, sizes: list[int], path: Path) -> None:
 
 def data_figures(folder: Path, layers: int) -> dict[str, dict[str, np.ndarray]]:
     """
-    `accuracy` and `tokens`, each `[seeds, tested T]`, by what the models were trained on and how they were tested.
+    `accuracy` and `tokens`, each `[seeds, tested T]`, and `seeds`, by what the models were trained on and how they
+    were tested.
 
     `any t`: the mean over all t, as if t was drawn at random. `free`: the model chose t.
     """
@@ -268,13 +282,15 @@ def data_figures(folder: Path, layers: int) -> dict[str, dict[str, np.ndarray]]:
     }
     arms = {}
     for way, (name, tested) in ways.items():
-        if runs := measured(folder, f"{name}_{layers}_layers_seed_*"):
-            arms[way] = {
-                figure: np.array(
-                    [[np.mean([run[str(t)][str(T)][figure] for t in tested(T)]) for T in TESTED] for run in runs]
+        if runs := measured(folder, f"{name}_{layers}_layers"):
+            arms[way] = {"seeds": np.array(list(runs))}
+            for figure in ("accuracy", "tokens"):
+                arms[way][figure] = np.array(
+                    [
+                        [np.mean([run[str(t)][str(T)][figure] for t in tested(T)]) for T in TESTED]
+                        for run in runs.values()
+                    ]
                 )
-                for figure in ("accuracy", "tokens")
-            }
     return arms
 
 
@@ -338,11 +354,12 @@ def figures(folder: Path, sizes: list[int], layers: int, scored_layers: int) -> 
     arms = data_figures(folder, layers)
     if "longest" not in arms:
         return
+    longest = arms["longest"]
     for arm, runs in arms.items():
-        accuracies, both = runs["accuracy"], min(len(runs["accuracy"]), len(arms["longest"]["accuracy"]))
-        means = accuracies.mean(axis=1)
-        above = means[:both] - arms["longest"]["accuracy"][:both].mean(axis=1)
-        columns = [*map(plus_minus, accuracies.T), plus_minus(means), plus_minus(above)]
+        means = runs["accuracy"].mean(axis=1)
+        _, own, others = np.intersect1d(runs["seeds"], longest["seeds"], return_indices=True)
+        above = means[own] - longest["accuracy"][others].mean(axis=1)
+        columns = [*map(plus_minus, runs["accuracy"].T), plus_minus(means), plus_minus(above) if len(above) else ""]
         print(f"{arm:18} | {' | '.join(columns)} | {runs['tokens'].mean():.1f} tokens")
     for name in ("right_answer", "all_lengths"):
         for T in TESTED:
@@ -378,6 +395,8 @@ def main():
     parser.add_argument("--run", type=Path, default=Path("runs/cot_length_mini"), help="the run of the part `choice`")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if {"curves", "data"} & set(args.parts):
+        check_settings(args.output_dir, {"num_steps": args.num_steps, "learning_rate": args.learning_rate})
     if "curves" in args.parts:
         curves(args.output_dir, args.sizes, args.seeds, args.num_steps, args.learning_rate)
     if "data" in args.parts:

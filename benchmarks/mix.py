@@ -30,7 +30,8 @@ def write_samples(path: Path, number: int) -> None:
     """Samples with lengths of their own distribution, sigma 0.8."""
     rng = random.Random(0)
     words = re.findall(r"\S+", "\n".join(page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))))
-    with path.open("w", encoding="utf-8") as file:
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
         for k in range(number):
             name = rng.choice(list(MEDIANS))
             length = max(round(MEDIANS[name] * rng.lognormvariate(0, 0.8)), 5)
@@ -39,12 +40,13 @@ def write_samples(path: Path, number: int) -> None:
             row = {"prompt": f"What is {k} times {rng.randrange(100)}?", "completion": f"It is {k}."}
             row |= {"reasoning": reasoning, "difficulty": name, "finish_reason": "stop", "correct": k % 10 > 0}
             file.write(json.dumps(row) + "\n")
+    os.replace(beside, path)
 
 
 def main(args) -> None:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    samples = folder / "samples.jsonl"
+    samples = folder / f"samples_{args.num_rows}.jsonl"
     if not samples.exists():
         write_samples(samples, args.num_rows)
     print(f"{args.num_rows} samples, {samples.stat().st_size / 1e6:.0f} MB")

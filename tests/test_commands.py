@@ -274,6 +274,15 @@ def test_a_command_for_one_process_says_so(command, capsys, monkeypatch):
     assert raised.value.code == 2 and f"trl-dpg {command[0]} runs on one process, not 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["", "two"])
+def test_a_number_of_processes_that_is_none_is_named(value, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["evaluate", "--datasets", "a", "--metric", "weight_norm", "--student_model_name_or_path", "b"])
+    assert raised.value.code == 2
+    assert f"WORLD_SIZE must be the number of processes, got {value!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("a: [1", "expected ',' or ']'"), ("no_such_key: 1", "keys that no command knows: --no_such_key")],

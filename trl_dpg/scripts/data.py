@@ -191,8 +191,10 @@ def process_state():
 
 def one_process(command: str, instead: str) -> None:
     """Refuse to run on several processes. It needs no torch, which some commands do without."""
-    number = next((int(os.environ[name]) for name in WORLD_SIZES if name in os.environ), 1)
-    if number > 1:
+    name, number = next(((name, os.environ[name]) for name in WORLD_SIZES if name in os.environ), ("", "1"))
+    if not number.isdecimal():
+        raise UsageError(f"The environment variable {name} must be the number of processes, got {number!r}.")
+    if int(number) > 1:
         raise UsageError(f"trl-dpg {command} runs on one process, not {number}. {instead}")
 
 

@@ -10,7 +10,16 @@ from urllib.parse import urlsplit
 
 from ...metagradients.config import SettingsError
 from .answers import Answer, MalformedAnswer, Parts, read_answer
-from .errors import Disturbed, Rejected, TeacherError, Unreachable, WrongRequest, described, sorted_error
+from .errors import (
+    Disturbed,
+    Rejected,
+    TeacherError,
+    Unanswered,
+    Unreachable,
+    WrongRequest,
+    described,
+    sorted_error,
+)
 
 
 Messages = list[dict[str, Any]]
@@ -147,7 +156,7 @@ class Client:
             async with asyncio.timeout(self.teacher.timeout):
                 return await self._ask(messages, sample)
         except TimeoutError:
-            found: Exception = Disturbed(f"no answer within {self.teacher.timeout:g} s")
+            found: Exception = Unanswered(f"no answer within {self.teacher.timeout:g} s")
         except self._openai.APIStatusError as error:
             message, kind = described(error.body, error.message)
             found = self._sorted(error.status_code, message, kind, error.response.headers)
@@ -211,8 +220,8 @@ class Client:
             reason = str(error.__cause__) or f"no connection within {min(CONNECT, self.teacher.timeout):g} s"
             return Unreachable(self._clean(f"no connection to {self.teacher.base_url}: {reason}"))
         if isinstance(error, self._openai.APITimeoutError):
-            return Disturbed(f"no answer within {self.teacher.timeout:g} s")
-        return Disturbed(self._clean(f"the connection broke: {error.__cause__ or error}"))
+            return Unanswered(f"no answer within {self.teacher.timeout:g} s")
+        return Unanswered(self._clean(f"the connection broke: {error.__cause__ or error}"))
 
     def _sorted(self, status: int | None, message: str, kind: str, headers: Any) -> Exception:
         return sorted_error(status, self._clean(message), kind, headers, self.teacher.api_key_env)

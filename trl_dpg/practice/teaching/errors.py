@@ -25,6 +25,10 @@ class Disturbed(Exception):
     """A server's error, a broken connection, half an answer. Sent again a few times."""
 
 
+class Unanswered(Disturbed):
+    """The server was silent for too long, or the connection broke."""
+
+
 class Unreachable(Disturbed):
     """There is no connection to the server."""
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import datetime
 import heapq
+import math
 import signal
 import threading
 import time
@@ -15,13 +16,15 @@ from ...metagradients.config import SettingsError
 from .answers import Answer
 from .client import Client, Messages
 from .display import Display
-from .errors import Disturbed, Refused, Rejected, TeacherError, Unreachable, WrongRequest
+from .errors import Disturbed, Refused, Rejected, TeacherError, Unanswered, Unreachable, WrongRequest
 from .journal import Journal
 from .throttle import Throttle, Ticket
 
 
 NUM_TRIES = 3
 """Connections that fail before the first answer until the address counts as wrong."""
+GRACE = 30.0
+"""Seconds, at most, for the answers on their way when the server has been away for too long."""
 
 
 @dataclass
@@ -129,10 +132,13 @@ class Run:
         self._changed = asyncio.Event()
         self._unreachable = 0  # connections that failed before the first answer
         self._away = ""  # what the last attempt to connect said
-        self._refused_since: float | None = None
+        self._give_up_at = math.inf  # when answers on their way are not waited for any more
 
     async def go(self) -> None:
-        """Run to the end. Answers that are on their way when it stops are stored."""
+        """
+        Run to the end. Answers that are on their way when it stops are stored. If it stops because the server is
+        away, they are waited for `GRACE` seconds at most.
+        """
         with self._interruptible():
             while True:
                 self._check_away()
@@ -145,16 +151,20 @@ class Run:
                     await asyncio.wait_for(self._changed.wait(), min(seconds or 1.0, 1.0))
 
     def stop(self, reason: str, broken: bool = False) -> None:
-        """Start nothing more. Answers that are on their way are still stored."""
+        """Start nothing more. Answers that are on their way are still stored, see [`Run.go`]."""
         if self.stopped is None:
             self.stopped, self.broken = reason, broken
         self._changed.set()
 
     def _check_away(self) -> None:
-        """Stop if the server has been away for too long. What is on its way then will not come any more."""
-        since, most = self.throttle.away_since, self.limits.max_wait
-        if self.stopped is None and since is not None and time.monotonic() - since >= most:
+        """Stop if the server has been away for too long, and some time later give up what is on its way."""
+        since, most, now = self.throttle.away_since, self.limits.max_wait, time.monotonic()
+        if self.stopped is None and since is not None and now - since >= most:
             self.stop(f"the server does not answer any more: {self._away}, for {most:g} s", broken=True)
+            self._give_up_at = now + GRACE
+            if self._tasks:
+                self.display.say(f"Waiting for {len(self._tasks)} answers on their way, for {GRACE:g} s at most.")
+        if now >= self._give_up_at:
             for task in self._tasks:
                 task.cancel()
 
@@ -219,7 +229,7 @@ class Run:
             self._miss(request, ticket, error)
         except Disturbed as error:
             request.attempts += 1
-            delay = self.throttle.failed(ticket, request.attempts)
+            delay = self.throttle.failed(ticket, request.attempts, answered=not isinstance(error, Unanswered))
             if request.attempts > self.limits.max_retries:
                 self._give_up(request, str(error), final=False)
             else:
@@ -240,7 +250,6 @@ class Run:
         else:
             self.journal.store(_record(request, answer, time.monotonic() - began))
             self.accepted += 1
-            self._refused_since = None
             usage = answer.usage
             self.throttle.accepted(ticket, (usage["prompt_tokens"] or 0) + (usage["completion_tokens"] or 0))
 
@@ -261,12 +270,11 @@ class Run:
         self._later(request, delay)
 
     def _refuse(self, request: Request, error: Refused, delay: float) -> None:
-        now = time.monotonic()
-        self._refused_since = self._refused_since or now
-        most = self.limits.max_wait
-        refuses_all = now - self._refused_since > most and not self.throttle.in_flight
-        if refuses_all or (error.retry_after or 0.0) > most:
-            when = f"asks to wait {error.retry_after:.0f} s" if error.retry_after else f"refuses all for {most:g} s"
+        asked, most = error.retry_after or 0.0, self.limits.max_wait
+        since = self.throttle.refused_since
+        refuses_all = since is not None and time.monotonic() - since > most and not self.throttle.in_flight
+        if refuses_all or asked > most:
+            when = f"asks to wait {asked:.0f} s" if asked > most else f"refuses all for {most:g} s"
             self.stop(f"the server {when} ({error})", broken=True)
         self._later(request, delay)
 

@@ -76,6 +76,8 @@ class Throttle:
         away_since (`float` or `None`): When the server could not be connected to for the first time since it last
             answered. `None` while it answers.
         pauses (`int`): Attempts to connect since then.
+        refused_since (`float` or `None`): When a request was refused for the first time since one ended in another
+            way.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Throttle:
         self._counts: dict[int, list[float]] = {}
         self._started = self._first_after_cut = self._errors_in_a_row = self.pauses = 0
         self.away_since: float | None = None
+        self.refused_since: float | None = None
 
     @property
     def limit(self) -> int:
@@ -145,19 +148,25 @@ class Throttle:
     def accepted(self, ticket: Ticket, tokens: float = 0.0) -> None:
         """A request was answered, with this number of tokens."""
         self._ended(ticket, tokens)
+        self.refused_since = None
         self._errors_in_a_row = 0
         if ticket.full:
             self._size = min(self._size + (1 / self._size if self._has_been_cut else 1), self.ceiling)
 
-    def failed(self, ticket: Ticket, attempts: int) -> float:
-        """A request failed for another reason than its rate. Returns the seconds before its next attempt."""
-        self._ended(ticket)
+    def failed(self, ticket: Ticket, attempts: int, answered: bool = True) -> float:
+        """
+        A request failed for another reason than its rate. Without an answer, a server that is away still counts as
+        away. Returns the seconds before its next attempt.
+        """
+        self._ended(ticket, answered=answered)
+        self.refused_since = None
         return self._delay(attempts)
 
     def unreachable(self, ticket: Ticket) -> float:
         """A request found no server. Nothing starts for a time that doubles with each attempt. Returns its seconds."""
         self.in_flight -= 1
         ticket.tokens = 0.0
+        self.refused_since = None
         now = self._clock()
         self.away_since = now if self.away_since is None else self.away_since
         if ticket.time >= self._pause_until:  # those that were on their way together are one attempt
@@ -165,15 +174,17 @@ class Throttle:
             self.pauses += 1
         return max(self._pause_until - now, 0.0)
 
-    def _ended(self, ticket: Ticket, tokens: float = 0.0) -> None:
-        """The server has answered, or has at least taken the request."""
+    def _ended(self, ticket: Ticket, tokens: float = 0.0, answered: bool = True) -> None:
+        """The server has taken the request, and answered it or not."""
         self.in_flight -= 1
         ticket.tokens = tokens
-        self.away_since, self.pauses = None, 0
+        if answered:
+            self.away_since, self.pauses = None, 0
 
     def refused(self, ticket: Ticket, retry_after: float | None = None) -> float:
         """A request was refused because of its rate. Returns the seconds before its next attempt."""
         self._ended(ticket)
+        self.refused_since = self._clock() if self.refused_since is None else self.refused_since
         if ticket.level in self._counts:
             counts = self._counts[ticket.level]
             counts[:] = counts[0] - min(counts[0], 1), counts[1] + min(counts[0], 1)
