@@ -37,7 +37,7 @@ GLIBC = tuple(map(int, platform.libc_ver()[1].split("."))) if platform.libc_ver(
 
 @pytest.mark.skipif(GLIBC < (2, 36), reason="older releases keep tensors of less than 32 MB only")
 def test_memory_that_was_freed_is_not_cleared_again():
-    # Without this, 16,384 for each of ten tensors of pages of 4 kB. The first may get another place than the one before
+    # Without this, 16,384 for each of ten tensors of pages of 4 kB. The first may get another place
     assert int(output(FAULTS).split()[-1]) < 20_000
     assert output(KEPT).strip() == "True"
 
