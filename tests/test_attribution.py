@@ -213,7 +213,7 @@ def test_a_journal_of_several_metrics_is_continued_and_others_are_refused(studen
 @pytest.mark.parametrize(
     ("metric", "contrast", "message"),
     [
-        (METRIC, ["near", "far"], r"needs the names of two of the metrics \[\]"),
+        (METRIC, ["near", "far"], r"\[.near., .far.\] needs several metrics. Pass them as a dictionary"),
         (METRICS, ["near", "there"], r"two of the metrics \['near', 'far'\], got \['near', 'there'\]"),
         (METRICS, ["near", "near"], "two of the metrics"),
         (METRICS, ["near"], "two of the metrics"),
