@@ -191,6 +191,7 @@ def tiny_hub(place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("datasets.load_dataset", lambda name, split: PROMPTS)
     monkeypatch.setattr("trl.rewards.accuracy_reward", lambda completions, **kwargs: [1.0] * len(completions))
+    assert trl_dpg.DPGTrainer  # its module must see TRL's own configuration when it is imported
     monkeypatch.setattr(trl_dpg, "DPGConfig", partial(trl_dpg.DPGConfig, **ONE_STEP))
     monkeypatch.setattr(trl, "GRPOConfig", partial(trl.GRPOConfig, **ONE_STEP))
 
