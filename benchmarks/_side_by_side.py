@@ -24,7 +24,8 @@ WORKER = Path(__file__).with_name("_worker.py")
 Measured = namedtuple("Measured", "seconds peak scores")
 
 
-def add_arguments(parser, steps):
+def add_model_arguments(parser, steps):
+    """The reference model, its samples, and how it is timed."""
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kinds", default="lora,full")
@@ -37,13 +38,18 @@ def add_arguments(parser, steps):
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    parser.add_argument("--cpu-seconds", action="store_true", help="seconds in which a core computed; others may work")
+
+
+def add_arguments(parser, steps):
+    """The same, and the settings of the rivals' inner loop."""
+    add_model_arguments(parser, steps)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.95))
     parser.add_argument("--eps", type=float, default=1e-8)
     parser.add_argument("--eps-root", type=float, default=1e-6)
     parser.add_argument("--checkpoint-interval", type=int, default=1, help="ours: steps between the states kept")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="ours: blocks are run again")
-    parser.add_argument("--cpu-seconds", action="store_true", help="seconds in which a core computed; others may work")
 
 
 # -- the workers' half ------------------------------------------------------------------------------------------------

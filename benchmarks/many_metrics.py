@@ -12,6 +12,7 @@ import argparse
 import statistics
 
 import torch
+from _side_by_side import add_model_arguments
 from metagradient_vs_sft import make_model, timed
 
 from trl_dpg import InnerLoopConfig, Student, metagradient
@@ -64,20 +65,8 @@ def compare(args, kind, student, samples, steps, budget):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    add_model_arguments(parser, steps="1,8")
     parser.add_argument("--number", type=int, default=10, help="of metrics")
-    parser.add_argument("--kinds", default="lora,full")
-    parser.add_argument("--steps", default="1,8")
     parser.add_argument("--budgets", default="kept,recomputed", help="whether graphs are kept")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--attribution", default="metagradient", choices=("metagradient", "first_order"))
-    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, for a busy machine")
     main(parser.parse_args())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _side_by_side import add_model_arguments
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -145,19 +146,7 @@ def compare(args, folder, texts):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--kinds", default="lora,full")
-    parser.add_argument("--steps", default="1,4,8")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
+    add_model_arguments(parser, steps="1,4,8")
     parser.add_argument("--attribution", default="metagradient", choices=("metagradient", "first_order"))
     parser.add_argument("--real", action="store_true", help="SmolLM2 and real texts, downloaded once")
-    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, for a busy machine")
     main(parser.parse_args())
