@@ -102,7 +102,7 @@ def run_cell(folder: Path, experiment: str, way: str, seed: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "trl_dpg.scripts.dpg", *recipe(experiment), "--evaluate", str(way == "adamw")]
-    command += ["--output_dir", str(folder), "--seed", str(seed), *WAYS[experiment][way]]
+    command += ["--output_dir", str(folder), "--seed", str(seed), "--num_threads", "1", *WAYS[experiment][way]]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
     with (folder / "log.txt").open("a") as log:

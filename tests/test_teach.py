@@ -353,6 +353,23 @@ def test_answers_on_their_way_are_waited_for_when_the_server_has_gone(tmp_path, 
     assert [sample["prompt"] for sample in lines(tmp_path / "samples.jsonl")] == ["p0", "p1"] and taught.seconds < 300
 
 
+def test_a_server_that_is_back_and_answers_slowly_is_not_left(tmp_path, monkeypatch):
+    attempts = 0
+
+    async def ask(client, messages, sample):
+        nonlocal attempts
+        attempts += 1
+        if attempts == 2:
+            raise Unreachable("no connection")
+        await asyncio.sleep(2.5 if attempts > 2 else 0.0)
+        return Answer("ok", "", "stop", {"prompt_tokens": 1, "completion_tokens": 1}, "t-1")
+
+    monkeypatch.setattr(Client, "ask", ask)
+    limits = Limits(max_concurrency=1, max_wait=1.5)
+    taught = teach(Teacher("http://localhost/v1", "teacher"), MANY[:3], tmp_path, limits=limits)
+    assert taught.stopped is None and taught.there == 3
+
+
 def test_only_an_answer_shows_that_the_server_is_back():
     now = 0.0
     throttle = Throttle(4, clock=lambda: now)

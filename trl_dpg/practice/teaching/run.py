@@ -128,10 +128,11 @@ class Run:
         self._new = requests
         self._again: list[tuple[float, int, Request]] = []  # requests that are sent again, by time
         self._next: Request | None = None
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: dict[asyncio.Task, Ticket] = {}
         self._changed = asyncio.Event()
         self._unreachable = 0  # connections that failed before the first answer
         self._away = ""  # what the last attempt to connect said
+        self._missed_at = -math.inf  # when it failed
         self._give_up_at = math.inf  # when answers on their way are not waited for any more
 
     async def go(self) -> None:
@@ -159,7 +160,9 @@ class Run:
     def _check_away(self) -> None:
         """Stop if the server has been away for too long, and some time later give up what is on its way."""
         since, most, now = self.throttle.away_since, self.limits.max_wait, time.monotonic()
-        if self.stopped is None and since is not None and now - since >= most:
+        # A request that was sent after the last failed attempt is connected, or will fail soon
+        connected = any(ticket.time > self._missed_at for ticket in self._tasks.values())
+        if self.stopped is None and since is not None and now - since >= most and not connected:
             self.stop(f"the server does not answer any more: {self._away}, for {most:g} s", broken=True)
             self._give_up_at = now + GRACE
             if self._tasks:
@@ -182,8 +185,9 @@ class Run:
                     self.stop(f"max_cost is reached: ${self.journal.tally.cost:.4f} spent")
                 return None if not self._tasks else 1.0
             self._take(request)
-            task = asyncio.create_task(self._send(request, self.throttle.start(expected)))
-            self._tasks.add(task)
+            ticket = self.throttle.start(expected)
+            task = asyncio.create_task(self._send(request, ticket))
+            self._tasks[task] = ticket
             task.add_done_callback(self._ended)
 
     def _first(self) -> tuple[Request | None, float | None]:
@@ -212,7 +216,7 @@ class Run:
         return tally.cost + (len(self._tasks) + 1) * tally.dearest <= most
 
     def _ended(self, task: asyncio.Task) -> None:
-        self._tasks.discard(task)
+        del self._tasks[task]
         self._changed.set()
         if not task.cancelled() and task.exception() is not None:  # an error of our own, such as a full disk
             self.stop(f"{task.exception()!r}")
@@ -257,7 +261,7 @@ class Run:
         """There is no server. The request waits for it, and this is no attempt of its own."""
         pauses = self.throttle.pauses
         delay = self.throttle.unreachable(ticket)
-        self._away = str(error)
+        self._away, self._missed_at = str(error), time.monotonic()
         self._unreachable += not self.accepted
         if self._unreachable >= NUM_TRIES:
             self._fail_all(TeacherError(f"The server cannot be reached: {error}. Is `base_url` right?"))
