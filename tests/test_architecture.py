@@ -14,7 +14,7 @@ import trl_dpg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
-    ["text", "thinking", "student_text", "length_target", "environment", "files", "ranks"],
+    ["text", "thinking", "student_text", "length_target", "environment", "files", "ranks", "checkpoints", "stopping"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
@@ -22,7 +22,18 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["tuning"],
     ["attribution", "scored_batch", "reward"],
-    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "toy", "practice"],
+    [
+        "student_arguments",
+        "config",
+        "generation",
+        "evaluation",
+        "live_table",
+        "callbacks",
+        "run_setup",
+        "restart",
+        "toy",
+        "practice",
+    ],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

@@ -11,6 +11,8 @@ _MODULES = {
     "DPGConfig": "config",
     "DPGTrainer": "trainer",
     "DPGReward": "reward",
+    "RestartCallback": "restart",
+    "StopOnSignal": "stopping",
     "Student": "student",
     "FinetunedStudent": "student",
     "InnerLoopConfig": "metagradients",
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from .metagradients import InnerLoopConfig as InnerLoopConfig
     from .metagradients import MetagradientOutput as MetagradientOutput
     from .metagradients import metagradient as metagradient
+    from .restart import RestartCallback as RestartCallback
     from .reward import DPGReward as DPGReward
+    from .stopping import StopOnSignal as StopOnSignal
     from .student import FinetunedStudent as FinetunedStudent
     from .student import Student as Student
     from .trainer import DPGTrainer as DPGTrainer

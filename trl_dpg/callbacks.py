@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 from .environment import device_name, environment
+from .files import append_line, remove_half_line, write_json
 from .live_table import PHASES, LiveTable, table_columns
 from .metagradients import InnerLoopConfig
 from .metrics.base import metric_name
@@ -65,6 +66,7 @@ class DPGLoggingCallback(TrainerCallback):
         self.tensorboard = tensorboard
         self.train_batch: ScoredBatch | None = None
         self._written: InnerLoopConfig | None = None  # the inner loop in the file of settings
+        self._config: dict[str, Any] = {}  # what else is in it
 
     def on_train_begin(self, args, state, control, **kwargs):
         resumed = state.global_step > 0
@@ -74,18 +76,14 @@ class DPGLoggingCallback(TrainerCallback):
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self._written = self.reward.inner_loop_config
+        self._config = run_config(args, self.reward)
         if not (resumed and self._written.auto):  # the numbers in the file are better than "auto"
             self._write_config(args)
-        log = folder / LOG_NAME
-        if log.exists():  # keep the lines up to the checkpoint of a resumed run, and no lines in a new run
-            lines = log.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= state.global_step]
-            log.write_text("".join(kept), encoding="utf-8")
+        cut_log(folder / LOG_NAME, state.global_step)
 
     def _write_config(self, args) -> None:
         self._written = self.reward.inner_loop_config
-        config = json.dumps(run_config(args, self.reward), indent=2, ensure_ascii=False)
-        (Path(args.output_dir) / CONFIG_NAME).write_text(config, encoding="utf-8")
+        write_json(Path(args.output_dir) / CONFIG_NAME, self._config | {"inner_loop": asdict(self._written)})
 
     def on_step_end(self, args, state, control, **kwargs):
         self.train_batch = self.reward.last_batch or self.train_batch
@@ -105,8 +103,7 @@ class DPGLoggingCallback(TrainerCallback):
         if batch is not None and ("dpg/metric_after" in logs or "eval_dpg/metric_after" in logs):
             record |= describe_batch(batch, self.num_samples)
             self._send(args, mode, state.global_step, batch, record)
-        with (Path(args.output_dir) / LOG_NAME).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_line(Path(args.output_dir) / LOG_NAME, record)
 
     def _send(self, args, mode: str, step: int, batch: ScoredBatch, record: dict[str, Any]) -> None:
         """Send histogram, samples and pictures to the trackers. Transformers' own callbacks send the scalars."""
@@ -176,6 +173,24 @@ class PhaseTimer(TrainerCallback):
         update = time.perf_counter() - self.step_began - self.generation - self.reward
         for name, value in zip(PHASES, (self.generation, self.reward, update), strict=True):
             self.metrics[f"dpg/seconds/{name}"].append(value)
+
+
+def cut_log(path: Path, step: int) -> None:
+    """
+    Cut a log off after a step: a resumed run makes the later lines again. A half line at the end goes, too, and the
+    line that the trainer logs when it ends, whose step is that of a checkpoint.
+    """
+    if not path.exists():
+        return
+    remove_half_line(path)
+    with path.open("rb+") as file:
+        kept = 0
+        for line in file:
+            record = json.loads(line)
+            if record["step"] > step or "train_runtime" in record.get("scalars", {}):
+                break
+            kept += len(line)
+        file.truncate(kept)
 
 
 def describe_batch(batch: ScoredBatch, num_samples: int) -> dict[str, Any]:

@@ -38,6 +38,13 @@ class DPGConfig(StudentArguments, GRPOConfig):
             verification fine-tunes the student 12 more times with changed data weights. It logs how well the scores
             predict the metric's change, as `dpg/verify/pearson` and `dpg/verify/spearman`.
 
+        > Parameters that control a restart
+
+        accept_changed_setup (`bool`, *optional*, defaults to `False`):
+            Whether to go on, with a warning, from a checkpoint that is not whole or that belongs to another set-up
+            (other student, metric, inner loop, data or number of processes). By default both are refused, see
+            [`RestartCallback`].
+
         > Parameters that control the logging
 
         num_logged_samples (`int`, *optional*, defaults to `8`):
@@ -68,6 +75,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
     verify_steps: int = field(
         default=0,
         metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
+    )
+    accept_changed_setup: bool = field(
+        default=False,
+        metadata={"help": "Go on from a checkpoint even if it is not whole, or if the set-up has changed since."},
     )
     num_logged_samples: int = field(
         default=8, metadata={"help": "Samples with the highest and lowest scores to log; 0 for none."}

@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .callbacks import TUNING_NAME, DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
 from .metrics.base import metric_name
+from .restart import RestartCallback
 from .reward import DPGReward
 from .student import FinetunedStudent, Student
 
@@ -47,6 +48,7 @@ class DPGTrainer(GRPOTrainer):
     - `_calculate_rewards`, which tells the reward whether this is an evaluation, sets its number of generations,
       switches its verification off in evaluation, and takes the time;
     - `create_model_card`, which adds metric, student and inner loop;
+    - a [`RestartCallback`], which keeps what a restart at any save needs, and checks it;
     - a [`DPGLoggingCallback`], which logs samples, scores and pictures;
     - a [`PhaseTimer`], which logs the seconds of generation, reward and update.
 
@@ -83,6 +85,7 @@ class DPGTrainer(GRPOTrainer):
 
     Attributes:
         dpg_reward ([`DPGReward`]): The reward.
+        restart ([`RestartCallback`]): Keeps and checks what a restart needs.
         fresh_students (`dict[str, dict]`): Figures of fresh students, by the generator's state, for the model card.
 
     Raises:
@@ -160,7 +163,9 @@ class DPGTrainer(GRPOTrainer):
             **kwargs,
         )
         self.dpg_reward.processing_class = self._tokenizer
-        # The last callback, so that the trackers' own callbacks have started their runs before
+        self.restart = RestartCallback(self, args.accept_changed_setup)
+        self.add_callback(self.restart)  # checks a checkpoint before the next one writes anything
+        # After the trackers' own callbacks, so that these have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
         self.phases = PhaseTimer(self._metrics["train"])

@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..callbacks import CONFIG_NAME, LOG_NAME, pictures
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -70,10 +74,10 @@ def read_run(folder: Path) -> Run:
         hint = f"Did you mean {', '.join(near)}?" if near else "Give the output_dir of a DPGTrainer."
         raise ValueError(f"{str(folder)!r} has no {LOG_NAME}. {hint}")
     lines = []
-    for number, line in enumerate(log.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], start=1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"Line {number} of {str(log)!r} is not JSON ({error}). Remove it.") from error
     scored = [line for line in lines if line["mode"] == "train" and "histogram" in line]
     if not scored:
@@ -81,18 +85,26 @@ def read_run(folder: Path) -> Run:
     checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     states = [path for path in (folder / "trainer_state.json", *reversed(checkpoints)) if path.exists()]
 
-    def read(path: Path) -> dict[str, Any]:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
     return Run(
         name=folder.resolve().name,
         lines=lines,
         scored=scored,
-        config=read(folder / CONFIG_NAME),
-        summary=read(folder / "summary.json"),
-        state=read(states[0]) if states else {},
+        config=_read(folder / CONFIG_NAME),
+        summary=_read(folder / "summary.json"),
+        state=_read(states[0]) if states else {},
         last_logged=datetime.fromtimestamp(log.stat().st_mtime),
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of figures. One that does not exist or was half-written when the run was killed has none."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        logger.warning(f"{str(path)!r} is left out: it is not JSON ({error}).")
+        return {}
 
 
 def spread(items: list, number: int) -> list:

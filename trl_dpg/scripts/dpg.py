@@ -8,23 +8,24 @@ After the training, fresh students are tested, unless `--evaluate false` is give
 newly sampled texts of the trained generator, and one on texts of the untrained generator. All figures are written to
 `<output_dir>/summary.json`.
 
-`--resume_from_checkpoint auto` goes on from the last checkpoint in the output folder. If there is none, it starts
-anew.
+`--resume_from_checkpoint auto` goes on from the newest whole checkpoint in the output folder. If there is none, it
+starts anew. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end with exit status 75 (docs/reliability.md).
 """
 
 import gc
 import itertools
-import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from trl_dpg.files import write_json as write
 
 from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
 from .data import check_model, check_student, load_data, make_folder, make_prompts
 from .flags import in_flags
 from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
 from .registry import make_held_out_metrics, make_metric, make_rewards
+from .resuming import checkpoint, one_run, train
 from .toy_world import make_world, world_folder
 
 
@@ -65,6 +66,12 @@ def make_toy_world(script_args: DPGScriptArguments, training_args, model_args) -
 
 
 def main(script_args, training_args, model_args, dataset_args):
+    with one_run(make_folder("output_dir", training_args.output_dir)) as stop:
+        train_and_test(script_args, training_args, model_args, dataset_args, stop)
+
+
+def train_and_test(script_args, training_args, model_args, dataset_args, stop) -> None:
+    """Train a generator, and test fresh students on its texts."""
     from accelerate import PartialState
 
     script_args.set_threads()
@@ -72,11 +79,12 @@ def main(script_args, training_args, model_args, dataset_args):
         make_toy_world(script_args, training_args, model_args)
     check_model("model_name_or_path", model_args.model_name_or_path, **hub_kwargs(training_args, model_args))
     check_student(training_args)
-    output_dir = make_folder("output_dir", training_args.output_dir)
     metric = make_metric(script_args)
     held_out = make_held_out_metrics(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
+    last = checkpoint(training_args)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
+    trainer.restart.further = fixed_settings(script_args, model_args)
     script_args.set_threads(trainer.model, trainer.dpg_reward.student.model)
     if not training_args.log_completions:
         show_live_table(trainer)
@@ -90,13 +98,12 @@ def main(script_args, training_args, model_args, dataset_args):
         fresh = FreshStudents(trainer, rows, metric, held_out, rewards, number, greedy)
         fresh.sample(UNTRAINED)
 
-    started, last = time.perf_counter(), checkpoint(training_args)
-    train(trainer, last)
+    train(trainer, last, stop)
     set_numbers(trainer.args, trainer.dpg_reward)
-    seconds = earlier_seconds(last) + time.perf_counter() - started
+    seconds = trainer.restart.seconds
     summary = training_figures(trainer, seconds, script_args)
     trainer.save_model(training_args.output_dir)
-    path = output_dir / "summary.json"
+    path = Path(training_args.output_dir, "summary.json")
     if trainer.is_world_process_zero():
         write(path, summary)  # before the fresh students, which may fail
         print(f"{summary['steps']} step{'s' * (summary['steps'] != 1)} in {seconds:.0f} s", flush=True)
@@ -130,62 +137,6 @@ def set_numbers(training_args, reward) -> None:
             "numbers of the training in the place of auto, e.g. those of its dpg_config.json."
         )
     training_args.set_numbers(reward.inner_loop_config)
-
-
-def checkpoint(training_args) -> str | None:
-    """
-    The checkpoint to go on from.
-
-    `"auto"` is the last one of the output folder, or none if there is none. `True` is the last one; there must be one.
-    """
-    from transformers.trainer_utils import get_last_checkpoint
-
-    given, folder = training_args.resume_from_checkpoint, training_args.output_dir
-    if given not in ("auto", True, "true", "True"):
-        return given or None
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if last is None and given != "auto":
-        raise UsageError(f"--resume_from_checkpoint: there is no checkpoint in {folder!r}. Use 'auto' to start anew.")
-    return last
-
-
-def train(trainer, last: str | None) -> None:
-    """
-    Train, from a checkpoint if there is one.
-
-    A checkpoint of the last step is only loaded. transformers would make one more step.
-    """
-    from transformers import TrainerState
-    from transformers.trainer import TRAINER_STATE_NAME
-
-    path = None if last is None else Path(last, TRAINER_STATE_NAME)
-    sharded = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-    if path is not None and path.exists() and trainer.args.max_steps > 0 and not sharded:
-        state = TrainerState.load_from_json(str(path))
-        if state.global_step >= trainer.args.max_steps:
-            trainer._load_from_checkpoint(last)
-            trainer.state = state
-            trainer.dpg_reward.begin_training(resumed=True)  # which takes the numbers that `auto` became
-            return
-    trainer.train(resume_from_checkpoint=last)
-
-
-def earlier_seconds(checkpoint: str | None) -> float:
-    """The seconds of the steps before a checkpoint, as they were logged."""
-    from transformers import TrainerState
-    from transformers.trainer import TRAINER_STATE_NAME
-
-    from trl_dpg.live_table import PHASES
-
-    if checkpoint is None or not Path(checkpoint, TRAINER_STATE_NAME).exists():
-        return 0.0
-    total, before = 0.0, 0
-    for logs in TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).log_history:
-        seconds = sum(logs.get(f"dpg/seconds/{name}", 0.0) for name in PHASES)
-        if seconds:
-            total += seconds * (logs["step"] - before)
-            before = logs["step"]
-    return total
 
 
 def hub_kwargs(training_args, model_args) -> dict[str, Any]:
@@ -275,9 +226,11 @@ def first_rows(trainer, number: int):
     return Dataset.from_list(list(itertools.islice(itertools.cycle(dataset), number)))
 
 
-def write(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures as JSON."""
-    path.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+def fixed_settings(script_args, model_args) -> dict[str, Any]:
+    """The settings that make a run what it is, beside those of the trainer: without its tests at the end."""
+    tests = ("evaluate", "num_fresh_students", "held_out_metrics", "greedy_prompt", "num_threads")
+    settings = vars(script_args) | vars(model_args)
+    return {name: value for name, value in settings.items() if name not in tests}
 
 
 def training_figures(trainer, seconds: float, script_args) -> dict[str, Any]:

@@ -67,7 +67,7 @@ WORDS = {
     "output_dir": "Folder for the trained generator, its logs and figures.",
     "dataset_name": "The prompts: a Hub id, or a file (json, jsonl, parquet, csv, txt).",
     "max_steps": "Number of training steps.",
-    "resume_from_checkpoint": "Folder of a checkpoint to go on from, or 'auto' for the last one in output_dir.",
+    "resume_from_checkpoint": "A checkpoint to go on from, or 'auto' for the newest whole one in output_dir.",
     "model_name_or_path": "The generator's path or Hub id.",
     "use_peft": "Train LoRA adapters of the generator instead of all its parameters.",
     "learning_rate": "The generator's peak learning rate. Short runs need more, e.g. 1e-3 for 40 steps of LoRA.",

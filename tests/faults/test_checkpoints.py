@@ -1,0 +1,189 @@
+"""Which checkpoint a run goes on from, what is refused, and what becomes of an earlier run's files."""
+
+import json
+import shutil
+
+import pytest
+from datasets import Dataset
+from transformers import TrainerState
+
+from tests.small_runs import TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.tiny import make_model
+from trl_dpg.callbacks import cut_log
+from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
+from trl_dpg.metrics import WeightNormMetric
+from trl_dpg.report.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of three steps with checkpoints of all."""
+    folder = tmp_path_factory.mktemp("run")
+    make_trainer(config(folder)).train()
+    return folder
+
+
+def config(folder, **kwargs):
+    return dpg_config(folder, **dict(max_steps=3, save_strategy="steps", save_steps=1) | kwargs)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+OF_A_CHECKPOINT = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json")
+
+
+@pytest.mark.parametrize("name", [*OF_A_CHECKPOINT, "dpg_batch_0.safetensors", "dpg_state_0.json"])
+def test_a_checkpoint_with_a_missing_or_short_file_is_named_and_the_one_before_is_taken(name, run, caplog):
+    newest, before = run / "checkpoint-3", run / "checkpoint-2"
+    assert newest_whole(run) == newest
+    (newest / name).write_bytes((newest / name).read_bytes()[:-1])
+    (before / name).unlink()
+    assert newest_whole(run) == run / "checkpoint-1"
+    assert f"files have another size than when they were written: {name}" in caplog.text
+    assert f"files are missing: {name}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_missing_file_that_transformers_does_not_miss_is_refused(name, run, caplog):
+    (run / "checkpoint-3" / name).unlink()
+    with pytest.raises(ValueError, match=f"not a whole checkpoint: files are missing: {name}"):
+        make_trainer(config(run, max_steps=4)).train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    accepting = make_trainer(config(run, max_steps=4, accept_changed_setup=True))
+    accepting.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    assert accepting.state.global_step == 4 and f"files are missing: {name}" in caplog.text
+
+
+def test_a_checkpoint_is_whole_only_when_all_of_it_is_written(run):
+    (run / "checkpoint-3" / "dpg_checkpoint.json").unlink()
+    assert "its writing was interrupted" in why_not_whole(run / "checkpoint-3")
+    assert newest_whole(run) == run / "checkpoint-2"
+    assert newest_whole(run / "checkpoint-2") is None
+
+
+def test_a_checkpoint_of_the_model_only_is_refused(tmp_path):
+    make_trainer(config(tmp_path, max_steps=1, save_only_model=True)).train()
+    with pytest.raises(ValueError, match="it has only the model"):
+        make_trainer(config(tmp_path)).train(resume_from_checkpoint=True)
+
+
+def test_an_older_checkpoint_goes_only_when_the_next_is_whole(tmp_path, monkeypatch):
+    from trl_dpg import restart
+
+    left = []
+
+    def mark_whole(*arguments):
+        left.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        mark(*arguments)
+
+    mark = restart.mark_whole
+    monkeypatch.setattr(restart, "mark_whole", mark_whole)
+    args = config(tmp_path, save_total_limit=1)
+    make_trainer(args).train()
+    assert left == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"], ["checkpoint-2", "checkpoint-3"]]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert args.save_total_limit == 1
+    assert json.loads((tmp_path / "dpg_config.json").read_text())["settings"]["save_total_limit"] == 1
+
+
+CHANGES = {
+    "student's weights": dict(student=make_model(seed=5)),
+    "student": dict(student=make_model(seed=2, hidden_size=16)),
+    "metric": dict(target_metric=WeightNormMetric()),
+    "data": dict(train_dataset=Dataset.from_dict({"prompt": ["w7 w8", *TRAIN_PROMPTS["prompt"][1:]]})),
+    "learning_rate": dict(learning_rate=0.5),
+    "eps_root": dict(student_eps_root=1e-3),
+    "betas": dict(student_adam_beta2=0.5),
+    "steps_per_generation": dict(steps_per_generation=2),
+    "temperature": dict(temperature=0.5),
+    "train_on": dict(train_on="prompt_completion"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_set_up_is_named_and_refused_or_accepted(name, run, caplog):
+    change = CHANGES[name]
+    own = {key: value for key, value in change.items() if key in ("student", "target_metric", "train_dataset")}
+    settings = {key: value for key, value in change.items() if key not in own}
+    checkpoint = str(run / "checkpoint-2")
+    with pytest.raises(ValueError, match=rf"The set-up is not that of .*\W{name} \(was .*, is .*\)"):
+        make_trainer(config(run, **settings), **own).train(resume_from_checkpoint=checkpoint)
+    log = (run / "dpg_log.jsonl").read_bytes()
+    assert (run / "checkpoint-3").is_dir() and len(log.splitlines()) == 4  # nothing was changed
+    trainer = make_trainer(config(run, accept_changed_setup=True, **settings), **own)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert trainer.state.global_step == 3 and f"{name} (was" in caplog.text
+
+
+def test_what_does_not_change_the_run_may_change(run):
+    free = dict(max_steps=4, logging_steps=2, save_steps=2, save_total_limit=1, num_logged_samples=2, verify_steps=1)
+    make_trainer(config(run, **free, student_micro_batch_size=2)).train(resume_from_checkpoint=True)
+
+
+def test_a_new_run_in_the_folder_of_an_earlier_one_moves_its_files_aside(run, caplog):
+    log = (run / "dpg_log.jsonl").read_bytes()
+    make_trainer(config(run, max_steps=1)).train()
+    aside = run / "earlier-1"
+    assert (aside / "dpg_log.jsonl").read_bytes() == log and len(list(aside.glob("checkpoint-*"))) == 3
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert "has files of an earlier training. They were moved to" in caplog.text
+    make_trainer(config(run, max_steps=1)).train()
+    assert (run / "earlier-2" / "checkpoint-1").is_dir()
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_the_later_ones_apart(run, caplog):
+    (run / "checkpoint-3" / "optimizer.pt").unlink()
+    assert put_aside(run, 1) == run / "earlier-1"
+    assert {path.name for path in run.glob("*/checkpoint-*")} == {"checkpoint-2"}
+    assert not (run / "checkpoint-3").exists() and "checkpoint-3' is removed: files are missing" in caplog.text
+    assert put_aside(run, 1) is None
+
+
+def test_the_folder_of_a_checkpoint_of_elsewhere_must_be_told(run, tmp_path):
+    args = config(tmp_path / "other")
+    with pytest.raises(ValueError, match="The folder of the checkpoint of step 2 is not known"):
+        make_trainer(args).train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    args.resume_from_checkpoint = str(run / "checkpoint-2")
+    make_trainer(args).train(resume_from_checkpoint=args.resume_from_checkpoint)
+    assert (
+        TrainerState.load_from_json(str(tmp_path / "other" / "checkpoint-3" / "trainer_state.json")).global_step == 3
+    )
+
+
+def test_a_log_that_was_cut_inside_a_character_is_continued(run):
+    log = run / "dpg_log.jsonl"
+    first = log.read_bytes().splitlines(keepends=True)[0]
+    log.write_bytes(first + '{"step": 2, "mode": "train", "text": "ü'.encode()[:-1])
+    make_trainer(config(run)).train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert [line["step"] for line in read_run(run).lines] == [1, 2, 3, 3] and log.read_bytes().startswith(first)
+
+
+def test_a_log_is_cut_where_its_steps_are_made_again(tmp_path):
+    path = tmp_path / "dpg_log.jsonl"
+    lines = [{"step": step, "scalars": {"loss": 0.0}} for step in (1, 2, 2, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inode = path.stat().st_ino
+    cut_log(path, 2)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:3] and path.stat().st_ino == inode
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 2, "scalars": {"train_runtime": 1.0}}) + "\n")
+    cut_log(path, 2)
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_report_copes_with_half_written_files(run, caplog):
+    for name in ("summary.json", "dpg_config.json"):
+        (run / name).write_bytes('{"metric": "ü'.encode()[:-1])
+    found = read_run(run)
+    assert found.summary == found.config == {} and found.scored
+    assert "summary.json' is left out: it is not JSON" in caplog.text
+
+
+def test_the_seconds_of_all_pieces_are_added(run):
+    trainer = make_trainer(config(run, max_steps=4))
+    before = json.loads((run / "checkpoint-3" / "dpg_state_0.json").read_text())["seconds"]
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
+    after = json.loads((run / "checkpoint-4" / "dpg_state_0.json").read_text())["seconds"]
+    assert 0 < before < after <= trainer.restart.seconds < before + 60

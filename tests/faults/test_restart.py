@@ -1,0 +1,140 @@
+"""A run that goes on from a checkpoint is the run that it would have been: weights, scores and logs to the bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from tests.small_runs import CONFIG, METRIC, TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.tiny import QUIET, make_model
+from trl_dpg import DPGReward, RestartCallback, Student
+
+
+TWELVE = Dataset.from_dict({"prompt": [f"w{k} w{k + 1}" for k in range(12)]})
+WAYS = {
+    "several updates a reward step": dict(steps_per_generation=2, num_iterations=2, per_device_train_batch_size=8),
+    "one update a reward step": dict(),
+    "micro-batches": dict(per_device_train_batch_size=8, gradient_accumulation_steps=2),
+    "micro-batches and iterations": dict(
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, steps_per_generation=4, num_iterations=2
+    ),
+    "logs of five steps": dict(
+        steps_per_generation=2, num_iterations=2, per_device_train_batch_size=8, logging_steps=5, per_token=True
+    ),
+    "entropy, KL and a table": dict(
+        steps_per_generation=2,
+        per_device_train_batch_size=8,
+        beta=0.1,
+        use_adaptive_entropy=True,
+        verify_steps=2,
+        log_completions=True,
+    ),
+}
+
+
+def state_of(trainer):
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def without_times(record):
+    """A record without what a clock measured."""
+    times = ("seconds", "step_time", "runtime", "per_second")
+    return {name: value for name, value in record.items() if not any(time in name for time in times)}
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (Path(folder) / "dpg_log.jsonl").read_text().splitlines()]
+    ends = [record for record in records if "train_runtime" in record["scalars"]]
+    return [record | {"scalars": without_times(record["scalars"])} for record in records if record not in ends]
+
+
+def assert_same_run(resumed, whole):
+    for (name, one), other in zip(state_of(resumed).items(), state_of(whole).values(), strict=True):
+        assert torch.equal(one, other), name
+    histories = [
+        [without_times(logs) for logs in trainer.state.log_history if "train_runtime" not in logs]
+        for trainer in (resumed, whole)
+    ]
+    texts = [json.dumps(history, sort_keys=True) for history in histories]  # as text, in which nan is nan
+    assert texts[0] == texts[1]
+    assert json.dumps(log_of(resumed.args.output_dir)) == json.dumps(log_of(whole.args.output_dir))
+
+
+def assert_resumes(folder, make, step):
+    """A run and its copy that goes on from a step end alike. `make` makes the trainer for a folder."""
+    whole = make(folder / "whole")
+    whole.train()
+    shutil.copytree(folder / "whole", folder / "resumed")
+    resumed = make(folder / "resumed")
+    resumed.train(resume_from_checkpoint=str(folder / "resumed" / f"checkpoint-{step}"))
+    assert_same_run(resumed, whole)
+    return whole, resumed
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_goes_on_to_the_bit_from_any_save(way, tmp_path):
+    """Four prompts of an epoch in each reward step: the run is in its third epoch when it goes on."""
+
+    def make(folder):
+        args = dpg_config(
+            folder, **dict(max_steps=9, save_strategy="steps", save_steps=1, save_total_limit=9) | WAYS[way]
+        )
+        adapters = LoraConfig(r=4, target_modules="all-linear") if args.beta else None
+        return make_trainer(args, train_dataset=TWELVE.select(range(8)), peft_config=adapters)
+
+    assert_resumes(tmp_path, make, step=7)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_it_goes_on_from_each_place_of_a_generation_batch(step, tmp_path):
+    settings = dict(WAYS["several updates a reward step"], max_steps=6, save_strategy="steps", save_steps=1)
+    assert_resumes(tmp_path, lambda folder: make_trainer(dpg_config(folder, **settings)), step)
+
+
+def test_a_generator_of_adapters_goes_on_to_the_bit_in_a_later_epoch(tmp_path):
+    def make(folder):
+        args = dpg_config(
+            folder, max_steps=5, save_strategy="steps", save_steps=4, learning_rate=1e-2, student_learning_rate=1e-3
+        )
+        adapters = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1)
+        return make_trainer(args, train_dataset=TWELVE.select(range(8)), peft_config=adapters)
+
+    assert_resumes(tmp_path, make, step=4)
+
+
+def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
+    def make(folder):
+        args = GRPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            steps_per_generation=2,
+            num_iterations=2,
+            max_completion_length=6,
+            max_steps=6,
+            logging_steps=1,
+            **QUIET | dict(save_strategy="steps", save_steps=3),
+        )
+        reward = DPGReward(Student(make_model(seed=2), processing_class=TOKENIZER), METRIC, CONFIG)
+        trainer = GRPOTrainer(
+            model=make_model(seed=1, scale=1.0),
+            reward_funcs=reward,
+            args=args,
+            train_dataset=TRAIN_PROMPTS,
+            processing_class=TOKENIZER,
+        )
+        trainer.add_callback(RestartCallback(trainer))
+        (Path(folder) / "dpg_log.jsonl").parent.mkdir(exist_ok=True)
+        return trainer
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    resumed = make(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for one, other in zip(state_of(resumed).values(), state_of(whole).values(), strict=True):
+        assert torch.equal(one, other)

@@ -1,0 +1,117 @@
+"""The set-up of a run, in values that JSON can hold: what must be the same when a run goes on from a checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from .callbacks import run_config
+from .metagradients.config import MEMORY_ONLY
+from .reward import DPGReward
+
+
+FREE = (
+    # where and how often something is written
+    "disable_tqdm",
+    "hub_",
+    "log_",
+    "logging_",
+    "num_completions_to_print",
+    "num_logged_samples",
+    "output_dir",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "save_",
+    "trackio_",
+    "verify_steps",
+    # the length of the run, and how it goes on
+    "accept_changed_setup",
+    "max_steps",
+    "num_train_epochs",
+    "restore_callback_states_from_checkpoint",
+    "resume_from_checkpoint",
+    # where it runs: the number of processes is compared apart
+    "dataloader_",
+    "ddp_",
+    "local_rank",
+    "skip_memory_metrics",
+    "vllm_server_",
+)
+"""Settings that may change when a run goes on, by the beginnings of their names."""
+OF_THE_STUDENT = ("student_bnb_", "student_load_", "student_lora_", "student_model_", "student_text", "student_use_")
+"""The other settings of the student are those of the inner loop, which is compared as the numbers that it uses."""
+NUM_ROWS, NUM_ELEMENTS = 1000, 64
+
+
+def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dict[str, Any]:
+    """
+    The set-up of a run.
+
+    Args:
+        trainer ([`~trl.GRPOTrainer`]): The trainer.
+        reward ([`DPGReward`], *optional*): Its DPG reward.
+        further (`dict[str, Any]`): Settings that the trainer does not know, such as the arguments of a script.
+    """
+    described = run_config(trainer.args, reward) if reward is not None else {}
+    settings = described.get("settings") or json.loads(trainer.args.to_json_string())
+    frozen = ((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad and "lora_" not in name)
+    setup: dict[str, Any] = {
+        "settings": {name: value for name, value in settings.items() if _is_fixed(name)},
+        "further": {name: value for name, value in further.items() if _is_fixed(name)},
+        "run": {
+            "processes": trainer.args.world_size,
+            "data": dataset_digest(trainer.train_dataset),
+            "generator's frozen weights": digest(frozen),
+        },
+    }
+    if reward is not None:
+        setup["run"] |= {
+            "metric": described["metric"],
+            "student": described["student"],
+            "student's weights": digest(reward.student.model.named_parameters()),
+        }
+        inner_loop = asdict(reward.inner_loop_config)
+        setup["inner loop"] = {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY}
+    return json.loads(json.dumps(setup, default=str))
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is different in two set-ups. An `"auto"` of the inner loop stands for the number that was chosen."""
+    return [
+        f"{name} (was {then[part].get(name)!r}, is {now[part].get(name)!r})"
+        for part in now
+        if part in then
+        for name in {**then[part], **now[part]}
+        if then[part].get(name) != now[part].get(name) and not (part == "inner loop" and now[part].get(name) == "auto")
+    ]
+
+
+def digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A short name of a model's weights, from some elements of each. A fine-tuning changes it."""
+    found = hashlib.sha256()
+    for name, parameter in parameters:
+        flat = parameter.data.flatten()
+        some = flat[:: max(1, flat.numel() // NUM_ELEMENTS)].cpu().contiguous()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def dataset_digest(dataset: Any) -> str:
+    """A short name of a dataset, from its number of rows and some of them. Streams are not compared."""
+    if not isinstance(dataset, Dataset):
+        return "a stream"
+    rows = range(0, len(dataset), max(1, len(dataset) // NUM_ROWS))
+    some = dataset.with_format("arrow")[list(rows)].to_pylist()
+    return f"{len(dataset)} rows, {hashlib.sha256(json.dumps(some, default=str).encode()).hexdigest()[:16]}"
+
+
+def _is_fixed(name: str) -> bool:
+    of_the_inner_loop = name.startswith("student_") and not name.startswith(OF_THE_STUDENT)
+    return not name.startswith(FREE) and not of_the_inner_loop and name not in ("attribution", "per_token")
