@@ -9,7 +9,7 @@ export WANDB_MODE = offline
 export TOKENIZERS_PARALLELISM = false
 export OMP_NUM_THREADS = 1
 
-.PHONY: setup quickstart real test trl-suite lint clean
+.PHONY: setup quickstart real test faults trl-suite lint clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,11 @@ test: setup lint
 # All that TRL's tests of its GRPO trainer check, with both trainers; `make test` runs some of it.
 trl-suite: setup
 	$(BIN)/python -m pytest tests/trl_suite -m "" --numprocesses 2 --dist worksteal
+
+# Runs that are killed at random moments and go on; `make test` runs some of it. It goes on where it was stopped.
+faults: setup
+	$(BIN)/python -m pytest tests/faults -m ""
+	$(BIN)/python -m tests.faults.kills --kills 40 --output_dir runs/faults
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

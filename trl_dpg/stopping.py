@@ -59,9 +59,7 @@ class StopOnSignal(TrainerCallback):
         if not self._training:
             say(f"Stopped by {self.received.name}. {self.outside}")
             sys.exit(STOPPED)
-        say(
-            f"{self.received.name}: saving and stopping after this step. A second signal stops at once, without saving."
-        )
+        say(f"{self.received.name}: saving and stopping after this step. A second signal stops at once.")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._training = True
