@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from .callbacks import run_config
 from .metagradients.config import MEMORY_ONLY
+from .metrics.base import Metric
 from .reward import DPGReward
 
 
@@ -72,7 +73,7 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
     }
     if reward is not None:
         setup["run"] |= {
-            "metric": described["metric"],
+            "metric": f"{described['metric']}, {_short(json.dumps(_content(reward.metric), default=str))}",
             "student": described["student"],
             "student's weights": digest(reward.student.model.named_parameters()),
         }
@@ -103,13 +104,30 @@ def digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     return found.hexdigest()[:16]
 
 
+def _content(value: Any) -> Any:
+    """What makes a metric of this package what it is. Of other objects, only their type is known."""
+    if isinstance(value, Metric):
+        return {name: _content(own) for name, own in vars(value).items() if not name.startswith("_")}
+    if isinstance(value, torch.Tensor):
+        return digest([("", value)])
+    if isinstance(value, Dataset):
+        return dataset_digest(value)
+    if isinstance(value, list | tuple):
+        return [_content(own) for own in value]
+    return value if isinstance(value, str | int | float | dict | None) else type(value).__name__
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+
+
 def dataset_digest(dataset: Any) -> str:
     """A short name of a dataset, from its number of rows and some of them. Streams are not compared."""
     if not isinstance(dataset, Dataset):
         return "a stream"
     rows = range(0, len(dataset), max(1, len(dataset) // NUM_ROWS))
     some = dataset.with_format("arrow")[list(rows)].to_pylist()
-    return f"{len(dataset)} rows, {hashlib.sha256(json.dumps(some, default=str).encode()).hexdigest()[:16]}"
+    return f"{len(dataset)} rows, {_short(json.dumps(some, default=str))}"
 
 
 def _is_fixed(name: str) -> bool:

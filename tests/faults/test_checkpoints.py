@@ -11,7 +11,7 @@ from tests.small_runs import TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import make_model
 from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
-from trl_dpg.metrics import WeightNormMetric
+from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
 
 
@@ -91,7 +91,7 @@ def test_an_older_checkpoint_goes_only_when_the_next_is_whole(tmp_path, monkeypa
 CHANGES = {
     "student's weights": dict(student=make_model(seed=5)),
     "student": dict(student=make_model(seed=2, hidden_size=16)),
-    "metric": dict(target_metric=WeightNormMetric()),
+    "metric": dict(target_metric=LanguageModelingMetric(["w5 w6 w8"])),
     "data": dict(train_dataset=Dataset.from_dict({"prompt": ["w7 w8", *TRAIN_PROMPTS["prompt"][1:]]})),
     "learning_rate": dict(learning_rate=0.5),
     "eps_root": dict(student_eps_root=1e-3),

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.small_runs import CONFIG, METRIC, TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
-from tests.tiny import QUIET, make_model
+from tests.tiny import QUIET, make_model, on_two_processes
 from trl_dpg import DPGReward, RestartCallback, Student
 
 
@@ -138,3 +138,14 @@ def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for one, other in zip(state_of(resumed).values(), state_of(whole).values(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.faults
+def test_two_ranks_go_on_to_the_bit(tmp_path):
+    process = on_two_processes("tests.faults.two_ranks", str(tmp_path))
+    assert process.returncode == 0 and "same" in process.stdout, process.stderr[-3000:]
+    assert {path.name for path in (tmp_path / "checkpoint-6").glob("dpg_*")} == {
+        *(f"dpg_batch_{rank}.safetensors" for rank in (0, 1)),
+        *(f"dpg_state_{rank}.json" for rank in (0, 1)),
+        "dpg_checkpoint.json",
+    }
