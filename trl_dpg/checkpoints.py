@@ -96,7 +96,7 @@ def put_aside(output_dir: str | Path, step: int) -> Path | None:
         logger.warning(f"{str(folder)!r} is removed: {why_not_whole(folder)}.")
         shutil.rmtree(folder)
     moved = [folder for folder in later if folder not in broken]
-    if step == 0:
+    if step == 0 and (later or _has_steps(Path(output_dir, OF_A_RUN[0]))):
         moved += [path for name in OF_A_RUN if (path := Path(output_dir, name)).exists()]
     if not moved:
         return None
@@ -110,3 +110,11 @@ def put_aside(output_dir: str | Path, step: int) -> Path | None:
     what = f"from after step {step}" if step else "of an earlier training"
     logger.warning(f"{str(output_dir)!r} has files {what}. They were moved to {str(aside)!r}.")
     return aside
+
+
+def _has_steps(log: Path) -> bool:
+    """Whether a log has steps of a training, and not only evaluations before it."""
+    if not log.exists():
+        return False
+    with log.open("rb") as file:
+        return any(line.endswith(b"\n") and json.loads(line)["step"] > 0 for line in file)

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 from accelerate import PartialState
@@ -14,12 +15,14 @@ from transformers import TrainerCallback
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOPPED = 75
 """Exit status of a run that a signal stopped and that can go on (EX_TEMPFAIL: try again later)."""
+SAME_SIGNAL = 1.0  # seconds
 
 
 class StopOnSignal(TrainerCallback):
     """
     Saves a checkpoint and stops at the end of the step in which SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 arrives on any
-    process. A second signal ends the process at once, without saving.
+    process. A second signal ends the process at once, without saving. Signals that follow the first within a second
+    are the same one: a launcher passes on what its processes get from the terminal, too.
 
         with StopOnSignal() as stop:
             trainer.add_callback(stop)
@@ -40,6 +43,7 @@ class StopOnSignal(TrainerCallback):
         self.outside = outside
         self.received: signal.Signals | None = None
         self._training = False
+        self._received_at = 0.0
         self._handlers: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -54,8 +58,10 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            os._exit(128 + number)  # as if nothing had caught the signal
-        self.received = signal.Signals(number)
+            if time.monotonic() - self._received_at > SAME_SIGNAL:
+                os._exit(128 + number)  # as if nothing had caught the signal
+            return
+        self.received, self._received_at = signal.Signals(number), time.monotonic()
         if not self._training:
             say(f"Stopped by {self.received.name}. {self.outside}")
             sys.exit(STOPPED)

@@ -133,6 +133,14 @@ def test_a_new_run_in_the_folder_of_an_earlier_one_moves_its_files_aside(run, ca
     assert (run / "earlier-2" / "checkpoint-1").is_dir()
 
 
+def test_an_evaluation_before_the_training_stays_in_the_log(tmp_path):
+    trainer = make_trainer(config(tmp_path, max_steps=1), eval_dataset=TRAIN_PROMPTS.select(range(4)))
+    trainer.evaluate()
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "dpg_log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["mode"]) for line in lines[:2]] == [(0, "eval"), (1, "train")]
+
+
 def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_the_later_ones_apart(run, caplog):
     (run / "checkpoint-3" / "optimizer.pt").unlink()
     assert put_aside(run, 1) == run / "earlier-1"
