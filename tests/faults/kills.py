@@ -101,7 +101,8 @@ def outcome(folder: Path) -> tuple[str, str, str, bytes]:
     """What must be the same in two runs, without the figures of a clock."""
 
     def steady(figures: dict) -> str:
-        return json.dumps({name: value for name, value in figures.items() if not any(time in name for time in TIMES)})
+        kept = {name: value for name, value in figures.items() if not any(time in name for time in TIMES)}
+        return json.dumps(kept, sort_keys=True)
 
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "dpg_log.jsonl").read_text().splitlines()]

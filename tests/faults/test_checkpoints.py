@@ -88,6 +88,16 @@ def test_an_older_checkpoint_goes_only_when_the_next_is_whole(tmp_path, monkeypa
     assert json.loads((tmp_path / "dpg_config.json").read_text())["settings"]["save_total_limit"] == 1
 
 
+def test_an_error_while_saving_leaves_the_last_whole_checkpoint(run, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("trl_dpg.restart.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_trainer(config(run, max_steps=4, save_total_limit=1)).train(resume_from_checkpoint=True)
+    assert newest_whole(run) == run / "checkpoint-3" and (run / "checkpoint-4").is_dir()
+
+
 CHANGES = {
     "student's weights": dict(student=make_model(seed=5)),
     "student": dict(student=make_model(seed=2, hidden_size=16)),
@@ -103,18 +113,22 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_set_up_is_named_and_refused_or_accepted(name, run, caplog):
+def test_a_changed_set_up_is_named_and_refused(name, run):
     change = CHANGES[name]
     own = {key: value for key, value in change.items() if key in ("student", "target_metric", "train_dataset")}
     settings = {key: value for key, value in change.items() if key not in own}
-    checkpoint = str(run / "checkpoint-2")
     with pytest.raises(ValueError, match=rf"The set-up is not that of .*\W{name} \(was .*, is .*\)"):
-        make_trainer(config(run, **settings), **own).train(resume_from_checkpoint=checkpoint)
+        make_trainer(config(run, **settings), **own).train(resume_from_checkpoint=str(run / "checkpoint-2"))
     log = (run / "dpg_log.jsonl").read_bytes()
     assert (run / "checkpoint-3").is_dir() and len(log.splitlines()) == 4  # nothing was changed
-    trainer = make_trainer(config(run, accept_changed_setup=True, **settings), **own)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    assert trainer.state.global_step == 3 and f"{name} (was" in caplog.text
+
+
+def test_a_changed_set_up_is_accepted_with_a_warning(run, caplog):
+    args = config(run, accept_changed_setup=True, student_eps_root=1e-3)
+    trainer = make_trainer(args, **CHANGES["student's weights"])
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert trainer.state.global_step == 3
+    assert "eps_root (was" in caplog.text and "student's weights (was" in caplog.text
 
 
 def test_what_does_not_change_the_run_may_change(run):

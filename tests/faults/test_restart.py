@@ -73,7 +73,6 @@ def assert_resumes(folder, make, step):
     resumed = make(folder / "resumed")
     resumed.train(resume_from_checkpoint=str(folder / "resumed" / f"checkpoint-{step}"))
     assert_same_run(resumed, whole)
-    return whole, resumed
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -90,10 +89,24 @@ def test_a_run_goes_on_to_the_bit_from_any_save(way, tmp_path):
     assert_resumes(tmp_path, make, step=7)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
-def test_it_goes_on_from_each_place_of_a_generation_batch(step, tmp_path):
+def make_several(folder):
     settings = dict(WAYS["several updates a reward step"], max_steps=6, save_strategy="steps", save_steps=1)
-    assert_resumes(tmp_path, lambda folder: make_trainer(dpg_config(folder, **settings)), step)
+    return make_trainer(dpg_config(folder, **settings))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    trainer = make_several(tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])
+def test_it_goes_on_from_each_place_of_a_generation_batch(step, whole, tmp_path):
+    shutil.copytree(whole.args.output_dir, tmp_path / "resumed")
+    resumed = make_several(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{step}"))
+    assert_same_run(resumed, whole)
 
 
 def test_a_generator_of_adapters_goes_on_to_the_bit_in_a_later_epoch(tmp_path):
@@ -129,7 +142,6 @@ def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
             processing_class=TOKENIZER,
         )
         trainer.add_callback(RestartCallback(trainer))
-        (Path(folder) / "dpg_log.jsonl").parent.mkdir(exist_ok=True)
         return trainer
 
     whole = make(tmp_path / "whole")
