@@ -3,8 +3,8 @@ Kills runs of miniature recipes at random moments, lets them go on, and compares
 
     python -m tests.faults.kills --kills 40 --output_dir runs/faults
 
-In two fifths of the cases the run is killed (SIGKILL) while it saves a checkpoint, in the others at any moment between
-its start and its end. Half of the cases make several updates with a generation batch. A run that goes on must end with
+In two fifths of the cases the run is killed (SIGKILL) while it saves a checkpoint, in the others at a random moment after
+a random number of steps. Half of the cases make several updates with a generation batch. A run that goes on must end with
 the weights, scores and logs of the whole run, to the bit. The result of each case is a line of
 `<output_dir>/kills.jsonl`. Cases that have one are not run again. The exit status is 1 if a case failed.
 """
@@ -68,33 +68,36 @@ def _run(argv: list[str], log: str) -> None:
     cli.main(argv)
 
 
-def whole_run(case: Case, output_dir: Path) -> tuple[Path, float]:
-    """The run that nothing stops, and its seconds. It is made once for all cases alike."""
+def whole_run(case: Case, output_dir: Path) -> Path:
+    """The run that nothing stops. It is made once for all cases alike."""
     folder = output_dir / f"{case.recipe}{'_several' * case.several}"
-    seconds = folder / "seconds.json"
-    if not seconds.exists():
-        began = time.perf_counter()
+    if not (folder / "summary.json").exists():
         process = start(case, folder, "--save_steps", "2")
         process.join()
         if process.exitcode:
             raise RuntimeError(f"The run that nothing stopped failed, see {folder}.log")
-        seconds.write_text(json.dumps(time.perf_counter() - began))
-    return folder, json.loads(seconds.read_text())
+    return folder
 
 
-def kill(process, case: Case, folder: Path, seconds: float, chance: random.Random) -> None:
-    """Kill a run at a random moment: while it writes one of its first four checkpoints, or anywhere."""
-    if not case.saving:
-        process.join(chance.uniform(0, seconds))
-    else:
-        wanted, pause = chance.randint(1, 4), chance.uniform(0, 0.06)
-        seen: set[int] = set()
-        while len(seen) < wanted and process.is_alive():
-            seen |= set(checkpoints(folder))
-            time.sleep(0.001)
-        time.sleep(pause)
+def kill(process, case: Case, folder: Path, save_steps: int, chance: random.Random) -> None:
+    """Kill a run at a random moment: while it writes one of its checkpoints, or after a number of steps."""
+    steps = 14 if case.several else 6
+    wanted = chance.randint(1, steps // save_steps) if case.saving else chance.randint(0, steps - 1)
+    pause = chance.uniform(0, 0.06 if case.saving else 0.5)
+    saved: set[int] = set()
+    while process.is_alive():
+        saved |= set(checkpoints(folder))
+        if wanted <= (len(saved) if case.saving else num_logged(folder)):
+            break
+        time.sleep(0.001)
+    process.join(pause)
     process.kill()
     process.join()
+
+
+def num_logged(folder: Path) -> int:
+    log = folder / "dpg_log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def outcome(folder: Path) -> tuple[str, str, str, bytes]:
@@ -113,13 +116,14 @@ def outcome(folder: Path) -> tuple[str, str, str, bytes]:
 
 def run_case(case: Case, output_dir: Path) -> dict:
     """Kill a run, let it go on, and compare."""
-    whole, seconds = whole_run(case, output_dir)
+    whole = whole_run(case, output_dir)
     chance = random.Random(case.number)
     folder = output_dir / f"case_{case.number}"
     for path in (folder, folder.with_name(f"{folder.name}_world")):
         shutil.rmtree(path, ignore_errors=True)
-    keep = ["--save_steps", str(chance.randint(1, 3)), "--save_total_limit", str(chance.randint(1, 3))]
-    kill(start(case, folder, *keep), case, folder, seconds, chance)
+    save_steps = chance.randint(1, 3)
+    keep = ["--save_steps", str(save_steps), "--save_total_limit", str(chance.randint(1, 3))]
+    kill(start(case, folder, *keep), case, folder, save_steps, chance)
     found = [why_not_whole(path) is None for path in checkpoints(folder).values()]
     finished = (folder / "summary.json").exists()
     process = start(case, folder, *keep, "--resume_from_checkpoint", "auto")
