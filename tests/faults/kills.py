@@ -3,9 +3,9 @@ Kills runs of miniature recipes at random moments, lets them go on, and compares
 
     python -m tests.faults.kills --kills 40 --output_dir runs/faults
 
-In two fifths of the cases the run is killed (SIGKILL) while it saves a checkpoint, in the others at a random moment after
-a random number of steps. Half of the cases make several updates with a generation batch. A run that goes on must end with
-the weights, scores and logs of the whole run, to the bit. The result of each case is a line of
+In two fifths of the cases the run is killed (SIGKILL) while it saves a checkpoint, in the others at a random moment
+after a random number of steps. Half of the cases make several updates with a generation batch. A run that goes on must
+end with the weights, scores and logs of the whole run, to the bit. The result of each case is a line of
 `<output_dir>/kills.jsonl`. Cases that have one are not run again. The exit status is 1 if a case failed.
 """
 
