@@ -32,7 +32,7 @@ from ..toy import save_world, tiny_llama, word_tokenizer
 BASE = 5
 """Digits are below it, and sums are taken modulo it."""
 
-MAX_OPERATORS = 12
+MAX_OPERATORS = 24
 """The largest T."""
 
 STEP_SIZES = (1, 2, 3, 4, 6)
@@ -145,7 +145,7 @@ def train(
     mixture: Mixture,
     num_steps: int,
     tokens_per_step: int = 768,
-    learning_rate: float = 5e-3,
+    learning_rate: float = 2e-3,
     growth: float = 0.4,
     seed: int = 0,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
@@ -329,7 +329,8 @@ def prefix_sums_world(
         num_layers (`int`): Layers of the model.
     """
     model = prefix_sums_model(num_layers, seed=seed)
-    train(model, {T: sizes for T, sizes in UNIFORM.items() if T <= max(operators)}, num_steps, seed=seed)
+    mixture = {T: sizes for T, sizes in UNIFORM.items() if T <= max(operators)}
+    train(model, mixture, num_steps, learning_rate=5e-3, seed=seed)
     rng = np.random.default_rng(seed)
     rows = [as_row(with_reasoning(rng.integers(BASE, size=(1, rng.choice(operators) + 1)), 1)[0]) for _ in range(1024)]
     save_world(folder, prefix_sums_tokenizer(), model, model, [row["prompt"] for row in rows])
