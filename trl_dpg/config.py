@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from trl import GRPOConfig
 
+from .redaction import redacted
+from .sampling import check_sampling
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
 
@@ -91,6 +93,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         StudentArguments.__post_init__(self)
         if self.train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {self.train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        check_sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}.")
         StudentText(self.student_text, self.unfinished_thoughts)  # raises if a choice is unknown
         for name in ("verify_steps", "num_logged_samples"):
             if vars(self)[name] < 0:
@@ -107,4 +112,4 @@ class DPGConfig(StudentArguments, GRPOConfig):
 
     def to_dict(self):
         # transformers hides the values of names that end with "_token", because it assumes that they are secret
-        return super().to_dict() | {"per_token": self.per_token}
+        return redacted(super().to_dict() | {"per_token": self.per_token})

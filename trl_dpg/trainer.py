@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .callbacks import TUNING_NAME, DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
+from .files import check_links
 from .metrics.base import metric_name
 from .restart import RestartCallback
 from .reward import DPGReward
@@ -132,6 +133,7 @@ class DPGTrainer(GRPOTrainer):
         _advise_on_learning_rate(args)
         metric = _checked_metric(target_metric)
         student = _given_student(args, student)
+        check_links(args.output_dir)
         _check_prompts(args, train_dataset)
         _check_apart(model, student)
         student = _load_student(
@@ -328,9 +330,14 @@ def _for_all_rewards(name: str, values: list, num_further: int, own) -> list:
 
 def _check_prompts(args: DPGConfig, train_dataset) -> None:
     num_prompts = args.generation_batch_size // args.num_generations
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+    number = num_prompts
+    if isinstance(train_dataset, Dataset):
+        number = len(train_dataset)
+    elif isinstance(train_dataset, IterableDataset):
+        number = sum(1 for _ in train_dataset.take(num_prompts))  # a stream that is too short would end without a step
+    if number < num_prompts:
         raise ValueError(
-            f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
+            f"train_dataset has {number} rows, but a generation batch takes {num_prompts} prompts "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
             "so there would be no step. Use more prompts, or raise num_generations."
         )

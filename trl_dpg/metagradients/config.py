@@ -1,5 +1,6 @@
 """`InnerLoopConfig`: how the student is fine-tuned, and how its metric's change is attributed to the samples."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,6 +148,7 @@ class InnerLoopConfig:
     hvp: str = "double_backward"
 
     def __post_init__(self):
+        _check_numbers(self)
         _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
         _check_choice("attribution", self.attribution, ("metagradient", "first_order", "dataset"))
@@ -228,6 +230,22 @@ class InnerLoopConfig:
             dummy.step()
             scheduler.step()
         return rates
+
+
+def _check_numbers(config: InnerLoopConfig) -> None:
+    """Refuse numbers that are none, or not finite: `batch_size=True`, `weight_decay=nan`."""
+    for name in ("batch_size", "num_epochs", "max_length", "micro_batch_size", "warmup_steps", "seed"):
+        value = vars(config)[name]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    numbers = {name: vars(config)[name] for name in ("eps", "weight_decay", "momentum", "max_grad_norm")}
+    numbers |= {name: vars(config)[name] for name in AUTO if not isinstance(vars(config)[name], str)}
+    numbers |= {f"betas[{index}]": beta for index, beta in enumerate(config.betas)}
+    for name, value in numbers.items():
+        if value is None and name == "max_grad_norm":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -184,7 +184,8 @@ def _differentiate(
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution != "dataset"
-    goals = plan_goals(metrics, score_parts and attribute)
+    free = not config.per_token and (len(fine_tuning.steps) == 1 or config.attribution == "first_order")
+    goals = plan_goals(metrics, score_parts and attribute, free)
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ..redaction import redacted
 from .arguments import GeneratorArguments, ToyWorldArguments, UsageError, at_least
 from .data import complete_prompts, completion_reader, make_folder, one_process, process_state, read_prompts
 from .toy_world import toy_world
@@ -192,7 +193,7 @@ def dataset_card(script_args: GenerateArguments, number: int, thoughts: str | No
         tags=["trl", "dpg", "synthetic"],
         size_categories=[size],
     )
-    settings = json.dumps(asdict(script_args), indent=2)
+    settings = json.dumps(redacted(asdict(script_args)), indent=2)
     return DatasetCard(f"""---
 {data.to_yaml()}
 ---
