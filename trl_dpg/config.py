@@ -52,6 +52,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         num_logged_samples (`int`, *optional*, defaults to `8`):
             Number of samples to log with their scores: half of them with the highest scores, half with the lowest.
             `0`: none. See [`DPGLoggingCallback`].
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether to keep every rollout (prompts, completions, scores, step) in `<output_dir>/rollouts`, see
+            [`~trl_dpg.rollouts.RolloutWriter`].
     """
 
     _argument_group_name: ClassVar[str] = "generator (GRPO), student and reward"
@@ -84,6 +87,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
     )
     num_logged_samples: int = field(
         default=8, metadata={"help": "Samples with the highest and lowest scores to log; 0 for none."}
+    )
+
+    save_rollouts: bool = field(
+        default=False, metadata={"help": "Keep all prompts, completions and scores, as Parquet files in `rollouts`."}
     )
 
     def __post_init__(self):

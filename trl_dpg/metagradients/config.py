@@ -39,6 +39,20 @@ class SettingsError(ValueError):
     """Settings that do not fit the data, or an earlier run. Fields and arguments are in backticks in the message."""
 
 
+class NotFiniteError(FloatingPointError):
+    """
+    Numbers of a fine-tuning that are not finite.
+
+    Args:
+        message (`str`): What is not finite, in which step, and the likely cause.
+        rows (`list[int]`): The samples that it was found at, by their place in the dataset.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int]):
+        super().__init__(message)
+        self.rows = list(rows)
+
+
 @dataclass
 class InnerLoopConfig:
     """

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -200,8 +200,13 @@ def as_the_student_reads(dataset, arguments, flag: str, name: str):
     return read
 
 
-def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, batch_size: int = 256) -> list[str]:
+def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int) -> list[str]:
     """The generator's texts after prompts. A [`completion_reader`] says what of them a student reads."""
+    return make_completer(arguments)(prompts, seed)
+
+
+def make_completer(arguments: GeneratorArguments) -> Callable[[list, int], list[str]]:
+    """Load the generator. Returns a function from prompts and a seed to its texts."""
     from trl_dpg.generation import generate_texts, load_generator
 
     path = str(arguments.model_name_or_path)
@@ -209,12 +214,11 @@ def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, ba
         path, arguments.dtype or "auto", arguments.model_revision, arguments.trust_remote_code
     )
     arguments.set_threads(model)
-    return generate_texts(
+    return lambda prompts, seed: generate_texts(
         model,
         tokenizer,
         prompts,
         arguments.max_completion_length,
-        batch_size=batch_size,
         seed=seed,
         chat_template_kwargs=arguments.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         generation_kwargs=arguments.generation_kwargs,  # type: ignore[arg-type]
