@@ -85,7 +85,7 @@ def find_faults(scored: Sequence[dict[str, Any]]) -> dict[str, str]:
         found["verify"] = (
             f"in the last {VERIFICATIONS} verifications, predicted and actual changes of the metric had "
             f"correlations of {', '.join(f'{value:.2f}' for value in verified)}: the scores say little about it. Run "
-            "trl-dpg verify with this recipe. Usual remedies are a larger student_eps_root, a lower student_learning_rate and a "
-            "larger student_batch_size."
+            "trl-dpg verify with this recipe. Usual remedies are a larger student_eps_root, a lower "
+            "student_learning_rate and a larger student_batch_size."
         )
     return found

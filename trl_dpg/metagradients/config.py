@@ -250,7 +250,9 @@ def _check_numbers(config: InnerLoopConfig) -> None:
     """Refuse numbers that are none, or not finite: `batch_size=True`, `weight_decay=nan`."""
     for name in ("batch_size", "num_epochs", "max_length", "micro_batch_size", "warmup_steps", "seed"):
         value = vars(config)[name]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if value is None and name == "micro_batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f"{name} must be a whole number, got {value!r}.")
     numbers = {name: vars(config)[name] for name in ("eps", "weight_decay", "momentum", "max_grad_norm")}
     numbers |= {name: vars(config)[name] for name in AUTO if not isinstance(vars(config)[name], str)}
