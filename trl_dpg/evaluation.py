@@ -324,11 +324,12 @@ def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor]
     Raises:
         `ValueError`: If the metric changes the student's weights.
     """
-    weights = {name: parameter.detach().clone() for name, parameter in student.model.named_parameters()}
-    again = metric_before(student, metric)
-    changed = [
-        name for name, parameter in student.model.named_parameters() if not torch.equal(parameter, weights[name])
-    ]
+
+    def hashes() -> dict[str, float]:
+        return {name: torch.hash_tensor(own.detach()).item() for name, own in student.model.named_parameters()}
+
+    weights, again = hashes(), metric_before(student, metric)
+    changed = [name for name, value in hashes().items() if value != weights[name]]
     if changed:
         raise ValueError(
             f"The metric changes the student's weights ({changed[0]} and {len(changed) - 1} others), so that its "

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers import SchedulerType, get_scheduler
@@ -252,7 +253,7 @@ def _check_numbers(config: InnerLoopConfig) -> None:
         value = vars(config)[name]
         if value is None and name == "micro_batch_size":
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise ValueError(f"{name} must be a whole number, got {value!r}.")
     numbers = {name: vars(config)[name] for name in ("eps", "weight_decay", "momentum", "max_grad_norm")}
     numbers |= {name: vars(config)[name] for name in AUTO if not isinstance(vars(config)[name], str)}
@@ -260,7 +261,7 @@ def _check_numbers(config: InnerLoopConfig) -> None:
     for name, value in numbers.items():
         if value is None and name == "max_grad_norm":
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}.")
 
 

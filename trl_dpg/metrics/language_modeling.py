@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -43,7 +44,7 @@ class LanguageModelingMetric(Metric):
         if isinstance(dataset, str):
             raise ValueError(f"The dataset of a LanguageModelingMetric is one text, {dataset!r:.60}. Give a list.")
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
         self.dataset = dataset
         self.batch_size = batch_size
