@@ -136,8 +136,7 @@ class DPGTrainer(GRPOTrainer):
         _advise_on_learning_rate(args)
         metric = _checked_metric(target_metric)
         student = _given_student(args, student)
-        check_links(args.output_dir)
-        _check_prompts(args, train_dataset)
+        _check_folder_and_prompts(args, train_dataset)
         _check_apart(model, student)
         student = _load_student(
             args, student, student_processing_class, student_peft_config, student_quantization_config
@@ -173,8 +172,7 @@ class DPGTrainer(GRPOTrainer):
         # After the trackers' own callbacks, so that these have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
-        self.phases = PhaseTimer(self._metrics["train"])
-        self.rollouts = RolloutWriter(args.output_dir)
+        self.phases, self.rollouts = PhaseTimer(self._metrics["train"]), RolloutWriter(args.output_dir)
         for callback in (self.phases, GuardCallback(), *[self.rollouts] * args.save_rollouts):
             self.add_callback(callback)
 
@@ -344,7 +342,8 @@ def _for_all_rewards(name: str, values: list, num_further: int, own) -> list:
     return [own, *values]
 
 
-def _check_prompts(args: DPGConfig, train_dataset) -> None:
+def _check_folder_and_prompts(args: DPGConfig, train_dataset) -> None:
+    check_links(args.output_dir)
     num_prompts = args.generation_batch_size // args.num_generations
     number = num_prompts
     if isinstance(train_dataset, Dataset):
