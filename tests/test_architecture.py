@@ -14,7 +14,8 @@ import trl_dpg
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
-    ["text", "thinking", "student_text", "length_target", "environment", "files", "ranks", "checkpoints", "stopping"],
+    ["text", "thinking", "student_text", "length_target", "environment", "redaction", "files", "ranks", "sampling"],
+    ["checkpoints", "stopping"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
@@ -22,18 +23,8 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["verification"],
     ["tuning"],
     ["attribution", "scored_batch", "reward"],
-    [
-        "student_arguments",
-        "config",
-        "generation",
-        "evaluation",
-        "live_table",
-        "callbacks",
-        "run_setup",
-        "restart",
-        "toy",
-        "practice",
-    ],
+    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
+    ["run_setup", "restart", "toy", "practice"],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

@@ -199,13 +199,19 @@ PARTS = [METRIC, WeightNormMetric(), LanguageModelingMetric(OTHER)]
 @pytest.mark.parametrize("batch_size", [4, 16])
 def test_a_combined_metric_scores_its_parts_in_passing(batch_size):
     config = InnerLoopConfig(batch_size=batch_size, learning_rate=1e-3, eps_root=1e-7)
-    student, combined = Student(make_model(scale=1.0).double()), CombinedMetric(PARTS, [1.0, -0.5, 2.0])
+    student = Student(make_model(scale=1.0).double())
+    combined = CombinedMetric(PARTS, [1.0, -0.5, 2.0], score_parts=True)
     out = metagradient(student, SAMPLES, combined, config)
     names = ["LanguageModelingMetric", "WeightNormMetric", "LanguageModelingMetric_2"]
     assert list(out.part_scores) == combined.names == names
     for name, part in zip(names, PARTS, strict=True):
         alone = metagradient(student, SAMPLES, part, config)
         assert relative_error(out.part_scores[name], alone.scores) <= 1e-6 and alone.part_scores == {}
+    combined.score_parts = None  # the default: where it is free
+    assert bool(metagradient(student, SAMPLES, combined, config).part_scores) == (batch_size == 16)
+    first_order = replace(config, attribution="first_order")
+    assert metagradient(student, SAMPLES, combined, first_order).part_scores
+    assert not metagradient(student, SAMPLES, combined, replace(config, per_token=True)).part_scores
     combined.score_parts = False
     whole = metagradient(student, SAMPLES, combined, config)
     assert relative_error(out.scores, whole.scores) <= 1e-6 and whole.part_scores == {}
@@ -213,7 +219,9 @@ def test_a_combined_metric_scores_its_parts_in_passing(batch_size):
 
 
 def test_a_part_that_does_not_depend_on_the_student_scores_zero():
-    combined = CombinedMetric([METRIC, WeightNormMetric("model.norm.weight")], names=["texts", "norm"])
+    combined = CombinedMetric(
+        [METRIC, WeightNormMetric("model.norm.weight")], score_parts=True, names=["texts", "norm"]
+    )
     out = metagradient(Student(with_lora(make_model())), SAMPLES, combined)
     assert torch.equal(out.scores, out.part_scores["texts"]) and (out.part_scores["norm"] == 0).all()
 
@@ -234,7 +242,7 @@ def test_a_subclass_that_combines_its_parts_otherwise_is_differentiated_as_a_who
 @pytest.mark.parametrize("groups", [True, False])
 def test_the_reward_logs_the_spread_of_each_part(groups):
     metric = CombinedMetric(
-        [LanguageModelingMetric(["w1 w2"]), WeightNormMetric()], [1.0, 0.0], names=["texts", "norm"]
+        [LanguageModelingMetric(["w1 w2"]), WeightNormMetric()], [1.0, 0.0], True, ["texts", "norm"]
     )
     settings = dict() if groups else dict(cross_group_batching=False, num_generations=2)
     logged, columns = {}, {}

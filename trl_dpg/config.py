@@ -6,6 +6,8 @@ from typing import ClassVar
 import torch
 from trl import GRPOConfig
 
+from .redaction import redacted
+from .sampling import check_sampling
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
 
@@ -50,6 +52,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         num_logged_samples (`int`, *optional*, defaults to `8`):
             Number of samples to log with their scores: half of them with the highest scores, half with the lowest.
             `0`: none. See [`DPGLoggingCallback`].
+        save_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether to keep every rollout (prompts, completions, scores, step) in `<output_dir>/rollouts`, see
+            [`~trl_dpg.rollouts.RolloutWriter`].
     """
 
     _argument_group_name: ClassVar[str] = "generator (GRPO), student and reward"
@@ -84,6 +89,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
         default=8, metadata={"help": "Samples with the highest and lowest scores to log; 0 for none."}
     )
 
+    save_rollouts: bool = field(
+        default=False, metadata={"help": "Keep all prompts, completions and scores, as Parquet files in `rollouts`."}
+    )
+
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # so that TRL's defaults work on a CPU
@@ -91,6 +100,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         StudentArguments.__post_init__(self)
         if self.train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {self.train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        check_sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}.")
         StudentText(self.student_text, self.unfinished_thoughts)  # raises if a choice is unknown
         for name in ("verify_steps", "num_logged_samples"):
             if vars(self)[name] < 0:
@@ -107,4 +119,4 @@ class DPGConfig(StudentArguments, GRPOConfig):
 
     def to_dict(self):
         # transformers hides the values of names that end with "_token", because it assumes that they are secret
-        return super().to_dict() | {"per_token": self.per_token}
+        return redacted(super().to_dict() | {"per_token": self.per_token})

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from .generation import generate_texts, load_generator, prompt_completion_pairs
@@ -27,6 +28,8 @@ from .metrics.base import Metric
 from .student import FinetunedStudent, Student
 from .text import completion_text
 
+
+logger = logging.get_logger(__name__)
 
 __all__ = [
     "Evaluation",
@@ -281,7 +284,10 @@ def _compare_seed_by_seed(
     samples: dict[str, int] = {}
     for seed in seeds:
         load = partial(load_student, seed)
-        before.append(metric_before(load(), metric))
+        student = load()
+        before.append(metric_before(student, metric))
+        if len(before) == 1:
+            check_repeats(student, metric, before[0])
         for name, dataset in datasets.items():
             drawn, number = draw(name, dataset, seed)
             samples[name] = len(drawn)
@@ -304,6 +310,36 @@ def metric_before(student: Student, metric: Callable[[FinetunedStudent], Tensor]
     """Φ of a student before any fine-tuning."""
     theta = student.initial_theta()
     return _value(FinetunedStudent(student, theta, theta), metric)
+
+
+def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor], value: float) -> None:
+    """
+    Compute the metric of a student again. Warn if it is random.
+
+    Args:
+        student (`Student`): A student before any fine-tuning.
+        metric (`Callable`): Φ.
+        value (`float`): Φ of this student, computed before.
+
+    Raises:
+        `ValueError`: If the metric changes the student's weights.
+    """
+
+    def hashes() -> dict[str, float]:
+        return {name: torch.hash_tensor(own.detach()).item() for name, own in student.model.named_parameters()}
+
+    weights, again = hashes(), metric_before(student, metric)
+    changed = [name for name, value in hashes().items() if value != weights[name]]
+    if changed:
+        raise ValueError(
+            f"The metric changes the student's weights ({changed[0]} and {len(changed) - 1} others), so that its "
+            "values are of another student. Let it compute on copies: `parameter.detach().clone()`."
+        )
+    if not math.isclose(value, again, rel_tol=1e-4, abs_tol=1e-12):
+        logger.warning(
+            f"The metric of one and the same student is {value:.6g} and then {again:.6g}: it is random, so a "
+            "difference between datasets may be chance. Fix its seed inside of it, e.g. with `torch.random.fork_rng`."
+        )
 
 
 def _value(student: FinetunedStudent, metric: Callable[[FinetunedStudent], Tensor]) -> float:

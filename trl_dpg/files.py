@@ -10,12 +10,40 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .redaction import redacted
+
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write figures such that the file is whole at any time. JSON has no `nan` and `inf`; they become `null`."""
+    """
+    Write figures such that the file is whole at any time, without credentials.
+
+    JSON has no `nan` and `inf`; they become `null`.
+    """
+    write_text(path, json.dumps(redacted(finite(figures)), indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text such that the file is whole at any time. A link in its place is replaced, and not followed."""
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(finite(figures), indent=2), encoding="utf-8")
+    beside.unlink(missing_ok=True)
+    with beside.open("x", encoding="utf-8") as file:
+        file.write(text)
     os.replace(beside, path)
+
+
+def check_links(folder: str | Path) -> None:
+    """
+    Refuse a folder of results with links to files, because what is written to them would change other places.
+
+    Raises:
+        `ValueError`: If there is one.
+    """
+    for path in sorted(Path(folder).glob("*")):
+        if path.is_symlink() and not path.is_dir():
+            raise ValueError(
+                f"The output folder {str(folder)!r} has a link, {path.name} -> {os.readlink(path)}, whose target "
+                "would be overwritten. Remove the link, or choose another folder."
+            )
 
 
 def finite(value: Any) -> Any:

@@ -14,6 +14,8 @@ from transformers import (
 )
 from trl.models.utils import disable_gradient_checkpointing
 
+from .student.loading import load_pretrained
+
 
 Prompt = str | list[dict[str, Any]]
 """A text or a conversation."""
@@ -178,8 +180,9 @@ def load_generator(
             Run the code that comes with the model.
     """
     hub_kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub_kwargs).to(PartialState().device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs)
+    model = load_pretrained(AutoModelForCausalLM, path, "the generator", dtype=dtype, **hub_kwargs)
+    model = model.to(PartialState().device).eval()
+    tokenizer = load_pretrained(AutoTokenizer, path, "the generator's tokenizer", **hub_kwargs)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig
+from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .ranks import from_all_ranks
@@ -132,6 +133,7 @@ class DPGReward:
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
+        self._step: int | None = None  # of the trainer
         self._num_verifiable = 0  # calls with verify_steps > 0
         # Student, the memory and versions of its weights, and metric; and the metric's value there
         self._start: tuple[tuple, float] | None = None
@@ -168,6 +170,7 @@ class DPGReward:
         datasets = [[samples[place] for place in own] for own in places]
         batch = self.student, [sample.example for sample in datasets[0]], self.metric
         self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
+        self._step = kwargs["trainer_state"].global_step + 1 if "trainer_state" in kwargs else None
         shares = from_all_ranks(lambda: self._score(datasets), "The DPG reward")
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
         scored = [everyones[index] for index in range(len(datasets))]
@@ -244,7 +247,10 @@ class DPGReward:
         parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
         start = (self.student, parameters, self.metric)
         metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
-        output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
+        try:
+            output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
+        except FloatingPointError as error:
+            raise FloatingPointError(self._locate(error, samples)) from error
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
@@ -260,6 +266,16 @@ class DPGReward:
             verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
+
+    def _locate(self, error: FloatingPointError, samples: list[Sample]) -> str:
+        """The message of an error, with step, rank and sample."""
+        step = "" if self._step is None else f"step {self._step} of the generator, "
+        message = f"Reward of {step}rank {PartialState().process_index}: {error}"
+        if isinstance(error, NotFiniteError):
+            row = error.rows[0]
+            text = "".join(piece.text for piece in samples[row].reading.pieces)
+            message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
+        return message
 
     def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
         """The results of all datasets as one batch, in the order of the completions."""

@@ -9,6 +9,8 @@ def message_text(message: dict[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """A completion's text: the string, or the texts of its messages one after the other."""
+def completion_text(completion: str | list[dict[str, Any]] | None) -> str:
+    """A completion's text: the string, or the texts of its messages one after the other. `None` is empty."""
+    if completion is None:
+        return ""
     return completion if isinstance(completion, str) else "".join(message_text(message) for message in completion)

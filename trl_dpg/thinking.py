@@ -137,11 +137,11 @@ def row_thinking(row: dict[str, Any]) -> Thought:
         `ValueError`: If the row has none of these columns.
     """
     if "completion" in row:
-        written = row["completion"]
+        written = row["completion"] or ""
     elif "messages" in row:
-        written = [message for message in row["messages"] if message["role"] == "assistant"]
+        written = [message for message in row["messages"] or [] if message["role"] == "assistant"]
     elif "text" in row:
-        written = row["text"]
+        written = row["text"] or ""
     else:
         raise ValueError(f"A row needs `completion`, `messages` or `text`. This one has only {', '.join(row)}.")
     prompt = row.get("prompt")

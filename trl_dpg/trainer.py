@@ -20,9 +20,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from .callbacks import TUNING_NAME, DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
+from .files import check_links
+from .guards import GuardCallback
 from .metrics.base import metric_name
 from .restart import RestartCallback
 from .reward import DPGReward
+from .rollouts import RolloutWriter
 from .student import FinetunedStudent, Student
 
 
@@ -46,11 +49,12 @@ class DPGTrainer(GRPOTrainer):
 
     - the reward [`DPGReward`], which comes before any other `reward_funcs`;
     - `_calculate_rewards`, which tells the reward whether this is an evaluation, sets its number of generations,
-      switches its verification off in evaluation, and takes the time;
+      switches its verification off in evaluation, takes the time, and keeps the rollouts with `save_rollouts`;
     - `create_model_card`, which adds metric, student and inner loop;
     - a [`RestartCallback`], which keeps what a restart at any save needs, and checks it;
     - a [`DPGLoggingCallback`], which logs samples, scores and pictures;
-    - a [`PhaseTimer`], which logs the seconds of generation, reward and update.
+    - a [`PhaseTimer`], which logs the seconds of generation, reward and update;
+    - a [`GuardCallback`], which warns of a training that no longer learns.
 
     Everything else (generation, advantages, loss, scalars) is inherited.
 
@@ -132,7 +136,7 @@ class DPGTrainer(GRPOTrainer):
         _advise_on_learning_rate(args)
         metric = _checked_metric(target_metric)
         student = _given_student(args, student)
-        _check_prompts(args, train_dataset)
+        _check_folder_and_prompts(args, train_dataset)
         _check_apart(model, student)
         student = _load_student(
             args, student, student_processing_class, student_peft_config, student_quantization_config
@@ -168,15 +172,27 @@ class DPGTrainer(GRPOTrainer):
         # After the trackers' own callbacks, so that these have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))
-        self.phases = PhaseTimer(self._metrics["train"])
-        self.add_callback(self.phases)
+        self.phases, self.rollouts = PhaseTimer(self._metrics["train"]), RolloutWriter(args.output_dir)
+        for callback in (self.phases, GuardCallback(), *[self.rollouts] * args.save_rollouts):
+            self.add_callback(callback)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         self.dpg_reward.choice.training = self.model.training
         self.dpg_reward.num_generations = self.num_generations if self.model.training else self.num_generations_eval
         self.dpg_reward.verify_steps = self.args.verify_steps if self.model.training else 0
         with self.phases.rewarding():
-            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            if self.args.save_rollouts and self.model.training:
+                self._keep_rollouts(prompts, completions, rewards)
+        return rewards
+
+    def _keep_rollouts(self, prompts, completions, rewards: Tensor) -> None:
+        """Write this process's rollouts. `rewards` `[N, F]` are those of all processes, of each reward function."""
+        first = self.accelerator.process_index * len(prompts)
+        mine = slice(first, first + len(prompts))
+        scores = self.dpg_reward.last_batch.scores[mine].tolist()  # type: ignore[union-attr]  # it was called just now
+        by_name = dict(zip(self.reward_func_names, rewards[mine].T.tolist(), strict=True))
+        self.rollouts.write(self.state.global_step + 1, prompts, completions, scores, by_name)
 
     def _results(self) -> list[tuple[str, float, float]]:
         """The metric, its proxies and verifications, each with its first and its last value in the logs."""
@@ -326,11 +342,17 @@ def _for_all_rewards(name: str, values: list, num_further: int, own) -> list:
     return [own, *values]
 
 
-def _check_prompts(args: DPGConfig, train_dataset) -> None:
+def _check_folder_and_prompts(args: DPGConfig, train_dataset) -> None:
+    check_links(args.output_dir)
     num_prompts = args.generation_batch_size // args.num_generations
-    if isinstance(train_dataset, Dataset) and len(train_dataset) < num_prompts:
+    number = num_prompts
+    if isinstance(train_dataset, Dataset):
+        number = len(train_dataset)
+    elif isinstance(train_dataset, IterableDataset):
+        number = sum(1 for _ in train_dataset.take(num_prompts))  # a stream that is too short would end without a step
+    if number < num_prompts:
         raise ValueError(
-            f"train_dataset has {len(train_dataset)} rows, but a generation batch takes {num_prompts} prompts "
+            f"train_dataset has {number} rows, but a generation batch takes {num_prompts} prompts "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
             "so there would be no step. Use more prompts, or raise num_generations."
         )

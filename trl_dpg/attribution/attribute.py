@@ -151,11 +151,7 @@ def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig
 def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attribution]:
     """[`collect`] on all processes. None goes on, and may delete the journal, before all have read it."""
     results: dict[Any, Attribution] = {}
-
-    def read():
-        results.update({name: collect(*(*arguments, weights)) for name, weights in wanted.items()})
-
-    from_all_ranks(read, "Reading the journal")
+    from_all_ranks(lambda: results.update(collect(wanted, *arguments)), "Reading the journal")
     return results
 
 

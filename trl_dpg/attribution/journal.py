@@ -15,6 +15,7 @@ from datasets import Dataset
 from ..files import append_line, locked, remove_half_line
 from ..metagradients.config import SettingsError
 from ..ranks import from_all_ranks
+from ..redaction import redacted
 from ..student import Examples
 from ..student.tokenization import row_as_json
 
@@ -56,7 +57,7 @@ class Journal(AbstractContextManager):
         overwrite (`bool`, *optional*, defaults to `False`): Whether to delete scores of other settings.
 
     Attributes:
-        settings (`dict[str, Any]`): The settings after conversion to JSON and back.
+        settings (`dict[str, Any]`): The settings after conversion to JSON and back, without credentials.
         is_new (`bool`): Whether the file was created on entering.
         done (`dict[int, Any]`):
             The chunks that were finished on entering, each with its `metric_before`: a `float`, one for each of
@@ -69,7 +70,7 @@ class Journal(AbstractContextManager):
 
     def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = Path(path)
-        self.settings = {"layout": LAYOUT} | json.loads(json.dumps(settings, default=str))
+        self.settings = {"layout": LAYOUT} | redacted(json.loads(json.dumps(settings, default=str)))
         self.overwrite = overwrite
         self.is_new = False
         self.done: dict[int, Any] = {}

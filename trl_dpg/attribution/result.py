@@ -217,53 +217,78 @@ class JSONLinesWriter:
         self.file.close()
 
 
+class Gathering:
+    """
+    What a journal's records say of one result.
+
+    Args:
+        weights (`dict[str, float]` or `None`):
+            In a journal of several metrics, what the result is: a weighted sum of some of them, by their names.
+        num_samples (`int`), num_orders (`int`): Rows of the dataset, and orders in which some of them are scored.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None, num_samples: int, num_orders: int):
+        self.weights = weights
+        self.repeats = np.full((num_orders, num_samples), np.nan, dtype=np.float32)
+        self.before: list[float] = []
+        self.after: list[float] = []
+
+    def add(self, record: dict[str, Any], order: int, counts: bool) -> None:
+        """Take the scores of a chunk. With `counts`, the chunk is one of the result's own."""
+        self.repeats[order, record["rows"]] = _sum(record["scores"], self.weights)
+        if counts and record["metric_after"] is not None:
+            self.before.append(float(_sum(record["metric_before"], self.weights)))
+            self.after.append(float(_sum(record["metric_after"], self.weights)))
+
+    def result(self, num_repeats: int, **counts: Any) -> Attribution:
+        """The result, without scores of tokens."""
+        known = ~np.isnan(self.repeats).any(axis=0) & self.repeats.any(axis=0)  # empty samples score 0 in any order
+        compared = self.repeats[:, known]
+        return Attribution(
+            scores=self.repeats[:num_repeats].mean(axis=0),
+            token_scores=None,
+            metric_before=self.before[0] if self.before else None,
+            metric_after=sum(self.after) / len(self.after) if self.after else None,
+            num_repeats=num_repeats,
+            rank_correlation=rank_correlation(compared),
+            num_compared=compared.shape[1],
+            **counts,
+        )
+
+
 def collect(
+    wanted: Mapping[Any, Mapping[str, float] | None],
     journal: Journal,
     num_samples: int,
     chunks_per_repeat: int,
     num_repeats: int,
     per_token: bool,
-    weights: Mapping[str, float] | None = None,
-) -> Attribution:
+) -> dict[Any, Attribution]:
     """
-    The result in a finished journal. An additional chunk is used for the rank correlation only.
+    The results in a finished journal by name. An additional chunk is used for the rank correlation only.
 
-    In a journal of several metrics, `weights` says what the result is: a weighted sum of some of them, by their names.
+    The journal is read once, and with scores of tokens a second time, when the place of each token is known. `wanted`
+    has the weights of the metrics in each result, see [`Gathering`].
     """
     num_chunks = chunks_per_repeat * num_repeats
-    repeats = np.full((max(num_repeats, 2), num_samples), np.nan, dtype=np.float32)
+    parts = {name: Gathering(weights, num_samples, max(num_repeats, 2)) for name, weights in wanted.items()}
     num_tokens = np.zeros(num_samples, dtype=np.int64)
     num_empty, num_truncated, seconds = 0, 0, 0.0
-    before, after = [], []
     for record in journal.chunks(max(num_chunks, chunks_per_repeat + 1)):
-        repeats[record["chunk"] // chunks_per_repeat, record["rows"]] = _sum(record["scores"], weights)
-        if record["chunk"] >= num_chunks:
-            continue
-        num_tokens[record["rows"]] = record["num_tokens"]
-        num_empty += record["num_empty"]
-        num_truncated += record["num_truncated"]
-        seconds += record["seconds"]
-        if record["metric_after"] is not None:
-            before.append(float(_sum(record["metric_before"], weights)))
-            after.append(float(_sum(record["metric_after"], weights)))
-    compared = repeats[:, ~np.isnan(repeats).any(axis=0) & repeats.any(axis=0)]  # empty samples score 0 in any order
-    result = Attribution(
-        scores=repeats[:num_repeats].mean(axis=0),
-        token_scores=None,
-        num_tokens=num_tokens,
-        metric_before=before[0] if before else None,
-        metric_after=sum(after) / len(after) if after else None,
-        num_chunks=num_chunks,
-        num_repeats=num_repeats,
-        num_empty=num_empty // num_repeats,
-        num_truncated=num_truncated // num_repeats,
-        rank_correlation=rank_correlation(compared),
-        num_compared=compared.shape[1],
-        seconds=seconds,
-    )
+        counts = record["chunk"] < num_chunks
+        for part in parts.values():
+            part.add(record, record["chunk"] // chunks_per_repeat, counts)
+        if counts:
+            num_tokens[record["rows"]] = record["num_tokens"]
+            num_empty += record["num_empty"]
+            num_truncated += record["num_truncated"]
+            seconds += record["seconds"]
+    shared = {"num_tokens": num_tokens, "num_chunks": num_chunks, "seconds": seconds}
+    shared |= {"num_empty": num_empty // num_repeats, "num_truncated": num_truncated // num_repeats}
+    results = {name: part.result(num_repeats, **shared) for name, part in parts.items()}
     if per_token:
-        result.token_scores = _token_scores(journal, result, weights)
-    return result
+        _add_token_scores(journal, results, wanted)
+    return results
 
 
 def _sum(entry: Any, weights: Mapping[str, float] | None) -> np.ndarray:
@@ -273,14 +298,19 @@ def _sum(entry: Any, weights: Mapping[str, float] | None) -> np.ndarray:
     return sum((weight * np.asarray(entry[name]) for name, weight in weights.items()), start=np.zeros(()))
 
 
-def _token_scores(journal: Journal, result: Attribution, weights: Mapping[str, float] | None) -> np.ndarray:
-    """All tokens' scores in the dataset's order, in a memory-mapped file that is deleted when the process ends."""
-    offsets = result.token_offsets
-    with TemporaryFile(dir=journal.path.parent) as file:  # one for each process
-        flat = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
-    for record in journal.chunks(result.num_chunks):
+def _add_token_scores(journal: Journal, results: Mapping[Any, Attribution], wanted: Mapping[Any, Any]) -> None:
+    """All tokens' scores in the dataset's order, in memory-mapped files that are deleted when the process ends."""
+    first = next(iter(results.values()))
+    offsets, num_repeats = first.token_offsets, first.num_repeats
+    for result in results.values():
+        with TemporaryFile(dir=journal.path.parent) as file:  # one for each process
+            result.token_scores = np.memmap(file, dtype=np.float32, mode="w+", shape=(max(int(offsets[-1]), 1),))
+    for record in journal.chunks(first.num_chunks):
+        entry = record["token_scores"]
         for index, row in enumerate(record["rows"]):
-            entry = record["token_scores"]
-            own = entry[index] if weights is None else {name: entry[name][index] for name in weights}
-            flat[offsets[row] : offsets[row + 1]] += _sum(own, weights).astype(np.float32) / result.num_repeats
-    return flat[: offsets[-1]]
+            for name, weights in wanted.items():
+                own = entry[index] if weights is None else {metric: entry[metric][index] for metric in weights}
+                flat: Any = results[name].token_scores
+                flat[offsets[row] : offsets[row + 1]] += _sum(own, weights).astype(np.float32) / num_repeats
+    for result in results.values():
+        result.token_scores = result.token_scores[: offsets[-1]]  # type: ignore[index]

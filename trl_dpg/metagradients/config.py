@@ -1,7 +1,9 @@
 """`InnerLoopConfig`: how the student is fine-tuned, and how its metric's change is attributed to the samples."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from transformers import SchedulerType, get_scheduler
@@ -36,6 +38,20 @@ AUTO = ("learning_rate", "eps_root")
 
 class SettingsError(ValueError):
     """Settings that do not fit the data, or an earlier run. Fields and arguments are in backticks in the message."""
+
+
+class NotFiniteError(FloatingPointError):
+    """
+    Numbers of a fine-tuning that are not finite.
+
+    Args:
+        message (`str`): What is not finite, in which step, and the likely cause.
+        rows (`list[int]`): The samples that it was found at, by their place in the dataset.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int]):
+        super().__init__(message)
+        self.rows = list(rows)
 
 
 @dataclass
@@ -147,6 +163,7 @@ class InnerLoopConfig:
     hvp: str = "double_backward"
 
     def __post_init__(self):
+        _check_numbers(self)
         _check_choice("optimizer", self.optimizer, ("adamw", "sgd"))
         _check_choice("loss_normalization", self.loss_normalization, ("example_tokens", "max_length", "batch_tokens"))
         _check_choice("attribution", self.attribution, ("metagradient", "first_order", "dataset"))
@@ -228,6 +245,24 @@ class InnerLoopConfig:
             dummy.step()
             scheduler.step()
         return rates
+
+
+def _check_numbers(config: InnerLoopConfig) -> None:
+    """Refuse numbers that are none, or not finite: `batch_size=True`, `weight_decay=nan`."""
+    for name in ("batch_size", "num_epochs", "max_length", "micro_batch_size", "warmup_steps", "seed"):
+        value = vars(config)[name]
+        if value is None and name == "micro_batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}.")
+    numbers = {name: vars(config)[name] for name in ("eps", "weight_decay", "momentum", "max_grad_norm")}
+    numbers |= {name: vars(config)[name] for name in AUTO if not isinstance(vars(config)[name], str)}
+    numbers |= {f"betas[{index}]": beta for index, beta in enumerate(config.betas)}
+    for name, value in numbers.items():
+        if value is None and name == "max_grad_norm":
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}.")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

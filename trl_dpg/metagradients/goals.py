@@ -84,13 +84,20 @@ class Goal:
         return torch.tensordot(own.new_tensor(self.metric.weights), own, dims=1)  # type: ignore[attr-defined]
 
 
-def plan_goals(metrics: Mapping[Any, MetricFunction], score_parts: bool) -> list[Goal]:
-    """The metrics in rows, one after the other. With `score_parts`, a combined metric has a row for each part."""
+def plan_goals(metrics: Mapping[Any, MetricFunction], score_parts: bool, free: bool) -> list[Goal]:
+    """
+    The metrics in rows, one after the other.
+
+    With `score_parts`, a combined metric has a row for each part if it asks for this, or if it does not say and
+    further rows are `free`.
+    """
     goals: list[Goal] = []
     for name, metric in metrics.items():
         # a subclass may combine its parts in another way
-        combined = score_parts and type(metric) is CombinedMetric and metric.score_parts
-        parts = dict(zip(metric.names, metric.metrics, strict=True)) if combined else {}  # type: ignore[attr-defined]
+        parts: dict[str, MetricFunction] = {}
+        if score_parts and type(metric) is CombinedMetric:
+            asked = free if metric.score_parts is None else metric.score_parts
+            parts = dict(zip(metric.names, metric.metrics, strict=True)) if asked else {}
         first = goals[-1].rows.stop if goals else 0
         goals.append(Goal(name, metric, parts, slice(first, first + max(1, len(parts)))))
     return goals

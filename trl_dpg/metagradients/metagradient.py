@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from ..student.tokenization import row_as_json
-from .config import InnerLoopConfig, SettingsError
+from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes
 from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
 from .gradient import check_attention
@@ -184,7 +184,8 @@ def _differentiate(
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
     attribute = config.attribution != "dataset"
-    goals = plan_goals(metrics, score_parts and attribute)
+    free = not config.per_token and (len(fine_tuning.steps) == 1 or config.attribution == "first_order")
+    goals = plan_goals(metrics, score_parts and attribute, free)
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
@@ -195,7 +196,7 @@ def _differentiate(
         times.append(time.perf_counter())
         trajectory = fine_tuning.sweep(data_weights, keep_states=attribute, num_metrics=goals[-1].rows.stop)
         losses = trajectory.losses.float().cpu()
-        _check_losses(losses, config)
+        _check_losses(losses, fine_tuning)
 
         times.append(time.perf_counter())
         finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.initial_theta)
@@ -302,13 +303,17 @@ def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -
     return weights
 
 
-def _check_losses(losses: Tensor, config: InnerLoopConfig) -> None:
+def _check_losses(losses: Tensor, fine_tuning: FineTuning) -> None:
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        raise FloatingPointError(
-            f"The student's training loss is {losses[step]} at step {step + 1} of {len(losses)}. Likely cause: the "
-            f"student's learning rate ({config.learning_rate}) is too high."
+        rows = [row for micro_batch in fine_tuning.steps[step] for row in micro_batch.rows.tolist()]
+        cause = (
+            f"the student's learning rate ({fine_tuning.config.learning_rate}) is too high."
+            if step
+            else "weights of the student that are not finite, or a type that is too narrow for them (float16)."
         )
+        found = f"The student's training loss is {losses[step]} at step {step + 1} of {len(losses)}."
+        raise NotFiniteError(f"{found} Likely cause: {cause}", rows)
 
 
 def _check_scores(scores: Tensor, fine_tuning: FineTuning, name: str | None) -> None:
@@ -317,9 +322,10 @@ def _check_scores(scores: Tensor, fine_tuning: FineTuning, name: str | None) -> 
         whose = "" if name is None else f" for the metric{called(name)}"
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
         first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
-        raise FloatingPointError(
+        raise NotFiniteError(
             f"{len(bad)} of {len(scores)} scores are not finite{whose}, the first in step {first_step + 1} of "
             f"{len(steps)}. "
             f"Likely cause: eps_root ({config.eps_root}) is too small for these gradients, or the student's learning "
-            f"rate ({config.learning_rate}) is too high."
+            f"rate ({config.learning_rate}) is too high.",
+            bad,
         )

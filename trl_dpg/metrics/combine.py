@@ -22,9 +22,10 @@ class CombinedMetric(Metric):
             The metrics. They can be any callables.
         weights (`Sequence[float]`, *optional*):
             The weight of each metric; ones when `None`.
-        score_parts (`bool`, *optional*, defaults to `True`):
-            Whether [`metagradient`] and [`DPGReward`] score the samples by each part as well. With one student step
-            this costs next to nothing. With more, each part takes about a second derivative of its own.
+        score_parts (`bool`, *optional*):
+            Whether [`metagradient`] and [`DPGReward`] score the samples by each part as well. When `None`, where this
+            costs next to nothing: with one student step, and with `attribution="first_order"`, if `per_token` is off.
+            Elsewhere, each part takes about a second derivative of its own.
         names (`Sequence[str]`, *optional*):
             What the parts are called in logs; when `None`, what their functions or classes are called. If an earlier
             part has the same name, the part's index is appended.
@@ -38,7 +39,7 @@ class CombinedMetric(Metric):
         self,
         metrics: Sequence[Callable[[FinetunedStudent], Tensor]],
         weights: Sequence[float] | None = None,
-        score_parts: bool = True,
+        score_parts: bool | None = None,
         names: Sequence[str] | None = None,
     ):
         weights = [1.0] * len(metrics) if weights is None else list(weights)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -40,8 +41,11 @@ class LanguageModelingMetric(Metric):
     def __init__(self, dataset: Examples, batch_size: int = 16, max_length: int = 1024, add_eos: bool = False):
         if len(dataset) == 0:
             raise ValueError("The dataset of a LanguageModelingMetric is empty.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if isinstance(dataset, str):
+            raise ValueError(f"The dataset of a LanguageModelingMetric is one text, {dataset!r:.60}. Give a list.")
+        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
         self.dataset = dataset
         self.batch_size = batch_size
         self.max_length = max_length
@@ -85,7 +89,8 @@ class LanguageModelingMetric(Metric):
             num_fewshot (`int`, *optional*):
                 Number of few-shot examples in each context. When `None`, the task's default.
             include_path (`str`, `Path` or a list of them, *optional*):
-                Folders with your own task YAML files.
+                Folders with your own task YAML files. These can run code: `!function` in a task imports a Python file
+                that lies beside it. So name only folders whose files you trust.
             seed (`int`, *optional*, defaults to `1234`):
                 Seed of the choice of few-shot examples. The default is that of lm-eval.
             kwargs:

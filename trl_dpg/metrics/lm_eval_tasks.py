@@ -31,7 +31,7 @@ def load_task(name: str, include_path: str | Path | Sequence[str | Path] | None 
         name (`str`):
             Name of the task. If lm-eval and `include_path` both have it, that of `include_path` is used.
         include_path (`str`, `Path` or a list of them, *optional*):
-            Folders with task YAML files.
+            Folders with task YAML files, which can run code (`!function` imports a Python file).
 
     Raises:
         `ValueError`: If the task does not exist, if it is a group of tasks, a Python class, or about images or sound,

@@ -85,7 +85,9 @@ def samples_section(run: Run) -> str:
             [escape(sample["kind"]), show(sample["score"]), escape(shorten(sample["prompt"])), heat_map(sample, scale)]
             for sample in line["samples"]
         ]
-        parts.append(f"<h3>Step {line['step']}</h3>" + table(rows, ["", "score", "prompt", "completion"], "text"))
+        parts.append(
+            f"<h3>Step {show(line['step'])}</h3>" + table(rows, ["", "score", "prompt", "completion"], "text")
+        )
     if not parts:
         return ""
     note = f"Raw scores τ of run {escape(run.name)}: how fast Φ rises with the weight of the sample in training."
@@ -133,7 +135,7 @@ def overview(runs: list[Run]) -> str:
         seconds = next(
             (line["scalars"]["train_runtime"] for line in run.lines if "train_runtime" in line["scalars"]), None
         )
-        rows.append([escape(run.name), str(seed), steps, show(after[0]), show(after[-1])])
+        rows.append([escape(run.name), escape(str(seed)), escape(steps), show(after[0]), show(after[-1])])
         unfinished = f"not finished; last log line {run.last_logged:%Y-%m-%d %H:%M}"
         rows[-1].append(unfinished if seconds is None else f"{seconds:.0f} s")
     return table(rows, ["run", "seed", "steps", "Φ at first", "Φ at last", "time"])

@@ -11,6 +11,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..callbacks import CONFIG_NAME, LOG_NAME, pictures
+from ..redaction import redacted
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +90,7 @@ def read_run(folder: Path) -> Run:
         name=folder.resolve().name,
         lines=lines,
         scored=scored,
-        config=_read(folder / CONFIG_NAME),
+        config=redacted(_read(folder / CONFIG_NAME)),  # also of earlier versions, which wrote credentials
         summary=_read(folder / "summary.json"),
         state=_read(states[0]) if states else {},
         last_logged=datetime.fromtimestamp(log.stat().st_mtime),

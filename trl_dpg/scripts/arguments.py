@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from trl_dpg.sampling import check_sampling
+
 from .usage import UsageError as UsageError
 from .usage import at_least as at_least
 from .usage import from_json as from_json
@@ -268,12 +270,11 @@ class GeneratorArguments(PromptArguments):
             raise UsageError(f"--train_on must be 'completion' or 'prompt_completion', got {self.train_on!r}.")
         if self.dtype not in (None, *DTYPES):
             raise UsageError(f"--dtype must be one of {DTYPES}, got {self.dtype!r}.")
-        if self.temperature <= 0:
-            raise UsageError(f"--temperature must be positive, got {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top_p must be above 0 and at most 1, got {self.top_p}.")
+        try:
+            check_sampling(**self.sampling())
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
         at_least(1, max_completion_length=self.max_completion_length)
-        at_least(0, top_k=self.top_k)
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of `generate`."""

@@ -34,6 +34,7 @@ from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.attribution.journal import JournalError, digest
 from trl_dpg.attribution.result import score_columns
 from trl_dpg.config import StudentArguments
+from trl_dpg.files import write_json
 from trl_dpg.metagradients import InnerLoopConfig
 from trl_dpg.metagradients.config import AUTO, SettingsError
 from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
@@ -45,6 +46,7 @@ from .data import (
     as_the_student_reads,
     check_no_training,
     check_student,
+    held_by,
     load_data,
     make_folder,
     process_state,
@@ -209,10 +211,10 @@ def load_samples(script_args: AttributeArguments):
             + " Name the column with the text by --dataset_text_field."
         )
     if text is not None or columns == ["text"]:
-        dtype = dataset.features[columns[0]].dtype
-        if dtype not in ("string", "large_string"):
+        held = held_by(dataset.features[columns[0]])
+        if held not in ("texts", "null"):
             raise UsageError(
-                f"The column {columns[0]!r} holds no text but {dtype}. Name the one that does by --dataset_text_field."
+                f"The column {columns[0]!r} holds no text but {held}. Name the one that does by --dataset_text_field."
             )
     if columns == ["input_ids"] and "labels" in dataset.column_names:
         columns.append("labels")
@@ -346,7 +348,7 @@ def finish(
         if output_dir / name not in files:
             (output_dir / name).unlink(missing_ok=True)  # of an earlier command; it would contradict the summary
     summary = output_dir / "summary.json"
-    summary.write_text(json.dumps(figures, indent=2, ensure_ascii=False))
+    write_json(summary, figures)
     print(render(figures, in_flags(result.chance(), FLAGS), [*files, summary]))
 
 
@@ -372,7 +374,20 @@ def render(figures: dict[str, Any], chance: str, files: list[Path]) -> str:
 def make_parser(prog: str | None = None):
     from trl import TrlParser
 
-    return TrlParser((AttributeArguments, AttributeStudentArguments), prog=prog)
+    class Parser(TrlParser):
+        """Knows whether `metric` was given beside `metrics`, and not by a recipe for `trl-dpg dpg`."""
+
+        def parse_args_and_config(self, args=None, **kwargs):
+            flags = {word.partition("=")[0] for word in args or ()}
+            parsed = super().parse_args_and_config(args=args, **kwargs)
+            if parsed[0].metrics is not None and flags & {"--metric", "--metric_kwargs"}:
+                raise UsageError(
+                    "--metric and --metrics both say what samples are scored by. Give --metrics alone, with the other "
+                    "metric as one of its entries, or --metric alone."
+                )
+            return parsed
+
+    return Parser((AttributeArguments, AttributeStudentArguments), prog=prog)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import glob
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from string import Formatter
 from typing import Any
+
+from trl_dpg.files import check_links
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError
 
@@ -65,8 +67,7 @@ def make_prompts(dataset, arguments: PromptArguments, tokenizer):
     if arguments.conversational and tokenizer is not None and tokenizer.chat_template is None:
         raise UsageError("--conversational: the generator's tokenizer has no chat template. Use no --conversational.")
     if template is None:
-        if not isinstance(row.get("prompt", ""), str | list):
-            raise UsageError(f"The column `prompt` must hold texts or conversations, got e.g. {row['prompt']!r}.")
+        check_prompts(dataset, row)
         if "prompt" not in row:
             raise UsageError(
                 f"The dataset has the columns {list(row)}, but no `prompt`. Set --prompt_template, e.g. "
@@ -94,6 +95,46 @@ def make_prompts(dataset, arguments: PromptArguments, tokenizer):
         ) from error
     with PartialState().main_process_first():
         return dataset.map(prompt, remove_columns=list(row))
+
+
+def check_prompts(dataset, row: dict[str, Any]) -> None:
+    """Refuse a column `prompt` that has something else than texts or conversations. `row` is the first one."""
+    from datasets import Dataset
+
+    prompt = row.get("prompt", "")
+    messages = isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)
+    if prompt is not None and not messages and not isinstance(prompt, str):
+        raise UsageError(
+            f"--dataset_name: the column `prompt` must hold texts or conversations (lists of messages with `role` and "
+            f"`content`), got e.g. {prompt!r}."
+        )
+    missing = int(prompt is None)
+    if "prompt" in row and isinstance(dataset, Dataset):
+        missing = dataset.select_columns("prompt").with_format("arrow")[:]["prompt"].null_count
+    if missing:
+        raise UsageError(f"--dataset_name: {missing} rows have no prompt (null in `prompt`). Remove these rows.")
+
+
+SAMPLE_COLUMNS = {"text": ("texts",), "messages": ("messages",)} | dict.fromkeys(
+    ("prompt", "completion"), ("texts", "messages")
+)
+"""What the columns of samples hold."""
+
+
+def held_by(feature) -> str:
+    """What a column of a dataset holds, in words."""
+    from datasets import LargeList, List
+
+    if isinstance(feature, List | LargeList):
+        return "messages" if isinstance(feature.feature, dict) else "lists"
+    return {"string": "texts", "large_string": "texts"}.get(feature.dtype, feature.dtype)
+
+
+def check_texts(dataset, flag: str, name: str) -> None:
+    """Refuse a dataset of samples with numbers or lists in the place of texts or messages."""
+    for column, kinds in SAMPLE_COLUMNS.items():
+        if column in dataset.column_names and (held := held_by(dataset.features[column])) not in (*kinds, "null"):
+            raise UsageError(f"--{flag} {name!r}: the column {column!r} holds {held}, expected {' or '.join(kinds)}.")
 
 
 def read_dataset(arguments: GeneratorArguments):
@@ -148,6 +189,7 @@ def as_the_student_reads(dataset, arguments, flag: str, name: str):
         if arguments.student_text != "all":
             raise UsageError(f"--student_text {arguments.student_text}: --{flag} {name!r} has token ids. Use 'all'.")
         return dataset
+    check_texts(dataset, flag, name)
     try:
         read, reasoned, unfinished = read_dataset(dataset, arguments.student_text, arguments.unfinished_thoughts)
     except ValueError as error:
@@ -158,8 +200,13 @@ def as_the_student_reads(dataset, arguments, flag: str, name: str):
     return read
 
 
-def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, batch_size: int = 256) -> list[str]:
+def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int) -> list[str]:
     """The generator's texts after prompts. A [`completion_reader`] says what of them a student reads."""
+    return make_completer(arguments)(prompts, seed)
+
+
+def make_completer(arguments: GeneratorArguments) -> Callable[[list, int], list[str]]:
+    """Load the generator. Returns a function from prompts and a seed to its texts."""
     from trl_dpg.generation import generate_texts, load_generator
 
     path = str(arguments.model_name_or_path)
@@ -167,12 +214,11 @@ def complete_prompts(arguments: GeneratorArguments, prompts: list, seed: int, ba
         path, arguments.dtype or "auto", arguments.model_revision, arguments.trust_remote_code
     )
     arguments.set_threads(model)
-    return generate_texts(
+    return lambda prompts, seed: generate_texts(
         model,
         tokenizer,
         prompts,
         arguments.max_completion_length,
-        batch_size=batch_size,
         seed=seed,
         chat_template_kwargs=arguments.chat_template_kwargs,  # type: ignore[arg-type]  # a dict once parsed
         generation_kwargs=arguments.generation_kwargs,  # type: ignore[arg-type]
@@ -203,6 +249,8 @@ def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
     from peft import PeftConfig
     from transformers import AutoConfig
 
+    from trl_dpg.student.loading import check_weights
+
     if path is None:
         raise UsageError(f"--{flag} is required: a model's path or Hub id.")
     try:
@@ -212,6 +260,10 @@ def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
             PeftConfig.from_pretrained(path)
         except (OSError, ValueError):
             raise UsageError(f"--{flag} {path!r} could not be loaded: {error}") from error
+    try:
+        check_weights(path)
+    except ValueError as error:
+        raise UsageError(f"--{flag} {path!r}: {error}") from error
 
 
 def check_student(student_args) -> None:
@@ -227,6 +279,16 @@ def make_folder(flag: str, path: str | Path) -> Path:
         Path(path).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--{flag} {str(path)!r} is a file or is inside a file. Name a folder.") from error
+    except OSError as error:
+        raise UsageError(
+            f"--{flag} {str(path)!r} cannot be made ({error.strerror}). Choose another folder."
+        ) from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--{flag} {str(path)!r} cannot be written to. Choose another folder, or its permissions.")
+    try:
+        check_links(path)
+    except ValueError as error:
+        raise UsageError(f"--{flag}: {error}") from error
     return Path(path)
 
 

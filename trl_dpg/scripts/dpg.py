@@ -151,6 +151,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
 
     from trl_dpg import DPGTrainer
     from trl_dpg.metagradients.config import SettingsError
+    from trl_dpg.student.loading import load_pretrained
 
     weights = training_args.reward_weights
     if weights is not None and len(weights) not in (len(rewards), 1 + len(rewards)):
@@ -159,7 +160,9 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
             "DPG's may be left out; it is then 1."
         )
     path = model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(path, **hub_kwargs(training_args, model_args))
+    tokenizer = load_pretrained(
+        AutoTokenizer, path, "the generator's tokenizer", **hub_kwargs(training_args, model_args)
+    )
     data = load_prompts(script_args, training_args, dataset_args, tokenizer)
     model_init_kwargs = dict(
         revision=model_args.model_revision,

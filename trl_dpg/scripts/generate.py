@@ -7,17 +7,25 @@ Sample a synthetic dataset from a trained generator.
 A recipe of `trl-dpg dpg` can give the prompts and the sampling settings (`--config`). Several processes share the
 prompts. The command writes `train.parquet` and a dataset card with generator, prompts and sampling settings. With
 `--hub_dataset_id`, it also pushes them.
+
+Until the dataset is written, `generate.jsonl` in the same folder has the texts of each finished batch. If the command
+was stopped, the same command goes on from there. vLLM samples all texts at once and has no such journal.
 """
 
+import hashlib
 import json
 import os
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from .arguments import GeneratorArguments, ToyWorldArguments, UsageError, at_least
-from .data import complete_prompts, completion_reader, make_folder, one_process, process_state, read_prompts
+from ..ranks import from_all_ranks
+from ..redaction import redacted
+from .arguments import SAMPLING, GeneratorArguments, ToyWorldArguments, UsageError, at_least
+from .data import completion_reader, make_completer, make_folder, one_process, process_state, read_prompts
+from .generate_journal import SampleJournal
 from .toy_world import toy_world
 
 
@@ -71,11 +79,6 @@ class GenerateArguments(GeneratorArguments, ToyWorldArguments):
 
 
 def main(script_args: GenerateArguments) -> None:
-    from datasets import Dataset
-    from huggingface_hub import HfApi
-
-    from trl_dpg.generation import prompt_completion_pairs
-
     script_args.set_threads()
     state = process_state()
     output_dir = make_folder("output_dir", script_args.output_dir)
@@ -87,11 +90,42 @@ def main(script_args: GenerateArguments) -> None:
             f"--output_dir: {script_args.output_dir!r} has {' and '.join(there)} already. Choose another folder, or "
             "set --overwrite."
         )
+    model = script_args.model_name_or_path or f"of the toy world {script_args.toy_world}"
     with toy_world(script_args, script_args.seed):
         rows = read_prompts(script_args, script_args.num_samples or 0)
-        texts = sample(script_args, rows)
-    if not state.is_main_process:
-        return
+        if script_args.use_vllm:
+            texts = sample_by_vllm(script_args, rows)
+            write(script_args, output_dir, rows, texts)
+        else:
+            settings = sample_settings(script_args, rows, model)
+            with SampleJournal(output_dir / "generate.jsonl", settings, script_args.overwrite) as journal:
+                texts = sample(script_args, rows, journal)
+                if state.is_main_process:
+                    write(script_args, output_dir, rows, texts)
+                    journal.remove()
+    if script_args.hub_dataset_id is not None and state.is_main_process:
+        push(script_args, output_dir)
+
+
+def sample_settings(script_args: GenerateArguments, rows: list, model: str) -> dict[str, Any]:
+    """What the texts depend on. Several processes, or another number of them, sample the same texts."""
+    names = ["model_revision", "dtype", "batch_size", "seed", "max_completion_length", *SAMPLING]
+    names += ["generation_kwargs", "chat_template_kwargs", "toy_world_kwargs"]
+    files = [path.stat() for path in sorted(Path(model).glob("*.safetensors"))]
+    sha = hashlib.sha256(json.dumps(rows, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace"))
+    return {
+        "model_name_or_path": model,
+        "weights": [[file.st_size, file.st_mtime_ns] for file in files],
+        "prompts": [len(rows), sha.hexdigest()],
+    } | {name: vars(script_args)[name] for name in names}
+
+
+def write(script_args: GenerateArguments, output_dir: Path, rows: list, texts: list[str]) -> None:
+    """Write the dataset and its card."""
+    from datasets import Dataset
+
+    from trl_dpg.generation import prompt_completion_pairs
+
     rows, texts, reasoning, line = read(script_args, rows, texts)
     if script_args.train_on == "completion":
         dataset = Dataset.from_dict({"text": texts, "source_prompt": rows})
@@ -106,13 +140,17 @@ def main(script_args: GenerateArguments) -> None:
     os.replace(part, output_dir / "train.parquet")
     dataset_card(script_args, len(texts), line).save(output_dir / "README.md")
     print(f"{len(texts)} texts: {output_dir / 'train.parquet'}")
-    if script_args.hub_dataset_id is not None:
-        api = HfApi()
-        repo = api.create_repo(
-            script_args.hub_dataset_id, repo_type="dataset", private=script_args.private, exist_ok=True
-        )
-        api.upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=output_dir, allow_patterns=FILES)
-        print(f"Pushed to {repo}")
+
+
+def push(script_args: GenerateArguments, output_dir: Path) -> None:
+    """Push the dataset and its card to the Hub."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    name = str(script_args.hub_dataset_id)
+    repo = api.create_repo(name, repo_type="dataset", private=script_args.private, exist_ok=True)
+    api.upload_folder(repo_id=repo.repo_id, repo_type="dataset", folder_path=output_dir, allow_patterns=FILES)
+    print(f"Pushed to {repo}")
 
 
 def read(script_args: GenerateArguments, rows: list, texts: list[str]):
@@ -143,17 +181,28 @@ def read(script_args: GenerateArguments, rows: list, texts: list[str]):
     )
 
 
-def sample(script_args: GenerateArguments, prompts: list) -> list[str]:
-    """A text for each prompt. Several processes share the prompts."""
+def sample(script_args: GenerateArguments, prompts: list, journal: SampleJournal) -> list[str]:
+    """A text for each prompt. Several processes share the batches. Those in the journal are not sampled again."""
     import torch
-    from accelerate.utils import gather_object
 
-    if script_args.use_vllm:
-        return sample_by_vllm(script_args, prompts)
-    state = process_state()
-    with torch.inference_mode(), state.split_between_processes(prompts) as mine:
-        texts = complete_prompts(script_args, mine, script_args.seed + state.process_index, script_args.batch_size)
-    return gather_object(texts)
+    state, size = process_state(), script_args.batch_size
+    starts = range(0, len(prompts), size)
+    todo = [batch for batch in range(len(starts)) if batch not in journal.texts]
+    if len(todo) < len(starts) and state.is_main_process:
+        print(f"{len(starts) - len(todo)} of {len(starts)} batches are there already.", file=sys.stderr)
+    complete = make_completer(script_args) if todo else None
+
+    def texts_of(batches: list[int]) -> dict[int, list[str]]:
+        with torch.inference_mode():
+            rows = {batch: prompts[starts[batch] : starts[batch] + size] for batch in batches}
+            return {batch: complete(own, script_args.seed + batch) for batch, own in rows.items()}  # type: ignore[misc]
+
+    for first in range(0, len(todo), state.num_processes):
+        mine = todo[first + state.process_index :][:1]  # the batch of this process, if one is left
+        parts = from_all_ranks(partial(texts_of, mine), "Sampling a batch")
+        found = {batch: texts for part in parts for batch, texts in part.items()}
+        from_all_ranks(partial(journal.store, found), "Writing the journal")
+    return [text for batch in range(len(starts)) for text in journal.texts[batch]]
 
 
 def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:
@@ -192,7 +241,7 @@ def dataset_card(script_args: GenerateArguments, number: int, thoughts: str | No
         tags=["trl", "dpg", "synthetic"],
         size_categories=[size],
     )
-    settings = json.dumps(asdict(script_args), indent=2)
+    settings = json.dumps(redacted(asdict(script_args)), indent=2)
     return DatasetCard(f"""---
 {data.to_yaml()}
 ---

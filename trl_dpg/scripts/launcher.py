@@ -10,7 +10,10 @@ from subprocess import CalledProcessError
 from trl import TrlParser
 from yaml import YAMLError
 
-from .arguments import UsageError, make_recipe_parser
+from ..redaction import redacted_text
+from .arguments import make_recipe_parser
+from .config_file import check_config_file
+from .errors import explained
 from .help import show_help
 
 
@@ -24,7 +27,7 @@ def run(
     """
     Run a command in this process or, if it has arguments of `accelerate launch`, under accelerate.
 
-    Wrong usage ends with exit status 2.
+    Errors end as `errors` says: with exit status 2 for wrong usage, and 1 otherwise.
 
     Args:
         command (`str`): Its name; `trl_dpg.scripts.<command>` is its module.
@@ -41,23 +44,22 @@ def run(
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
     try:
+        check_config_file(parser, argv)
         *arguments, from_config, unknown = parser.parse_args_and_config(
             args=argv, return_remaining_strings=True, separate_remaining_strings=True
         )
     except (OSError, YAMLError) as error:
         parser.error(f"--config: {error}")
     except ValueError as error:  # from the checks of the arguments
-        parser.error(str(error))
+        parser.error(redacted_text(str(error)))
     if unknown and not may_launch:
         parser.error(_unrecognized(parser, unknown))
     launch_arguments = _for_accelerate(parser, from_config, unknown) if from_config or unknown else []
     if launch_arguments and may_launch:
         _launch(parser, command, argv, unknown, launch_arguments)
         return
-    try:
+    with explained(parser):
         main(*arguments)
-    except UsageError as error:
-        parser.error(str(error))
 
 
 def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unknown: list[str]) -> list[str]:
@@ -149,9 +151,35 @@ def _launch(
         else:
             mine.append(string)
     module = ["--module", f"{__package__}.{command}"]
+    arguments = launch_command_parser().parse_args([*launch_arguments, *module, *mine])
+    _check_processes(parser, arguments)
     try:
-        launch_command(launch_command_parser().parse_args([*launch_arguments, *module, *mine]))
+        launch_command(arguments)
     except CalledProcessError as error:  # of one process
         sys.exit(error.returncode)
     except ChildFailedError as error:  # of several processes, which have printed their errors
         sys.exit(error.get_first_failure()[1].exitcode)
+
+
+def _check_processes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """
+    Have accelerate start as many processes as `num_processes` says.
+
+    On a machine without several GPUs, it would start a single one and say nothing.
+    """
+    import torch
+
+    kinds = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
+    number = arguments.num_processes or 1
+    if number < 2 or arguments.config_file is not None or any(vars(arguments)[kind] for kind in kinds):
+        return
+    if not torch.accelerator.is_available():
+        arguments.cpu, arguments.multi_gpu = False, True  # accelerate's name for several processes
+        return
+    if arguments.cpu:
+        parser.error(f"--num_processes {number} with --cpu would start a single process. Leave out one of them.")
+    if torch.accelerator.device_count() < 2:
+        parser.error(
+            f"--num_processes {number}, but this machine has 1 {torch.accelerator.current_accelerator()} device. Use "
+            "--num_processes 1."
+        )

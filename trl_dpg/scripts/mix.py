@@ -24,6 +24,7 @@ from typing import Any
 
 from trl import TrlParser
 
+from ..redaction import redacted
 from .arguments import UsageError, at_least, from_json
 from .data import FILE_FORMATS, check_no_training, load_data, make_folder, one_process
 from .flags import in_flags
@@ -319,7 +320,7 @@ def card(script_args: MixArguments, figures: dict[str, Any]):
     from huggingface_hub import DatasetCard, DatasetCardData
 
     data = DatasetCardData(task_categories=["text-generation"], tags=["trl", "dpg", "reasoning-length"])
-    settings = json.dumps(asdict(script_args), indent=2)
+    settings = json.dumps(redacted(asdict(script_args)), indent=2)
     return DatasetCard(f"""---
 {data.to_yaml()}
 ---

@@ -79,7 +79,7 @@ def lm_eval(**kwargs):
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
-def combined(metrics: list[dict[str, Any]], score_parts: bool = True):
+def combined(metrics: list[dict[str, Any]], score_parts: bool | None = None):
     """
     Weighted sum of metrics, a [`CombinedMetric`].
 
@@ -87,9 +87,10 @@ def combined(metrics: list[dict[str, Any]], score_parts: bool = True):
         metrics (`list[dict]`):
             The metrics: entries with `metric` (a name or dotted path), and perhaps `metric_kwargs`, `weight` (1 by
             default) and `name` (in logs; that of the metric by default).
-        score_parts (`bool`, *optional*, defaults to `True`):
-            Whether the samples are scored by each part as well, for logs. With one student step this costs next to
-            nothing. With more, each part takes about a second derivative of its own.
+        score_parts (`bool`, *optional*):
+            Whether the samples are scored by each part as well, for logs. By default where this costs next to nothing:
+            with one student step, and with first-order attribution. Elsewhere, each part takes about a second
+            derivative of its own.
     """
     from trl_dpg.metrics import CombinedMetric
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import check_student, complete_prompts, completion_reader, fits, read_dataset, read_prompts
+from .data import check_student, check_texts, complete_prompts, completion_reader, fits, read_dataset, read_prompts
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -72,6 +72,7 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
             )
         if template is not None:
             print(f"The samples are taken as they are: they have no columns for {template!r}.", flush=True)
+        check_texts(data, "dataset_name", str(script_args.dataset_name))
         return list(data.select(range(min(num_samples, len(data)))))
     from trl_dpg.generation import prompt_completion_pairs
     from trl_dpg.student_text import thinking_line

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from ..redaction import redacted
 from .arguments import UsageError
 from .data import check_no_training, make_folder, one_process
 from .flags import in_flags
@@ -115,7 +116,7 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         if name not in ("output_dir", "num_samples")
         and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
-    for name, value in (settings | chosen).items():
+    for name, value in redacted(settings | chosen).items():
         line = entry(name, value)
         lines = rf"^{name}:.*\n?(?:[ \t-].*\n?)*"  # the entry, which may have several lines
         text, count = re.subn(lines, line.replace("\\", r"\\"), text, flags=re.MULTILINE)

@@ -19,6 +19,7 @@ from ..kernels.cross_entropy import linear_cross_entropy
 from .checks import bnb_modules, check_4bit_gradients, check_model, is_packed_for_cpu, switch_off_dropout
 from .effective_weight import effective_weight
 from .head import is_linear_head, linear_factors, standing_aside
+from .loading import load_pretrained
 from .tokenization import Batch, Examples, SampleReader, TokenizedExample, collate
 
 
@@ -96,7 +97,7 @@ class Student:
             init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
             if quantization_config is not None:
                 init_kwargs["quantization_config"] = quantization_config
-            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
+            model = load_pretrained(AutoModelForCausalLM, model, "the student", **init_kwargs)
             switch_off_dropout(model)
         elif quantization_config is not None or model_init_kwargs is not None:
             raise ValueError(
@@ -104,7 +105,7 @@ class Student:
                 f"already loaded {type(model).__name__}. Pass its path or Hub id instead."
             )
         if processing_class is None and model.config._name_or_path:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = load_pretrained(AutoTokenizer, model.config._name_or_path, "the student's tokenizer")
         if peft_config is not None:
             if is_peft_model(model):
                 raise ValueError(

@@ -65,6 +65,64 @@ def row_as_json(row: str | Mapping[str, Any]) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, default=lambda value: value.tolist())
 
 
+def check_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    A sample whose texts are texts or messages. `None` is an empty text.
+
+    Raises:
+        `ValueError`: If it is no sample.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"A sample is {row!r:.60}; expected a text or a row, a mapping from columns to values.")
+    texts = {name: row[name] for name in ("text", "messages", "prompt", "completion") if name in row}
+    for name, value in texts.items():
+        kinds = {"text": str, "messages": list}.get(name, str | list)
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(
+                f"A sample has {value!r:.60} ({type(value).__name__}) in `{name}`; expected "
+                f"{'a text' if name == 'text' else 'messages' if name == 'messages' else 'a text or messages'}."
+            )
+        if isinstance(value, list) and not all(isinstance(message, Mapping) for message in value):
+            raise ValueError(
+                f"A sample has a list in `{name}` that is not of messages: {value!r:.60}. A message has `role` and "
+                "`content`."
+            )
+    if None not in texts.values():
+        pair = {type(texts[name]) for name in ("prompt", "completion") if name in texts}
+        if len(pair) > 1:
+            raise ValueError(
+                "A sample has a text and messages in `prompt` and `completion`; both must be of one kind."
+            )
+        return row
+    empty = [] if any(isinstance(value, list) for value in texts.values()) or "messages" in texts else ""
+    return dict(row) | {name: empty for name, value in texts.items() if value is None}
+
+
+def check_ids(input_ids: list[int], labels: list[int], vocab_size: int) -> None:
+    """
+    Refuse token ids and labels that a student cannot read. Ids that are too large are refused for all samples at once.
+
+    Raises:
+        `ValueError`: If there are any.
+    """
+    if len(labels) != len(input_ids):
+        raise ValueError(f"A sample has {len(input_ids)} `input_ids` but {len(labels)} `labels`.")
+    for name, ids in (("input_ids", input_ids), ("labels", labels))[: 1 if labels is input_ids else 2]:
+        values = np.asarray(ids if len(ids) else [0])
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(
+                f"A sample has {ids!r:.60} in `{name}`; expected a list of whole numbers, the tokens' ids."
+            )
+        wrong = values[(values < 0) & ((values != -100) | (name == "input_ids"))]
+        if name == "labels":
+            wrong = np.concatenate([wrong, values[values >= vocab_size]])
+        if len(wrong):
+            other = ", or -100 for a token without a loss" if name == "labels" else ""
+            raise ValueError(
+                f"A sample has {wrong[0]} in `{name}`; the student's token ids are 0 to {vocab_size - 1}{other}."
+            )
+
+
 class SampleReader:
     """
     Tokenises samples with a student's tokenizer.
@@ -87,7 +145,7 @@ class SampleReader:
         """Tokenise samples and cut them off at `max_length`; see [`Student.tokenize`]."""
         if isinstance(examples, str):
             raise ValueError("The samples are one string; pass a list of them.")
-        rows = [{"text": example} if isinstance(example, str) else example for example in examples]
+        rows = [check_row({"text": example} if isinstance(example, str) else example) for example in examples]
         if self.tokenizer is not None and all(set(row) == {"text"} for row in rows):
             tokenized = self._tokenize_texts([row["text"] for row in rows], add_eos, return_ends)
         else:
@@ -114,8 +172,7 @@ class SampleReader:
         if "input_ids" in row:
             input_ids = list(row["input_ids"])
             labels = list(row["labels"]) if row.get("labels") is not None else input_ids
-            if len(labels) != len(input_ids):
-                raise ValueError(f"A sample has {len(input_ids)} `input_ids` but {len(labels)} `labels`.")
+            check_ids(input_ids, labels, self.vocab_size)
             return TokenizedExample(input_ids, labels)
         tokenizer = self.tokenizer
         if tokenizer is None:
@@ -123,6 +180,8 @@ class SampleReader:
                 "The student has no tokenizer, so samples must be token ids (`input_ids`). Pass `processing_class`."
             )
         offsets = self._offsets(return_ends)
+        if "messages" in row and not row["messages"]:
+            return TokenizedExample([], [], ends=np.zeros(0) if offsets else None)
 
         def chat(messages):
             kwargs = {"tokenizer_kwargs": offsets} if offsets else {}

@@ -16,6 +16,7 @@ from ..metagradients import InnerLoopConfig
 from ..metagradients.config import MEMORY_ONLY
 from ..metrics.base import metric_name
 from ..ranks import from_all_ranks
+from ..redaction import redacted
 from ..student import Examples, FinetunedStudent, Student
 from .search import Tuning, tune
 from .trials import Trial
@@ -175,4 +176,4 @@ def dependencies(
     """What a choice depends on. The samples are in it only if `data` has them."""
     inner_loop = {name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY}
     settings = {"student": student.describe(), "metric": metric_name(metric), "inner_loop": inner_loop}
-    return json.loads(json.dumps(settings if data is None else settings | {"data": data}))
+    return redacted(json.loads(json.dumps(settings if data is None else settings | {"data": data})))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from ...redaction import redacted
 from .client import Teacher
 from .journal import Journal
 from .results import Results, Selection
@@ -28,7 +29,7 @@ def dataset_card(
     lines: dict[str, object] = {
         "teacher": f"`{teacher.model}`",
         "API": ", ".join(f"`{url}`" for url in journal.base_urls),
-        "parameters": f"`{json.dumps(teacher.parameters)}`",
+        "parameters": f"`{json.dumps(redacted(teacher.parameters))}`",
         **prompts,
         "date": f"{journal.created}, first run",
         "samples": f"{there}, {results.with_reasoning} of them with reasoning",

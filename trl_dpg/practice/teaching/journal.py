@@ -10,6 +10,7 @@ from typing import Any
 
 from ...files import append_line, json_line, locked, remove_half_line, write_json
 from ...metagradients.config import SettingsError
+from ...redaction import redacted
 from .tally import Tally
 
 
@@ -52,7 +53,7 @@ class Journal(AbstractContextManager):
     def __init__(self, folder: str | Path, settings: dict[str, Any], base_url: str, created: str, tally: Tally):
         self.folder = Path(folder)
         self.samples, self.failures = self.folder / "samples.jsonl", self.folder / "failures.jsonl"
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = redacted(json.loads(json.dumps(settings)))
         self.base_urls, self.created, self.tally = [base_url], created, tally
         self.done: dict[str, int] = {}
         self.rejected: dict[str, str] = {}

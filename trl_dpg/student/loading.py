@@ -1,0 +1,50 @@
+"""Loads models and tokenizers. A damaged file is named, whatever the library that reads it says."""
+
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+
+def load_pretrained(kind: Any, path: str, what: str, **kwargs: Any) -> Any:
+    """
+    `kind.from_pretrained(path, **kwargs)`.
+
+    Args:
+        kind (`type`): A class such as [`~transformers.AutoTokenizer`].
+        path (`str`): Path or Hub id.
+        what (`str`): What is loaded, for the message: `"the student's tokenizer"`.
+
+    Raises:
+        `ValueError`: If a file cannot be read.
+    """
+    try:
+        return kind.from_pretrained(path, **kwargs)
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # they say what is missing
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, JSONDecodeError):
+            raise
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} in {path!r} could not be read ({type(error).__name__}: {error}). Is a file "
+            "damaged? Copy or download the model again."
+        ) from error
+
+
+def check_weights(path: str) -> None:
+    """
+    Refuse a local model with a damaged file of weights, before it is loaded. Only the files' headers are read.
+
+    Raises:
+        `ValueError`: If there is one.
+    """
+    for file in sorted(Path(path).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"the weights {file.name!r} are damaged or not complete ({error}). Copy or download the model again."
+            ) from error
