@@ -3,12 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.llama import modeling_llama
 
 from tests.tiny import make_model
 from trl_dpg import kernels
 from trl_dpg.kernels import activations, blocks
 from trl_dpg.kernels.layers import lean_layers
+from trl_dpg.kernels.rotary import Rotary
 
 
 D = torch.float64
@@ -114,6 +117,28 @@ def test_rms_norm_layers_of_a_model_are_seen_and_left_as_they_were():
     assert len(calls) == 9  # two layers of four, and the last one
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)  # transformers' own is float32 inside
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rotary_embeddings_have_exact_derivatives(transposed):
+    x, cos, sin = random(2, 3, 5, 8).requires_grad_(), random(2, 1, 5, 8), random(2, 1, 5, 8)  # halves that differ
+    if not transposed:
+        usual, _ = modeling_llama.apply_rotary_pos_emb(x, x, cos[:, 0], sin[:, 0])
+        torch.testing.assert_close(Rotary.apply(x, cos, sin, False), usual)
+    assert gradcheck(lambda x: Rotary.apply(x, cos, sin, transposed), x)
+    assert gradgradcheck(lambda x: Rotary.apply(x, cos, sin, transposed), x)
+
+
+def test_rotary_embeddings_of_a_model_are_replaced_and_put_back():
+    model, ids = make_model(dtype=D), torch.arange(12).view(2, 6)
+    plain, usual = model(ids).logits, modeling_llama.apply_rotary_pos_emb
+    query, angles = random(2, 3, 5, 4).requires_grad_(), random(2, 5, 4)
+    with pytest.raises(KeyError), lean_layers(model):  # put back after an error, too
+        embedded, _ = modeling_llama.apply_rotary_pos_emb(query, query, angles.cos(), angles.sin())
+        assert "Rotary" in embedded.grad_fn.name()
+        torch.testing.assert_close(model(ids).logits, plain)
+        raise KeyError
+    assert modeling_llama.apply_rotary_pos_emb is usual
 
 
 def test_rows_that_see_nothing_are_finite():

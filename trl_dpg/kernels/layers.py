@@ -1,4 +1,7 @@
-"""Replaces RMSNorm layers of transformers by one operation, whose derivatives take fewer elementwise passes."""
+"""
+Replaces RMSNorm layers and rotary embeddings of transformers by one operation each, whose derivatives take fewer
+elementwise passes.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .rotary import lean_rotary
+
 
 @contextmanager
 def lean_layers(model: nn.Module) -> Iterator[None]:
     """
-    Context in which RMSNorm layers call `rms_norm`, which [`TwiceDifferentiable`] replaces. The results are the same
-    up to rounding.
+    Context in which RMSNorm layers call `rms_norm`, which [`TwiceDifferentiable`] replaces, and in which rotary
+    embeddings are one operation. The results are the same up to rounding.
 
     In transformers, every model family has its own RMSNorm. Most of them compute the same. Those that do not (Gemma's)
     are not changed.
@@ -31,9 +36,15 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     changed = [layer for layer in forwards if "forward" not in vars(layer)]
     for layer in changed:
         layer.forward = forwards[layer]
+    rotary = lean_rotary(model)
+    usual = {code: code.apply_rotary_pos_emb for code in rotary}
     try:
+        for code, function in rotary.items():
+            code.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
         yield
     finally:
+        for code, function in usual.items():
+            code.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
         for layer in changed:
             del layer.forward
 

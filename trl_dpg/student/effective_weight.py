@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
@@ -13,7 +13,7 @@ from torch import Tensor
 def effective_weight(model: Any, name: str) -> Tensor:
     """A weight with its adapters merged, from the model's present parameters, see [`Student.effective_weight`]."""
     base, saved = model, ".modules_to_save."
-    if is_peft_model(model):
+    if isinstance(model, PeftModel):
         base, saved = model.get_base_model(), f".modules_to_save.{model.active_adapter}."
     weights = {
         weight.replace(".base_layer.", ".").replace(saved, "."): weight

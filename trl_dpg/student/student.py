@@ -28,24 +28,17 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
-class _Scope(nn.Module):
-    """Lets `torch.func.functional_call` replace the model's weights while any function of the model runs."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, function):
-        return function(self.model)
-
-
 @dataclass
 class _Layout:
-    """Names, shapes and dtypes of the trainable parameters, in their order in the flat vector."""
+    """
+    Names, shapes and dtypes of the trainable parameters, in their order in the flat vector, and where they are: the
+    modules that hold a parameter, each with its own name for it. A tied parameter has several.
+    """
 
     names: list[str]
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
+    places: list[list[tuple[nn.Module, str]]]
 
 
 class Student:
@@ -122,12 +115,17 @@ class Student:
         check_model(model)
         self.pad_token_id = self._resolve_pad_token_id()
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        places: dict[Tensor, list[tuple[nn.Module, str]]] = {parameter: [] for parameter in trainable.values()}
+        for module in model.modules():
+            for own_name, parameter in module._parameters.items():
+                if parameter in places:
+                    places[parameter].append((module, own_name))
         self._layout = _Layout(
             names=list(trainable),
             shapes=[p.shape for p in trainable.values()],
             dtypes=[p.dtype for p in trainable.values()],
+            places=list(places.values()),
         )
-        self._scope = _Scope(model)
         self._quantization_verified = False
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
@@ -199,9 +197,20 @@ class Student:
         return {name: part.to(dtype) for name, part, dtype in layout}
 
     def run(self, parameters: dict[str, Tensor], function: Callable[[nn.Module], Any]) -> Any:
-        """Call `function(model)` while `parameters` (see `unflatten`) replace the stored ones."""
-        parameters = {f"model.{name}": value for name, value in parameters.items()}
-        return torch.func.functional_call(self._scope, parameters, (function,))
+        """
+        Call `function(model)` while `parameters` (see `unflatten`) replace the stored ones.
+
+        `torch.func.functional_call` does the same, but looks for tied weights in each call.
+        """
+        stored = [(module, name, module._parameters[name]) for own in self._layout.places for module, name in own]
+        try:
+            for full_name, own in zip(self._layout.names, self._layout.places, strict=True):
+                for module, name in own:
+                    module._parameters[name] = parameters[full_name]  # type: ignore[assignment]
+            return function(self.model)
+        finally:
+            for module, name, parameter in stored:
+                module._parameters[name] = parameter
 
     def loss(
         self,
