@@ -41,6 +41,21 @@ class _Layout:
     places: list[list[tuple[nn.Module, str]]]
 
 
+def _layout(model: nn.Module) -> _Layout:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {parameter: [] for parameter in trainable.values()}
+    for module in model.modules():
+        for own_name, parameter in module._parameters.items():
+            if parameter in places:
+                places[parameter].append((module, own_name))
+    return _Layout(
+        names=list(trainable),
+        shapes=[p.shape for p in trainable.values()],
+        dtypes=[p.dtype for p in trainable.values()],
+        places=list(places.values()),
+    )
+
+
 class Student:
     """
     The model that is fine-tuned on the generated data (the paper's "target model"; Thrush et al., arXiv 2604.08423).
@@ -114,18 +129,7 @@ class Student:
         self.processing_class = processing_class
         check_model(model)
         self.pad_token_id = self._resolve_pad_token_id()
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        places: dict[Tensor, list[tuple[nn.Module, str]]] = {parameter: [] for parameter in trainable.values()}
-        for module in model.modules():
-            for own_name, parameter in module._parameters.items():
-                if parameter in places:
-                    places[parameter].append((module, own_name))
-        self._layout = _Layout(
-            names=list(trainable),
-            shapes=[p.shape for p in trainable.values()],
-            dtypes=[p.dtype for p in trainable.values()],
-            places=list(places.values()),
-        )
+        self._layout = _layout(model)
         self._quantization_verified = False
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
