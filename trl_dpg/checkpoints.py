@@ -14,7 +14,7 @@ from .files import write_json
 logger = logging.get_logger(__name__)
 
 MANIFEST = "dpg_checkpoint.json"
-OF_A_RUN = ("dpg_log.jsonl", "dpg_config.json", "summary.json")
+OF_A_RUN = ("dpg_log.jsonl", "dpg_config.json", "summary.json", "rollouts")
 """Files that belong to one training. Its checkpoints do, too."""
 
 

@@ -24,8 +24,8 @@ class RolloutWriter(TrainerCallback):
     each reward, before its weight. A file has its name only when it is whole. [`~datasets.load_dataset`] and `trl sft`
     read the folder.
 
-    A training that goes on from a checkpoint first deletes the files of later steps, so that no step comes twice. A
-    new training deletes all of them.
+    A training that goes on from a checkpoint first deletes the files of later steps, so that no step comes twice.
+    [`~trl_dpg.restart.RestartCallback`] has moved those of an earlier training aside.
 
     Args:
         output_dir (`str` or `Path`): The folder of the training.

@@ -209,3 +209,15 @@ def test_the_seconds_of_all_pieces_are_added(run):
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     after = json.loads((run / "checkpoint-4" / "dpg_state_0.json").read_text())["seconds"]
     assert 0 < before < after <= trainer.restart.seconds < before + 60
+
+
+def test_credentials_are_in_no_checkpoint_and_are_no_change_of_the_setup(tmp_path):
+    def trainer(**kwargs):
+        made = make_trainer(config(tmp_path, max_steps=1, **kwargs))
+        made.restart.further = {"metric_kwargs": {"token": "hf_0123456789abcdef"}}
+        return made
+
+    trainer().train()
+    stored = (tmp_path / "checkpoint-1" / "dpg_checkpoint.json").read_text()
+    assert "metric_kwargs" in stored and "hf_0123456789abcdef" not in stored
+    trainer().restart.check(tmp_path / "checkpoint-1")
