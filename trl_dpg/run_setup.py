@@ -11,8 +11,8 @@ from datasets import Dataset
 
 from .callbacks import run_config
 from .metagradients.config import MEMORY_ONLY
-from .redaction import redacted
 from .metrics.base import Metric
+from .redaction import redacted
 from .reward import DPGReward
 
 
