@@ -398,7 +398,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("runs/cot_length"))
     parser.add_argument("--parts", nargs="+", default=["curves", "data", "scores", "figures"])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 3], help="numbers of layers of the curves")
-    parser.add_argument("--layers", type=int, default=2, help="number of layers of the part `data`")
+    parser.add_argument("--layers", type=int, default=1, help="number of layers of the part `data`")
     parser.add_argument("--scored_layers", type=int, default=3, help="number of layers of the part `scores`")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_steps", type=int, default=4000)
