@@ -86,7 +86,7 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
         rows = settings["generation_batch_size"] // settings["num_generations"]
         return Dataset.from_dict({"id": ["0"] * rows, "text": ["some text " * 200] + ["short"] * (rows - 1)})
 
-    class Reached(Exception):
+    class Reached(BaseException):
         pass
 
     def train(self, **kwargs):

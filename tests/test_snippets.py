@@ -304,8 +304,9 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    assert pages_with("yaml") == ["attribution.md", "lengths.md", "thinking.md", "training.md", "tune.md"]
-    pages = ("training.md", "tune.md", "thinking.md")
+    with_yaml = ["attribution.md", "lengths.md", "reliability.md", "thinking.md", "training.md", "tune.md"]
+    assert pages_with("yaml") == with_yaml
+    pages = ("training.md", "tune.md", "thinking.md", "reliability.md")
     settings = yaml.safe_load("\n".join(block for page in pages for block in blocks(page, "yaml")))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | {"bf16": False, "output_dir": str(tmp_path)}))
     script_args, training_args, model_args, dataset_args = read(

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +16,7 @@ from tests.test_dpg_script import UUID, run
 from trl_dpg import stopping
 from trl_dpg.checkpoints import newest_whole
 from trl_dpg.files import locked
+from trl_dpg.restart import RestartCallback
 from trl_dpg.reward import DPGReward
 from trl_dpg.scripts.arguments import UsageError
 from trl_dpg.scripts.resuming import one_run
@@ -88,6 +91,31 @@ def test_a_signal_stops_a_trainer_in_a_script(number, tmp_path, monkeypatch):
         trainer.train()
     assert stop.received is number and trainer.state.global_step == 2
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_a_signal_after_the_last_step_saves_what_was_not_saved(tmp_path, monkeypatch, capsys):
+    def interrupted(*arguments, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RestartCallback, "on_train_end", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(UUID, tmp_path, "--max_steps", "2", "--save_strategy", "no", "--evaluate", "false")
+    assert stopped.value.code == STOPPED and newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+    assert "checkpoint-2 is saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(UUID, tmp_path, "--max_steps", "2", "--evaluate", "false", *AUTO)["steps"] == 2
+
+
+def test_a_signal_to_the_launcher_reaches_the_run(tmp_path):
+    command = [sys.executable, "-m", "trl_dpg.cli", "dpg", "--num_processes", "1", "--config", str(UUID)]
+    command += ["--output_dir", str(tmp_path), "--max_steps", "500", "--evaluate", "false"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not (tmp_path / "dpg_log.jsonl").exists() and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == STOPPED and "is saved. Go on with the same command" in error
+    assert newest_whole(tmp_path) is not None
 
 
 def test_a_second_signal_stops_at_once(monkeypatch):

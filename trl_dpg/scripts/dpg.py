@@ -114,10 +114,10 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
             for figures in fresh.judge():
                 write(path, summary | figures)
                 trainer.fresh_students = {state: figures[state] for state in (UNTRAINED, TRAINED)}
-    finally:
-        trainer.create_model_card(dataset_name=script_args.dataset_name)
-        if training_args.push_to_hub:
-            trainer.push_to_hub(dataset_name=script_args.dataset_name)
+    except Exception:  # a signal is none, and ends at once
+        publish(trainer, script_args.dataset_name)
+        raise
+    publish(trainer, script_args.dataset_name)
     if fresh is not None:
         print(f"\n{fresh.render()}\n")
     if trainer.is_world_process_zero():
@@ -127,6 +127,13 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
     del trainer  # DDP's reducer must be freed before the process group (gloo can wait for ever)
     gc.collect()
     accelerator.end_training()
+
+
+def publish(trainer, dataset_name: str | None) -> None:
+    """Write the model card, and push the generator to the Hub if that was asked for."""
+    trainer.create_model_card(dataset_name=dataset_name)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)
 
 
 def set_numbers(training_args, reward) -> None:

@@ -58,6 +58,7 @@ def train(trainer, last: str | None, stop: StopOnSignal) -> None:
 
     A checkpoint of the last step is only loaded. transformers would make one more step.
     """
+    from trl_dpg.ranks import from_all_ranks
     from trl_dpg.restart import ChangedSetup
 
     trainer.args.resume_from_checkpoint = last  # the callbacks need the folder, too
@@ -69,11 +70,24 @@ def train(trainer, last: str | None, stop: StopOnSignal) -> None:
         raise UsageError(
             str(error).replace("set `accept_changed_setup`", "give --accept_changed_setup true")
         ) from error
-    if stop.received is not None:
+    received = next((number for number in from_all_ranks(lambda: stop.received, "Stopping") if number), None)
+    if received is not None:
+        save(trainer)
         step = trainer.state.global_step
-        say(f"Stopped by {stop.received.name} after step {step}; checkpoint-{step} is saved. {AGAIN}")
+        say(f"Stopped by {received.name} after step {step}; checkpoint-{step} is saved. {AGAIN}")
         sys.exit(STOPPED)
     stop.outside = f"The training is done, the fresh students are not. {AGAIN}"
+
+
+def save(trainer) -> None:
+    """Save the step after which a signal stopped the training, if the trainer has not."""
+    from trl_dpg.checkpoints import checkpoint_folder, why_not_whole
+    from trl_dpg.ranks import from_all_ranks
+
+    folder = checkpoint_folder(trainer.args.output_dir, trainer.state.global_step)
+    if from_all_ranks(lambda: why_not_whole(folder), "Stopping")[0] is not None:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
 
 def load_finished(trainer, last: str) -> bool:
