@@ -73,7 +73,7 @@ WAYS = {
 }
 WAYS |= {experiment: {"adamw": []} for experiment in REAL if experiment != "spanish"}
 # As many student steps as with all completions in one dataset
-BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 32, "uuid": 16}
+BATCH_SIZES = {"pattern_67": 8, "qr_code": 24, "l2_norm": 8, "new_language": 32, "uuid": 16, "spanish": 8}
 for experiment, batch_size in BATCH_SIZES.items():
     for way in ("separate", "naive"):
         WAYS[experiment][way] = [*WAYS[experiment][way], "--student_batch_size", str(batch_size)]

@@ -1,10 +1,13 @@
 """The benchmarks that need nothing else run at a tiny size."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+
+from trl_dpg.scripts import dpg
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -34,3 +37,14 @@ def test_the_benchmark_of_memory_runs_a_cell(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     runpy.run_path(str(BENCHMARKS / "memory.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("[")
+
+
+def test_the_student_batches_of_the_papers_ways_divide_their_datasets(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    paper = importlib.import_module("paper")
+    for experiment, ways in paper.WAYS.items():
+        for way, flags in ways.items():
+            arguments = [*paper.recipe(experiment), "--output_dir", str(tmp_path), "--bf16", "false", *flags]
+            _, args, *_ = dpg.make_parser().parse_args_and_config(args=arguments)
+            groups = 1 if args.cross_group_batching else args.num_generations
+            assert args.generation_batch_size / groups % args.student_batch_size == 0, (experiment, way)
