@@ -399,6 +399,23 @@ def test_settings_of_the_command_line_are_written_exactly():
     assert written == student | {"metric": "weight_norm"}
 
 
+def test_a_recipe_leaves_out_credentials_and_keeps_paths(tmp_path):
+    arguments = TuneArguments(metric="weight_norm", dataset_name="/scratch/hf_checkpoints_run1/train.jsonl")
+    arguments.recipe = tmp_path / "recipe.yaml"
+    arguments.recipe.write_text("metric: weight_norm\nmodel_init_kwargs:\n  token: sesame\nlearning_rate: 0.1\n")
+    student = {"student_model_init_kwargs": {"token": "sesame"}, "student_learning_rate": 1e-5}
+    text = tuned_recipe(arguments, student, {"student_learning_rate": 1e-5})
+    assert yaml.safe_load(text) == {
+        "metric": "weight_norm",
+        "learning_rate": 0.1,
+        "student_learning_rate": 1e-5,
+        "dataset_name": arguments.dataset_name,
+    }
+    for name in ("model_init_kwargs", "student_model_init_kwargs"):
+        assert f"\n# {name} is left out, because it has a credential." in text
+    assert "sesame" not in text and "hidden" not in text
+
+
 @pytest.mark.parametrize(
     "value", [0.999, 1e-5, 0.12345, 5e-324, [0.9, 1e-8], {"a": {"b": 1e-8}}, "¿qué?\n\n{x}", None]
 )

@@ -289,15 +289,49 @@ def test_credentials_are_in_no_file_and_in_no_message(world, tmp_path, capsys):
         ({"api_key": SECRET, "model": "m"}, {"api_key": HIDDEN, "model": "m"}),
         ({"extra_headers": [{"Authorization": "Bearer x"}]}, {"extra_headers": [{"Authorization": HIDDEN}]}),
         ({"url": "https://me:word@host/path"}, {"url": f"https://{HIDDEN}@host/path"}),
-        ({"name": "hf_abcdefghijklmnopqrst"}, {"name": HIDDEN}),
         (
             {"per_token": True, "eos_token": "</s>", "token": None},
             {"per_token": True, "eos_token": "</s>", "token": None},
         ),
     ],
 )
-def test_credentials_are_known_by_their_names_and_their_looks(settings, expected):
+def test_credentials_are_known_by_their_names(settings, expected):
     assert redacted(settings) == expected
+
+
+RANDOM = "Ab3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF3hI6kL9nO2qR5tU8wX1zA4cD7fG0iJ3lM6"
+KEYS = ["hf_" + RANDOM[:34], "sk-" + RANDOM[:48], f"sk-proj-{RANDOM[:30]}_{RANDOM[30:50]}-{RANDOM[:9]}"]
+KEYS += [
+    "ghp_" + RANDOM[:36],
+    "github_pat_" + RANDOM,
+    "xoxb-123456789012-1234567890123-" + RANDOM[:24],
+    "AKIA" + 16 * "Z",
+]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_keys_are_known_by_their_looks_and_told_apart(key):
+    shown = {redacted(text.format(own)) for own in (key, key[:-1] + "Y") for text in ("{}", "The key is {}. Why?")}
+    assert len(shown) == 4 and all(key[:12] not in text and "<hidden:" in text for text in shown)
+    assert redacted([*shown]) == [*shown]
+    assert redacted(f"Bearer {key}") == f"Bearer {HIDDEN}" and redacted({"token": key}) == {"token": HIDDEN}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/scratch/hf_checkpoints_run1",
+        "data/sk-wikipedia-articles.jsonl",
+        "sk-wikipedia-articles-of-2024/train.jsonl",
+        "sk-wikipedia-articles-of-2024.jsonl",
+        "/data/sk-wikipedia-articles-of-2024",
+        "sk-wikipedia-articles",
+        "ghp_of_all_the_students",
+        "AKIAHABARA_station_photographs",
+    ],
+)
+def test_a_path_is_not_taken_for_a_key(path):
+    assert redacted({"dataset_name": path}) == {"dataset_name": path}
 
 
 PYTHON = {  # what a script does, and what the message names

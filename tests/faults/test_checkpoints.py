@@ -15,6 +15,9 @@ from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
 
 
+KEY = f"hf_{'0123456789abcdefgh' * 2}"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three steps with checkpoints of all."""
@@ -214,10 +217,21 @@ def test_the_seconds_of_all_pieces_are_added(run):
 def test_credentials_are_in_no_checkpoint_and_are_no_change_of_the_setup(tmp_path):
     def trainer(**kwargs):
         made = make_trainer(config(tmp_path, max_steps=1, **kwargs))
-        made.restart.further = {"metric_kwargs": {"token": "hf_0123456789abcdef"}}
+        made.restart.further = {"metric_kwargs": {"token": "sesame", "name": KEY}}
         return made
 
     trainer().train()
     stored = (tmp_path / "checkpoint-1" / "dpg_checkpoint.json").read_text()
-    assert "metric_kwargs" in stored and "hf_0123456789abcdef" not in stored
+    assert "metric_kwargs" in stored and "sesame" not in stored and KEY not in stored
     trainer().restart.check(tmp_path / "checkpoint-1")
+
+
+def test_another_name_that_looks_like_a_key_is_a_change_of_the_setup(tmp_path):
+    def trainer(name):
+        made = make_trainer(config(tmp_path, max_steps=1))
+        made.restart.further = {"metric_kwargs": {"name": name}}
+        return made
+
+    trainer(KEY).train()
+    with pytest.raises(ValueError, match="The set-up is not that of"):
+        trainer(f"{KEY}1").restart.check(tmp_path / "checkpoint-1")

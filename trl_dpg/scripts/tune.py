@@ -31,6 +31,9 @@ from .output import say
 from .samples import SampleArguments, choice_data, load_set_up
 
 
+LEFT_OUT = "# {0} is left out, because it has a credential. Give it on the command line.\n"
+
+
 @dataclass
 class TuneArguments(SampleArguments):
     """
@@ -100,6 +103,8 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
     """
     The recipe with the chosen values. Without a recipe: the settings that are not at their defaults.
 
+    A comment takes the place of an entry with a credential.
+
     Args:
         script_args ([`TuneArguments`]): Metric, data and the recipe.
         student (`dict[str, Any]`): The student's settings with the chosen values.
@@ -116,8 +121,9 @@ def tuned_recipe(script_args: TuneArguments, student: dict[str, Any], chosen: di
         if name not in ("output_dir", "num_samples")
         and str(value) != str(written.get(name, _default(arguments, name)))  # the same number may be written otherwise
     }
-    for name, value in redacted(settings | chosen).items():
-        line = entry(name, value)
+    entries = {name: value for name, value in written.items() if _has_credential(name, value)} | settings | chosen
+    for name, value in entries.items():
+        line = LEFT_OUT.format(name) if _has_credential(name, value) else entry(name, value)
         lines = rf"^{name}:.*\n?(?:[ \t-].*\n?)*"  # the entry, which may have several lines
         text, count = re.subn(lines, line.replace("\\", r"\\"), text, flags=re.MULTILINE)
         text = text if count else text.rstrip("\n") + f"\n{line}"
@@ -129,6 +135,10 @@ def entry(name: str, value: Any) -> str:
     if isinstance(value, str):
         return f"{name}: {json.dumps(value, ensure_ascii=False)}\n"  # on one line
     return yaml.safe_dump({name: value}, default_flow_style=False, sort_keys=False, allow_unicode=True)
+
+
+def _has_credential(name: str, value: Any) -> bool:
+    return redacted({name: value}) != {name: value}
 
 
 def _default(arguments: type, name: str) -> Any:
