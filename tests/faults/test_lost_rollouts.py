@@ -124,6 +124,17 @@ def test_a_generate_that_was_stopped_goes_on_and_ends_with_the_same_texts(world,
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "train.parquet"]
 
 
+def test_every_batch_of_every_seed_has_random_numbers_of_its_own(world, tmp_path):
+    def batches(seed):
+        argv = ["--seed", str(seed), "--dataset_name", str(prompts), "--num_samples", "6"]
+        texts = generate(world, tmp_path / str(seed), *argv)
+        return [tuple(texts[start : start + 2]) for start in range(0, len(texts), 2)]
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w1 w2"}) + "\n")
+    assert len({*batches(0), *batches(1), *batches(2)}) == 9
+
+
 def test_texts_of_other_settings_are_not_mixed(world, tmp_path, monkeypatch, capsys):
     stopped(world, tmp_path, monkeypatch)
     with pytest.raises(SystemExit) as raised:

@@ -195,7 +195,7 @@ def sample(script_args: GenerateArguments, prompts: list, journal: SampleJournal
     def texts_of(batches: list[int]) -> dict[int, list[str]]:
         with torch.inference_mode():
             rows = {batch: prompts[starts[batch] : starts[batch] + size] for batch in batches}
-            return {batch: complete(own, script_args.seed + batch) for batch, own in rows.items()}  # type: ignore[misc]
+            return {batch: complete(own, batch_seed(script_args.seed, batch)) for batch, own in rows.items()}  # type: ignore[misc]
 
     for first in range(0, len(todo), state.num_processes):
         mine = todo[first + state.process_index :][:1]  # the batch of this process, if one is left
@@ -203,6 +203,13 @@ def sample(script_args: GenerateArguments, prompts: list, journal: SampleJournal
         found = {batch: texts for part in parts for batch, texts in part.items()}
         from_all_ranks(partial(journal.store, found), "Writing the journal")
     return [text for batch in range(len(starts)) for text in journal.texts[batch]]
+
+
+def batch_seed(seed: int, batch: int) -> int:
+    """The seed of a batch. Other batches have others, also those of neighbouring seeds."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([seed % 2**64, batch]).generate_state(1)[0])
 
 
 def sample_by_vllm(script_args: GenerateArguments, prompts: list) -> list[str]:

@@ -14,7 +14,7 @@ from ..redaction import redacted
 from .usage import UsageError
 
 
-LAYOUT = "trl-dpg generate 1"
+LAYOUT = "trl-dpg generate 2"
 """Stands at the beginning of every journal."""
 
 
