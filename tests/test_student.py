@@ -75,6 +75,23 @@ def test_token_ids_are_taken_as_they_are():
     assert first.labels == [5, 6, 7] and second.labels == [-100, -100, 7]
 
 
+def test_modules_that_are_replaced_afterwards_are_trained():
+    from copy import deepcopy
+
+    student, metric = Student(make_model(), TOKENIZER), LanguageModelingMetric(["w1 w2 w3"])
+    texts, config = ["w1 w2 w3 w4", "w5 w6", "w7 w8 w9"], InnerLoopConfig(learning_rate=0.1, eps_root=1e-6)
+    layers = student.model.model.layers
+    layers[0] = deepcopy(layers[1])
+    for frozen in (False, True):
+        layers[1].mlp.gate_proj.weight.requires_grad_(not frozen)
+        scores = metagradient(student, texts, metric, config).scores
+        assert torch.equal(scores, metagradient(Student(student.model, TOKENIZER), texts, metric, config).scores)
+    assert f"{student.initial_theta().numel():,} trainable" in student.describe()
+    student.model.lm_head = torch.nn.Sequential(torch.nn.Dropout(0.5), student.model.lm_head)
+    with pytest.raises(ValueError, match="active dropout"):
+        metagradient(student, texts, metric, config)
+
+
 def test_datasets_and_lists_give_the_same_scores():
     from datasets import Dataset
 

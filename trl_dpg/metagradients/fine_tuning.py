@@ -42,6 +42,7 @@ class FineTuning:
 
     def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
         config.check_numbers()
+        student.look_again()
         if student.device.type == "cpu":
             keep_freed_memory()
         self.student, self.examples, self.config = student, examples, config

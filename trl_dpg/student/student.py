@@ -127,12 +127,20 @@ class Student:
 
         self.model = model
         self.processing_class = processing_class
-        check_model(model)
         self.pad_token_id = self._resolve_pad_token_id()
-        self._layout = _layout(model)
+        self._look_at_model()
+
+    def _look_at_model(self) -> None:
+        check_model(self.model)
+        self._layout = _layout(self.model)
         self._quantization_verified = False
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
+
+    def look_again(self) -> None:
+        """Find the trainable parameters anew, if modules of the model were replaced since. Every sweep begins so."""
+        if _layout(self.model) != self._layout:
+            self._look_at_model()
 
     def _resolve_pad_token_id(self) -> int:
         if self.processing_class is None:
@@ -182,6 +190,7 @@ class Student:
 
     def initial_theta(self) -> Tensor:
         """The stored trainable parameters as one flat vector `[P]` in `accumulator_dtype`, detached."""
+        self.look_again()
         parameters = [p.detach().flatten() for p in self.model.parameters() if p.requires_grad]
         return torch.cat([p.to(self.accumulator_dtype) for p in parameters])
 
