@@ -325,11 +325,13 @@ def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor]
         `ValueError`: If the metric changes the student's weights.
     """
 
-    def hashes() -> dict[str, float]:
-        return {name: torch.hash_tensor(own.detach()).item() for name, own in student.model.named_parameters()}
+    def states() -> dict[str, tuple[float, int]]:
+        """The hash is the same for other orders of the elements, and the version after a write to `.data`."""
+        named = student.model.named_parameters()
+        return {name: (torch.hash_tensor(own.detach()).item(), own._version) for name, own in named}
 
-    weights, again = hashes(), metric_before(student, metric)
-    changed = [name for name, value in hashes().items() if value != weights[name]]
+    weights, again = states(), metric_before(student, metric)
+    changed = [name for name, state in states().items() if state != weights[name]]
     if changed:
         raise ValueError(
             f"The metric changes the student's weights ({changed[0]} and {len(changed) - 1} others), so that its "

@@ -143,6 +143,7 @@ USAGE = [  # command, further arguments, what the message names
     ("evaluate", "--seeds -1", "--seeds must be at least 0"),
     ("evaluate", "--max_tokens 3 --num_samples 2", "--num_samples and --max_tokens both say how much is drawn"),
     ("evaluate", "--metric tests.faults.test_bad_inputs.writes", "The metric changes the student's weights"),
+    ("evaluate", "--metric tests.faults.test_bad_inputs.permutes", "The metric changes the student's weights"),
     ("verify", "--num_directions 2", "--num_directions must be at least 3"),
     ("verify", "--attribution dataset", "there is nothing to verify"),
     ("verify", "--dataset_name {w}/number_texts.jsonl", "the column 'text' holds int64, expected texts"),
@@ -184,6 +185,14 @@ RECIPES = [  # command, a line of its config file, what the message names
     ("generate", "num_samples: many", "invalid int value: 'many'"),
     ("verify", "- a list", "is not a mapping of arguments to values"),
 ]
+
+
+def permutes(student):
+    """A metric that changes the student, and leaves its weights' sums and the like as they are."""
+    with torch.no_grad():
+        weight = next(student.student.model.parameters())
+        weight.copy_(weight.flip(0))
+    return WeightNormMetric()(student)
 
 
 def writes(student):
