@@ -141,6 +141,12 @@ def test_rotary_embeddings_of_a_model_are_replaced_and_put_back():
     assert modeling_llama.apply_rotary_pos_emb is usual
 
 
+def test_a_model_whose_module_is_not_registered_is_used_as_it_is():
+    kind = type("Own", (torch.nn.Module,), {"__module__": "of_a_notebook", "forward": lambda self, x: 2 * x})
+    with lean_layers(torch.nn.Sequential(kind())):
+        assert kind()(1) == 2
+
+
 def test_rows_that_see_nothing_are_finite():
     mask = torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()
     mask[:, :, 3] = False

@@ -42,7 +42,8 @@ class Rotary(Function):
 def lean_rotary(model: nn.Module) -> dict[ModuleType, Callable]:
     """The code of the model's layers, where it has the usual `apply_rotary_pos_emb`; and another function for it."""
     found = {}
-    for module in {sys.modules[kind.__module__] for kind in {type(layer) for layer in model.modules()}}:
+    names = {type(layer).__module__ for layer in model.modules()}
+    for module in {sys.modules[name] for name in names if name in sys.modules}:
         function = vars(module).get("apply_rotary_pos_emb")
         if function is not None and _is_usual(function):
             found[module] = _replacement(function)
