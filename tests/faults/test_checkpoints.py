@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerState
 
 from tests.small_runs import TRAIN_PROMPTS, dpg_config, make_trainer
@@ -13,6 +14,7 @@ from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
+from trl_dpg.scripts.resuming import one_run
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +141,12 @@ def test_what_does_not_change_the_run_may_change(run):
 def test_a_new_run_in_the_folder_of_an_earlier_one_moves_its_files_aside(run, caplog):
     log = (run / "dpg_log.jsonl").read_bytes()
     make_trainer(config(run, max_steps=1)).train()
-    aside = run / "earlier-1"
+    aside = run / "_earlier-1"
     assert (aside / "dpg_log.jsonl").read_bytes() == log and len(list(aside.glob("checkpoint-*"))) == 3
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     assert "has files of an earlier training. They were moved to" in caplog.text
     make_trainer(config(run, max_steps=1)).train()
-    assert (run / "earlier-2" / "checkpoint-1").is_dir()
+    assert (run / "_earlier-2" / "checkpoint-1").is_dir()
 
 
 def test_an_evaluation_before_the_training_stays_in_the_log(tmp_path):
@@ -156,11 +158,36 @@ def test_an_evaluation_before_the_training_stays_in_the_log(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_the_later_ones_apart(run, caplog):
-    (run / "checkpoint-3" / "optimizer.pt").unlink()
-    assert put_aside(run, 1) == run / "earlier-1"
-    assert {path.name for path in run.glob("*/checkpoint-*")} == {"checkpoint-2"}
-    assert not (run / "checkpoint-3").exists() and "checkpoint-3' is removed: files are missing" in caplog.text
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-4")
+    (run / "checkpoint-3" / "dpg_checkpoint.json").unlink()  # as of TRL
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    assert put_aside(run, 1) == run / "_earlier-1"
+    assert {path.name for path in run.glob("*/checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert not (run / "checkpoint-4").exists()
+    assert "checkpoint-4' is removed: it has no trainer_state.json" in caplog.text
     assert put_aside(run, 1) is None
+
+
+def test_rollouts_alone_are_moved_aside_with_their_settings(tmp_path):
+    """A run that was killed before its first log leaves its settings and rollouts."""
+    (tmp_path / "dpg_config.json").write_text("{}")
+    assert put_aside(tmp_path, 0) is None  # nothing was made with these settings
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000001_rank_0.parquet").write_bytes(b"")
+    make_trainer(config(tmp_path, max_steps=1, save_rollouts=True)).train()
+    aside = tmp_path / "_earlier-1"
+    assert (aside / "rollouts" / "step_000001_rank_0.parquet").read_bytes() == b""
+    assert (aside / "dpg_config.json").read_text() == "{}"
+    assert (tmp_path / "rollouts" / "step_000001_rank_0.parquet").stat().st_size
+
+
+def test_what_is_moved_aside_and_the_lock_are_not_uploaded(run):
+    make_trainer(config(run, max_steps=1)).train()
+    with one_run(run):
+        paths = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    uploaded = list(filter_repo_objects(paths, ignore_patterns=["_*", "checkpoint-*"]))  # transformers' patterns
+    assert "dpg_log.jsonl" in uploaded
+    assert not [path for path in uploaded if path.endswith(("optimizer.pt", "dpg.lock"))]
 
 
 def test_the_folder_of_a_checkpoint_of_elsewhere_must_be_told(run, tmp_path):
