@@ -38,7 +38,7 @@ class RestartCallback(TrainerCallback):
     the epoch. When a new run begins in the folder of an earlier one, the earlier one's files are moved aside.
 
     [`DPGTrainer`] adds this callback. With another trainer of TRL that buffers generation batches, add it yourself:
-    `trainer.add_callback(RestartCallback(trainer))`.
+    `RestartCallback.add_to(trainer)`. It comes before all other callbacks, which write to the folder of the run.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -61,6 +61,13 @@ class RestartCallback(TrainerCallback):
         self._limit: int | None = None
         self._seconds = 0.0  # of the pieces before this one
         self._began: float | None = None
+
+    @classmethod
+    def add_to(cls, trainer, accept_changed_setup: bool = False) -> "RestartCallback":
+        """Add the callback to a trainer, before its other callbacks."""
+        restart = cls(trainer, accept_changed_setup)
+        trainer.callback_handler.callbacks.insert(0, restart)
+        return restart
 
     @property
     def reward(self) -> DPGReward | None:
