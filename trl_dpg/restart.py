@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
@@ -81,6 +81,7 @@ class RestartCallback(TrainerCallback):
     # -- the beginning ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._give_limit_back(args)  # after an error in a save of transformers
         self._seconds = 0.0
         if state.global_step:
             folder = self._folder(args, state)
@@ -92,14 +93,28 @@ class RestartCallback(TrainerCallback):
             put_aside(args.output_dir, state.global_step)
         self._began = time.perf_counter()
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # transformers removes older checkpoints before the new one is whole. `on_save` does it afterwards.
-        if args.save_total_limit is not None:
-            self._limit, args.save_total_limit = args.save_total_limit, None
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._give_limit_back(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._take_limit(args)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._seconds, self._began = self.seconds, None
-        args.save_total_limit = args.save_total_limit or self._limit
+        self._give_limit_back(args)
+
+    def _take_limit(self, args) -> None:
+        """
+        Until the next step: transformers removes older checkpoints before the new one is whole, and at the end of the
+        training perhaps the last one. `on_save` removes the older ones.
+        """
+        if args.save_total_limit is not None:
+            self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def _give_limit_back(self, args) -> None:
+        if args.save_total_limit is None:
+            args.save_total_limit = self._limit
+        self._limit = None
 
     def _folder(self, args, state) -> Path:
         """The checkpoint from which the trainer's state was loaded. The trainer does not tell its callbacks."""
@@ -140,6 +155,7 @@ class RestartCallback(TrainerCallback):
     # -- save and load ----------------------------------------------------------------------------------------------
 
     def on_save(self, args, state, control, **kwargs):
+        self._give_limit_back(args)
         folder = checkpoint_folder(args.output_dir, state.global_step)
         folder.mkdir(parents=True, exist_ok=True)
         tensors, figures = self._state()
@@ -148,8 +164,10 @@ class RestartCallback(TrainerCallback):
         state_file(folder, args.process_index).write_text(text, encoding="utf-8", errors="backslashreplace")
         self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # with the limit
             mark_whole(folder, run_setup(self.trainer, self.reward, self.further), args.save_only_model)
-            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self._take_limit(args)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What this process holds between two updates, as tensors and as values that JSON can hold."""

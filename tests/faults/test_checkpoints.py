@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerState
@@ -88,6 +89,41 @@ def test_an_older_checkpoint_goes_only_when_the_next_is_whole(tmp_path, monkeypa
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert args.save_total_limit == 1
     assert json.loads((tmp_path / "dpg_config.json").read_text())["settings"]["save_total_limit"] == 1
+    assert torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False).save_total_limit == 1
+
+
+def test_the_limit_of_checkpoints_is_that_of_each_training(tmp_path):
+    args = config(tmp_path, save_total_limit=1)
+    trainer = make_trainer(args)
+    trainer.train()
+    trainer.args.save_total_limit = None
+    trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and trainer.args.save_total_limit is None
+
+
+@pytest.mark.parametrize("broken", ["trl_dpg.trainer.GRPOTrainer._calculate_rewards", "trl_dpg.restart.save_file"])
+def test_the_limit_of_checkpoints_is_given_back_after_an_error(broken, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("broken")
+
+    trainer = make_trainer(config(tmp_path, save_total_limit=1))
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(OSError, match="broken"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+
+
+def test_the_limit_of_checkpoints_holds_in_a_training_after_an_error_of_transformers(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    trainer = make_trainer(config(tmp_path, save_total_limit=1))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(trainer, "_save_rng_state", fail)
+        trainer.train()
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
 
 
 def test_an_error_while_saving_leaves_the_last_whole_checkpoint(run, monkeypatch):
