@@ -15,6 +15,7 @@ from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
+from trl_dpg.run_setup import run_setup
 from trl_dpg.scripts.resuming import one_run
 
 
@@ -272,6 +273,14 @@ def test_the_seconds_of_all_pieces_are_added(run):
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     after = json.loads((run / "checkpoint-4" / "dpg_state_0.json").read_text())["seconds"]
     assert 0 < before < after <= trainer.restart.seconds < before + 60
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_weights_that_are_spread_over_processes_are_not_compared(kind, tmp_path, monkeypatch):
+    trainer = make_trainer(config(tmp_path))
+    monkeypatch.setattr(trainer, kind, True)
+    monkeypatch.setattr(trainer.model, "named_parameters", None)  # a DTensor has no plain elements
+    assert run_setup(trainer, trainer.dpg_reward, {})["run"]["generator's frozen weights"] is None
 
 
 def test_credentials_are_in_no_checkpoint_and_are_no_change_of_the_setup(tmp_path):
