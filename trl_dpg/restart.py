@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
+from .callbacks import DPGLoggingCallback
 from .checkpoints import checkpoint_folder, mark_whole, put_aside, setup_of, why_not_whole
 from .reward import DPGReward
 from .run_setup import changes, run_setup
@@ -189,7 +190,7 @@ class RestartCallback(TrainerCallback):
             "seconds": self.seconds,
         }
         if self.reward is not None:
-            batch = self.reward.last_batch if "dpg/metric_after" in pending else None  # of a log that is to come
+            batch = self._batch_to_log(self.reward) if "dpg/metric_after" in pending else None
             figures |= {"num_verifiable": self.reward._num_verifiable, "batch": batch and _from_batch(batch)}
         return tensors, figures
 
@@ -217,6 +218,15 @@ class RestartCallback(TrainerCallback):
         if self.reward is not None and "num_verifiable" in figures:
             self.reward._num_verifiable = figures["num_verifiable"]
             self.reward.last_batch = figures["batch"] and _to_batch(figures["batch"])
+            for callback in self._logging():
+                callback.train_batch = self.reward.last_batch
+
+    def _logging(self) -> list[DPGLoggingCallback]:
+        return [own for own in self.trainer.callback_handler.callbacks if isinstance(own, DPGLoggingCallback)]
+
+    def _batch_to_log(self, reward: DPGReward) -> ScoredBatch | None:
+        """The training's last batch. After an evaluation, only the callback that logs it has it."""
+        return next((callback.train_batch for callback in self._logging()), reward.last_batch)
 
 
 class ChangedSetup(ValueError):

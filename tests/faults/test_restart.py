@@ -90,6 +90,23 @@ def test_a_run_goes_on_to_the_bit_from_any_save(way, tmp_path):
     assert_resumes(tmp_path, make, step=7)
 
 
+def test_a_log_after_an_evaluation_has_the_samples_of_before(tmp_path):
+    """One generation batch for eight updates, and an evaluation and a save between its rewards and its log."""
+
+    def make(folder):
+        args = dpg_config(
+            folder,
+            **dict(per_device_train_batch_size=8, steps_per_generation=2, num_iterations=4, logging_steps=4),
+            **dict(eval_strategy="steps", eval_steps=2, save_steps=2, max_steps=4, per_device_eval_batch_size=8),
+        )
+        args.save_strategy = "steps"
+        return make_trainer(args, eval_dataset=TRAIN_PROMPTS.select(range(2)))
+
+    assert_resumes(tmp_path, make, step=2)
+    lines = log_of(tmp_path / "resumed")
+    assert [line["step"] for line in lines if line["mode"] == "train" and line["samples"]] == [4]
+
+
 def make_several(folder):
     settings = dict(WAYS["several updates a reward step"], max_steps=6, save_strategy="steps", save_steps=1)
     return make_trainer(dpg_config(folder, **settings))
