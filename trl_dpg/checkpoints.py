@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -14,7 +15,8 @@ from .files import write_json
 logger = logging.get_logger(__name__)
 
 MANIFEST = "dpg_checkpoint.json"
-OF_A_RUN = ("dpg_log.jsonl", "dpg_config.json", "summary.json", "rollouts")
+LOG, SETTINGS = "dpg_log.jsonl", "dpg_config.json"
+OF_A_RUN = (LOG, SETTINGS, "summary.json", "rollouts")
 """Files that belong to one training. Its checkpoints do, too."""
 
 
@@ -82,28 +84,30 @@ def setup_of(folder: str | Path) -> dict[str, Any]:
 def put_aside(output_dir: str | Path, step: int) -> Path | None:
     """
     Move what is in the way of a training that goes on from a step: the checkpoints after it. At step 0, a new training
-    begins, and the log, the settings and the figures of an earlier one are moved as well.
+    begins, and the log, the settings, the figures and the rollouts of an earlier one are moved as well.
 
-    They are moved to `<output_dir>/earlier-1`, or `earlier-2` and so on. Checkpoints that are not whole are of no use
-    and are removed.
+    They are moved to `<output_dir>/_earlier-1`, or `_earlier-2` and so on: `push_to_hub` leaves out names that begin
+    with `_`. A checkpoint after the step whose writing stopped before its `trainer_state.json` is removed.
 
     Returns:
         `Path` or `None`: The folder to which something was moved.
     """
     later = [folder for found, folder in checkpoints(output_dir).items() if found > step]
-    broken = [folder for folder in later if step and why_not_whole(folder)]
+    broken = [folder for folder in later if step and not (folder / TRAINER_STATE_NAME).is_file()]
     for folder in broken:
-        logger.warning(f"{str(folder)!r} is removed: {why_not_whole(folder)}.")
+        logger.warning(f"{str(folder)!r} is removed: it has no {TRAINER_STATE_NAME}, so its writing was interrupted.")
         shutil.rmtree(folder)
     moved = [folder for folder in later if folder not in broken]
-    if step == 0 and (later or _has_steps(Path(output_dir, OF_A_RUN[0]))):
-        moved += [path for name in OF_A_RUN if (path := Path(output_dir, name)).exists()]
+    if step == 0:
+        left = [path for name in OF_A_RUN if (path := Path(output_dir, name)).exists()]
+        if moved or any(map(_is_of_a_training, left)):
+            moved += left
     if not moved:
         return None
     number = 1
-    while Path(output_dir, f"earlier-{number}").exists():
+    while Path(output_dir, f"_earlier-{number}").exists():
         number += 1
-    aside = Path(output_dir, f"earlier-{number}")
+    aside = Path(output_dir, f"_earlier-{number}")
     aside.mkdir()
     for path in moved:
         path.rename(aside / path.name)
@@ -112,9 +116,9 @@ def put_aside(output_dir: str | Path, step: int) -> Path | None:
     return aside
 
 
-def _has_steps(log: Path) -> bool:
-    """Whether a log has steps of a training, and not only evaluations before it."""
-    if not log.exists():
-        return False
-    with log.open("rb") as file:
+def _is_of_a_training(path: Path) -> bool:
+    """Whether a training left more than its settings, and a log more than evaluations before the training."""
+    if path.name != LOG:
+        return path.name != SETTINGS
+    with path.open("rb") as file:
         return any(line.endswith(b"\n") and json.loads(line)["step"] > 0 for line in file)

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 from trl.trainer.utils import RepeatSampler
 
+from .callbacks import DPGLoggingCallback
 from .checkpoints import checkpoint_folder, mark_whole, put_aside, setup_of, why_not_whole
 from .reward import DPGReward
 from .run_setup import changes, run_setup
@@ -38,7 +39,7 @@ class RestartCallback(TrainerCallback):
     the epoch. When a new run begins in the folder of an earlier one, the earlier one's files are moved aside.
 
     [`DPGTrainer`] adds this callback. With another trainer of TRL that buffers generation batches, add it yourself:
-    `trainer.add_callback(RestartCallback(trainer))`.
+    `RestartCallback.add_to(trainer)`. It comes before all other callbacks, which write to the folder of the run.
 
     Args:
         trainer ([`~trl.GRPOTrainer`]):
@@ -62,6 +63,13 @@ class RestartCallback(TrainerCallback):
         self._seconds = 0.0  # of the pieces before this one
         self._began: float | None = None
 
+    @classmethod
+    def add_to(cls, trainer, accept_changed_setup: bool = False) -> "RestartCallback":
+        """Add the callback to a trainer, before its other callbacks."""
+        restart = cls(trainer, accept_changed_setup)
+        trainer.callback_handler.callbacks.insert(0, restart)
+        return restart
+
     @property
     def reward(self) -> DPGReward | None:
         return next((reward for reward in self.trainer.reward_funcs if isinstance(reward, DPGReward)), None)
@@ -74,6 +82,7 @@ class RestartCallback(TrainerCallback):
     # -- the beginning ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._give_limit_back(args)  # after an error in a save of transformers
         self._seconds = 0.0
         if state.global_step:
             folder = self._folder(args, state)
@@ -85,14 +94,28 @@ class RestartCallback(TrainerCallback):
             put_aside(args.output_dir, state.global_step)
         self._began = time.perf_counter()
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        # transformers removes older checkpoints before the new one is whole. `on_save` does it afterwards.
-        if args.save_total_limit is not None:
-            self._limit, args.save_total_limit = args.save_total_limit, None
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._give_limit_back(args)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._take_limit(args)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._seconds, self._began = self.seconds, None
-        args.save_total_limit = args.save_total_limit or self._limit
+        self._give_limit_back(args)
+
+    def _take_limit(self, args) -> None:
+        """
+        Until the next step: transformers removes older checkpoints before the new one is whole, and at the end of the
+        training perhaps the last one. `on_save` removes the older ones.
+        """
+        if args.save_total_limit is not None:
+            self._limit, args.save_total_limit = args.save_total_limit, None
+
+    def _give_limit_back(self, args) -> None:
+        if args.save_total_limit is None:
+            args.save_total_limit = self._limit
+        self._limit = None
 
     def _folder(self, args, state) -> Path:
         """The checkpoint from which the trainer's state was loaded. The trainer does not tell its callbacks."""
@@ -133,6 +156,7 @@ class RestartCallback(TrainerCallback):
     # -- save and load ----------------------------------------------------------------------------------------------
 
     def on_save(self, args, state, control, **kwargs):
+        self._give_limit_back(args)
         folder = checkpoint_folder(args.output_dir, state.global_step)
         folder.mkdir(parents=True, exist_ok=True)
         tensors, figures = self._state()
@@ -141,8 +165,10 @@ class RestartCallback(TrainerCallback):
         state_file(folder, args.process_index).write_text(text, encoding="utf-8", errors="backslashreplace")
         self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
+            torch.save(args, folder / TRAINING_ARGS_NAME)  # with the limit
             mark_whole(folder, run_setup(self.trainer, self.reward, self.further), args.save_only_model)
-            rotate_checkpoints(args.output_dir, self._limit, state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        self._take_limit(args)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What this process holds between two updates, as tensors and as values that JSON can hold."""
@@ -164,7 +190,7 @@ class RestartCallback(TrainerCallback):
             "seconds": self.seconds,
         }
         if self.reward is not None:
-            batch = self.reward.last_batch if "dpg/metric_after" in pending else None  # of a log that is to come
+            batch = self._batch_to_log(self.reward) if "dpg/metric_after" in pending else None
             figures |= {"num_verifiable": self.reward._num_verifiable, "batch": batch and _from_batch(batch)}
         return tensors, figures
 
@@ -192,6 +218,15 @@ class RestartCallback(TrainerCallback):
         if self.reward is not None and "num_verifiable" in figures:
             self.reward._num_verifiable = figures["num_verifiable"]
             self.reward.last_batch = figures["batch"] and _to_batch(figures["batch"])
+            for callback in self._logging():
+                callback.train_batch = self.reward.last_batch
+
+    def _logging(self) -> list[DPGLoggingCallback]:
+        return [own for own in self.trainer.callback_handler.callbacks if isinstance(own, DPGLoggingCallback)]
+
+    def _batch_to_log(self, reward: DPGReward) -> ScoredBatch | None:
+        """The training's last batch. After an evaluation, only the callback that logs it has it."""
+        return next((callback.train_batch for callback in self._logging()), reward.last_batch)
 
 
 class ChangedSetup(ValueError):

@@ -62,14 +62,13 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
     """
     described = run_config(trainer.args, reward) if reward is not None else {}
     settings = described.get("settings") or json.loads(trainer.args.to_json_string())
-    frozen = ((name, p) for name, p in trainer.model.named_parameters() if not p.requires_grad and "lora_" not in name)
     setup: dict[str, Any] = {
         "settings": {name: value for name, value in settings.items() if _is_fixed(name)},
         "further": {name: value for name, value in further.items() if _is_fixed(name)},
         "run": {
             "processes": trainer.args.world_size,
             "data": dataset_digest(trainer.train_dataset),
-            "generator's frozen weights": digest(frozen),
+            "generator's frozen weights": _frozen_weights(trainer),
         },
     }
     if reward is not None:
@@ -103,6 +102,14 @@ def digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         found.update(some.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _frozen_weights(trainer) -> str | None:
+    """A short name of the generator's frozen weights. With FSDP and DeepSpeed, a process has only parts of them."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    weights = trainer.model.named_parameters()
+    return digest((name, own) for name, own in weights if not own.requires_grad and "lora_" not in name)
 
 
 def _content(value: Any) -> Any:

@@ -167,8 +167,7 @@ class DPGTrainer(GRPOTrainer):
             **kwargs,
         )
         self.dpg_reward.processing_class = self._tokenizer
-        self.restart = RestartCallback(self, args.accept_changed_setup)
-        self.add_callback(self.restart)  # checks a checkpoint before the next one writes anything
+        self.restart = RestartCallback.add_to(self, args.accept_changed_setup)
         # After the trackers' own callbacks, so that these have started their runs before
         tensorboard = [c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
         self.add_callback(DPGLoggingCallback(self.dpg_reward, args.num_logged_samples, *tensorboard))

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerState
 
 from tests.small_runs import TRAIN_PROMPTS, dpg_config, make_trainer
@@ -13,6 +15,8 @@ from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
+from trl_dpg.run_setup import run_setup
+from trl_dpg.scripts.resuming import one_run
 
 
 KEY = f"hf_{'0123456789abcdefgh' * 2}"
@@ -89,6 +93,41 @@ def test_an_older_checkpoint_goes_only_when_the_next_is_whole(tmp_path, monkeypa
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert args.save_total_limit == 1
     assert json.loads((tmp_path / "dpg_config.json").read_text())["settings"]["save_total_limit"] == 1
+    assert torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False).save_total_limit == 1
+
+
+def test_the_limit_of_checkpoints_is_that_of_each_training(tmp_path):
+    args = config(tmp_path, save_total_limit=1)
+    trainer = make_trainer(args)
+    trainer.train()
+    trainer.args.save_total_limit = None
+    trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3 and trainer.args.save_total_limit is None
+
+
+@pytest.mark.parametrize("broken", ["trl_dpg.trainer.GRPOTrainer._calculate_rewards", "trl_dpg.restart.save_file"])
+def test_the_limit_of_checkpoints_is_given_back_after_an_error(broken, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("broken")
+
+    trainer = make_trainer(config(tmp_path, save_total_limit=1))
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(OSError, match="broken"):
+        trainer.train()
+    assert trainer.args.save_total_limit == 1
+
+
+def test_the_limit_of_checkpoints_holds_in_a_training_after_an_error_of_transformers(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("No space left on device")
+
+    trainer = make_trainer(config(tmp_path, save_total_limit=1))
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(trainer, "_save_rng_state", fail)
+        trainer.train()
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert trainer.args.save_total_limit == 1
 
 
 def test_an_error_while_saving_leaves_the_last_whole_checkpoint(run, monkeypatch):
@@ -142,12 +181,12 @@ def test_what_does_not_change_the_run_may_change(run):
 def test_a_new_run_in_the_folder_of_an_earlier_one_moves_its_files_aside(run, caplog):
     log = (run / "dpg_log.jsonl").read_bytes()
     make_trainer(config(run, max_steps=1)).train()
-    aside = run / "earlier-1"
+    aside = run / "_earlier-1"
     assert (aside / "dpg_log.jsonl").read_bytes() == log and len(list(aside.glob("checkpoint-*"))) == 3
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     assert "has files of an earlier training. They were moved to" in caplog.text
     make_trainer(config(run, max_steps=1)).train()
-    assert (run / "earlier-2" / "checkpoint-1").is_dir()
+    assert (run / "_earlier-2" / "checkpoint-1").is_dir()
 
 
 def test_an_evaluation_before_the_training_stays_in_the_log(tmp_path):
@@ -159,11 +198,36 @@ def test_an_evaluation_before_the_training_stays_in_the_log(tmp_path):
 
 
 def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_the_later_ones_apart(run, caplog):
-    (run / "checkpoint-3" / "optimizer.pt").unlink()
-    assert put_aside(run, 1) == run / "earlier-1"
-    assert {path.name for path in run.glob("*/checkpoint-*")} == {"checkpoint-2"}
-    assert not (run / "checkpoint-3").exists() and "checkpoint-3' is removed: files are missing" in caplog.text
+    shutil.copytree(run / "checkpoint-3", run / "checkpoint-4")
+    (run / "checkpoint-3" / "dpg_checkpoint.json").unlink()  # as of TRL
+    (run / "checkpoint-4" / "trainer_state.json").unlink()
+    assert put_aside(run, 1) == run / "_earlier-1"
+    assert {path.name for path in run.glob("*/checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert not (run / "checkpoint-4").exists()
+    assert "checkpoint-4' is removed: it has no trainer_state.json" in caplog.text
     assert put_aside(run, 1) is None
+
+
+def test_rollouts_alone_are_moved_aside_with_their_settings(tmp_path):
+    """A run that was killed before its first log leaves its settings and rollouts."""
+    (tmp_path / "dpg_config.json").write_text("{}")
+    assert put_aside(tmp_path, 0) is None  # nothing was made with these settings
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / "step_000001_rank_0.parquet").write_bytes(b"")
+    make_trainer(config(tmp_path, max_steps=1, save_rollouts=True)).train()
+    aside = tmp_path / "_earlier-1"
+    assert (aside / "rollouts" / "step_000001_rank_0.parquet").read_bytes() == b""
+    assert (aside / "dpg_config.json").read_text() == "{}"
+    assert (tmp_path / "rollouts" / "step_000001_rank_0.parquet").stat().st_size
+
+
+def test_what_is_moved_aside_and_the_lock_are_not_uploaded(run):
+    make_trainer(config(run, max_steps=1)).train()
+    with one_run(run):
+        paths = [path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()]
+    uploaded = list(filter_repo_objects(paths, ignore_patterns=["_*", "checkpoint-*"]))  # transformers' patterns
+    assert "dpg_log.jsonl" in uploaded
+    assert not [path for path in uploaded if path.endswith(("optimizer.pt", "dpg.lock"))]
 
 
 def test_the_folder_of_a_checkpoint_of_elsewhere_must_be_told(run, tmp_path):
@@ -212,6 +276,14 @@ def test_the_seconds_of_all_pieces_are_added(run):
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     after = json.loads((run / "checkpoint-4" / "dpg_state_0.json").read_text())["seconds"]
     assert 0 < before < after <= trainer.restart.seconds < before + 60
+
+
+@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_weights_that_are_spread_over_processes_are_not_compared(kind, tmp_path, monkeypatch):
+    trainer = make_trainer(config(tmp_path))
+    monkeypatch.setattr(trainer, kind, True)
+    monkeypatch.setattr(trainer.model, "named_parameters", None)  # a DTensor has no plain elements
+    assert run_setup(trainer, trainer.dpg_reward, {})["run"]["generator's frozen weights"] is None
 
 
 def test_credentials_are_in_no_checkpoint_and_are_no_change_of_the_setup(tmp_path):

@@ -138,7 +138,7 @@ def test_a_signal_outside_of_a_training_ends_with_the_same_status(capsys):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
-    with locked(tmp_path / "dpg.lock", UsageError("")), pytest.raises(SystemExit) as refused:
+    with locked(tmp_path / "_dpg.lock", UsageError("")), pytest.raises(SystemExit) as refused:
         run(UUID, tmp_path)
     assert refused.value.code == 2 and "another run is at work in this folder" in capsys.readouterr().err
     with one_run(tmp_path):
@@ -149,7 +149,7 @@ def test_the_newest_whole_checkpoint_is_found(another, tmp_path):
     (another / "checkpoint-6" / "dpg_checkpoint.json").unlink()
     summary = run(UUID, another, *SEVERAL_UPDATES, *SAVING, "--resume_from_checkpoint", "true")
     assert_same_figures(another, summary, tmp_path / "kept")
-    assert not list(another.glob("earlier-*"))
+    assert [path.name for path in another.glob("_earlier-*/*")] == ["checkpoint-6"]
 
 
 def test_a_checkpoint_that_is_not_whole_is_refused_by_its_name(another, capsys):

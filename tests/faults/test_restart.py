@@ -13,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tests.small_runs import CONFIG, METRIC, TOKENIZER, TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import QUIET, make_model, on_two_processes
 from trl_dpg import DPGReward, RestartCallback, Student
+from trl_dpg.callbacks import DPGLoggingCallback
 
 
 TWELVE = Dataset.from_dict({"prompt": [f"w{k} w{k + 1}" for k in range(12)]})
@@ -89,6 +90,23 @@ def test_a_run_goes_on_to_the_bit_from_any_save(way, tmp_path):
     assert_resumes(tmp_path, make, step=7)
 
 
+def test_a_log_after_an_evaluation_has_the_samples_of_before(tmp_path):
+    """One generation batch for eight updates, and an evaluation and a save between its rewards and its log."""
+
+    def make(folder):
+        args = dpg_config(
+            folder,
+            **dict(per_device_train_batch_size=8, steps_per_generation=2, num_iterations=4, logging_steps=4),
+            **dict(eval_strategy="steps", eval_steps=2, save_steps=2, max_steps=4, per_device_eval_batch_size=8),
+        )
+        args.save_strategy = "steps"
+        return make_trainer(args, eval_dataset=TRAIN_PROMPTS.select(range(2)))
+
+    assert_resumes(tmp_path, make, step=2)
+    lines = log_of(tmp_path / "resumed")
+    assert [line["step"] for line in lines if line["mode"] == "train" and line["samples"]] == [4]
+
+
 def make_several(folder):
     settings = dict(WAYS["several updates a reward step"], max_steps=6, save_strategy="steps", save_steps=1)
     return make_trainer(dpg_config(folder, **settings))
@@ -121,7 +139,7 @@ def test_a_generator_of_adapters_goes_on_to_the_bit_in_a_later_epoch(tmp_path):
 
 
 def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
-    def make(folder):
+    def make(folder, **kwargs):
         args = GRPOConfig(
             output_dir=str(folder),
             per_device_train_batch_size=8,
@@ -131,7 +149,7 @@ def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
             max_completion_length=6,
             max_steps=6,
             logging_steps=1,
-            **QUIET | dict(save_strategy="steps", save_steps=3),
+            **QUIET | dict(save_strategy="steps", save_steps=3) | kwargs,
         )
         reward = DPGReward(Student(make_model(seed=2), processing_class=TOKENIZER), METRIC, CONFIG)
         trainer = GRPOTrainer(
@@ -140,16 +158,20 @@ def test_trls_own_trainer_goes_on_to_the_bit_with_the_callback(tmp_path):
             args=args,
             train_dataset=TRAIN_PROMPTS,
             processing_class=TOKENIZER,
+            callbacks=[DPGLoggingCallback(reward)],
         )
-        trainer.add_callback(RestartCallback(trainer))
+        RestartCallback.add_to(trainer)
         return trainer
 
-    whole = make(tmp_path / "whole")
-    whole.train()
-    resumed = make(tmp_path / "whole")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for one, other in zip(state_of(resumed).values(), state_of(whole).values(), strict=True):
-        assert torch.equal(one, other)
+    assert_resumes(tmp_path, make, step=3)
+    log, settings = (tmp_path / "whole" / "dpg_log.jsonl"), (tmp_path / "whole" / "dpg_config.json")
+    before = log.read_bytes(), settings.read_bytes()
+    other = make(tmp_path / "whole", temperature=0.5)
+    with pytest.raises(ValueError, match="temperature"):  # and nothing was changed
+        other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert (log.read_bytes(), settings.read_bytes()) == before
+    make(tmp_path / "whole").train()
+    assert (tmp_path / "whole" / "_earlier-1" / "dpg_log.jsonl").read_bytes() == before[0]
 
 
 @pytest.mark.faults

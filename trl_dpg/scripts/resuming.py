@@ -24,7 +24,7 @@ def one_run(output_dir: Path) -> Iterator[StopOnSignal]:
     taken = UsageError(f"--output_dir {str(output_dir)!r}: another run is at work in this folder. Choose another one.")
     with ExitStack() as stack:
         main = PartialState().is_main_process
-        lock = locked(output_dir / "dpg.lock", taken)
+        lock = locked(output_dir / "_dpg.lock", taken)
         from_all_ranks(lambda: stack.enter_context(lock) if main else None, "Taking the folder")
         yield stack.enter_context(StopOnSignal(f"There was no step to save. {AGAIN}"))
 
