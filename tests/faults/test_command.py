@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import MagicMock
 
 import pytest
+from transformers import TrainerState
 
 from tests.faults.test_restart import log_of, without_times
 from tests.small_runs import dpg_config, make_trainer
@@ -19,7 +21,7 @@ from trl_dpg.files import locked
 from trl_dpg.restart import RestartCallback
 from trl_dpg.reward import DPGReward
 from trl_dpg.scripts.arguments import UsageError
-from trl_dpg.scripts.resuming import one_run
+from trl_dpg.scripts.resuming import load_finished, one_run
 from trl_dpg.stopping import STOPPED, StopOnSignal
 
 
@@ -169,3 +171,14 @@ def test_another_set_up_is_named_setting_by_setting(max_steps, whole, capsys):
     message = " ".join(capsys.readouterr().err.split())
     assert refused.value.code == 2 and "metric_kwargs (was {'dataset': " in message
     assert "num_iterations (was 2, is 3)" in message and "or give --accept_changed_setup true." in message
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_finished_run_that_is_started_again_has_the_model_that_it_ended_with(best, tmp_path):
+    TrainerState(global_step=2, best_model_checkpoint="checkpoint-1").save_to_json(
+        str(tmp_path / "trainer_state.json")
+    )
+    trainer = MagicMock(is_deepspeed_enabled=False, is_fsdp_enabled=False)
+    trainer.args.max_steps, trainer.args.load_best_model_at_end = 2, best
+    assert load_finished(trainer, str(tmp_path))
+    assert trainer._load_best_model.called == best and trainer.state.global_step == 2

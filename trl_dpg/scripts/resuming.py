@@ -106,5 +106,7 @@ def load_finished(trainer, last: str) -> bool:
     trainer._load_from_checkpoint(last)
     trainer.restart.load(last)
     trainer.state = state
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()  # as at the end of a training
     trainer.dpg_reward.begin_training(resumed=True)  # which takes the numbers that `auto` became
     return True
