@@ -1,6 +1,7 @@
 """Hides credentials in what is written: settings, logs, cards, journals, reports and messages."""
 
 import hashlib
+import json
 import re
 from typing import Any
 
@@ -46,6 +47,11 @@ def redacted(value: Any, name: str = "") -> Any:
     if not isinstance(value, str):
         return value
     return HIDDEN if value and is_secret(name) else redacted_text(value)
+
+
+def as_stored(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a JSON file gives them back, without credentials, so that they compare with those of a file."""
+    return redacted(json.loads(json.dumps(settings, default=str)))
 
 
 def is_secret(name: str) -> bool:

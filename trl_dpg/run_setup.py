@@ -12,7 +12,7 @@ from datasets import Dataset
 from .callbacks import run_config
 from .metagradients.config import MEMORY_ONLY
 from .metrics.base import Metric
-from .redaction import redacted
+from .redaction import as_stored
 from .reward import DPGReward
 
 
@@ -79,7 +79,7 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
         }
         inner_loop = asdict(reward.inner_loop_config)
         setup["inner loop"] = {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY}
-    return redacted(json.loads(json.dumps(setup, default=str)))
+    return as_stored(setup)
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

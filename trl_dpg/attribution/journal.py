@@ -15,7 +15,7 @@ from datasets import Dataset
 from ..files import append_line, locked, remove_half_line
 from ..metagradients.config import SettingsError
 from ..ranks import from_all_ranks
-from ..redaction import redacted
+from ..redaction import as_stored
 from ..student import Examples
 from ..student.tokenization import row_as_json
 
@@ -70,7 +70,7 @@ class Journal(AbstractContextManager):
 
     def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = Path(path)
-        self.settings = {"layout": LAYOUT} | redacted(json.loads(json.dumps(settings, default=str)))
+        self.settings = {"layout": LAYOUT} | as_stored(settings)
         self.overwrite = overwrite
         self.is_new = False
         self.done: dict[int, Any] = {}

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from ..files import append_line, locked, remove_half_line
 from ..ranks import from_all_ranks
-from ..redaction import redacted
+from ..redaction import as_stored
 from .usage import UsageError
 
 
@@ -35,7 +35,7 @@ class SampleJournal(AbstractContextManager):
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = path
-        self.settings = {"layout": LAYOUT} | redacted(json.loads(json.dumps(settings, default=str)))
+        self.settings = {"layout": LAYOUT} | as_stored(settings)
         self.overwrite = overwrite
         self.texts: dict[int, list[str]] = {}
         self._stack = ExitStack()
