@@ -392,10 +392,11 @@ FAILING_RANKS = """
 
 def test_an_error_on_one_rank_is_raised_on_all_and_none_waits(tmp_path):
     first, second = on_two_ranks(FAILING_RANKS, tmp_path)
-    failed = dict(metric=0, completion=1, length=1, ids=1, alignment=0)  # the first rank aligns the only dataset
+    failed = dict(metric=0, completion=1, length=1, ids=1)
     for name, rank in failed.items():
         error, elsewhere = (first, second)[:: 1 - 2 * rank]
         assert elsewhere[name] == repr(RuntimeError(f"The DPG reward failed on rank {rank}: {error[name]}"))
+    assert first["alignment"] == second["alignment"] and "NoneType" in first["alignment"]  # both align the tokens
     assert first["split"] == second["split"] and "5 completions cannot be split" in first["split"]
     assert "no benchmark" in first["metric"] and "`completion_ids`" in second["ids"]
 

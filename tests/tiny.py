@@ -90,8 +90,12 @@ def make_tokenizer(words=None, bos=False):
 
 
 def on_two_processes(module, *arguments):
-    """Run a module on two processes, as accelerate does on a machine without a GPU."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    return on_processes(2, module, *arguments)
+
+
+def on_processes(number, module, *arguments):
+    """Run a module on several processes, as accelerate does on a machine without a GPU."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(number), "-m"]
     command = [sys.executable, "-m", *launcher, module, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 

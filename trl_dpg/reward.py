@@ -16,7 +16,7 @@ from .metagradients import InnerLoopConfig
 from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
-from .ranks import from_all_ranks
+from .ranks import ALONE, Ranks, from_all_ranks
 from .scored_batch import Sample, ScoredBatch, ScoredDataset, split_prompts
 from .student import FinetunedStudent, Student
 from .student_text import StudentText, Text, thinking_figures
@@ -54,6 +54,7 @@ class DPGReward:
         cross_group_batching (`bool`, *optional*, defaults to `True`):
             Whether all completions are one dataset. If `False`, there are `num_generations` datasets with one
             completion of each prompt. A student is fine-tuned on each, and each rank scores a part of the datasets.
+            One dataset is scored by all ranks together, each with a part of every step's samples.
         num_generations (`int`, *optional*):
             Completions per prompt, as in the trainer's configuration. Needed without `cross_group_batching`.
         train_on (`str`, *optional*, defaults to `"completion"`):
@@ -132,6 +133,7 @@ class DPGReward:
         self.choice = Choice(tuning_file)
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
+        self._ranks: Ranks | None = None  # that score a single dataset together
         self._token_bytes: TokenBytes | None = None
         self._step: int | None = None  # of the trainer
         self._num_verifiable = 0  # calls with verify_steps > 0
@@ -171,9 +173,7 @@ class DPGReward:
         batch = self.student, [sample.example for sample in datasets[0]], self.metric
         self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
         self._step = kwargs["trainer_state"].global_step + 1 if "trainer_state" in kwargs else None
-        shares = from_all_ranks(lambda: self._score(datasets), "The DPG reward")
-        everyones = {index: dataset for share in shares for index, dataset in share.items()}
-        scored = [everyones[index] for index in range(len(datasets))]
+        scored = self._score(datasets)
         self.last_batch = self._batch(samples, places, scored)
 
         raw = self.last_batch.scores
@@ -233,17 +233,28 @@ class DPGReward:
             return {"prompt": prompt, "completion": completion}
         return completion_text(completion)
 
-    def _score(self, datasets: list[list[Sample]]) -> dict[int, ScoredDataset]:
-        """Score this rank's part of the datasets. The results are by index of the dataset."""
+    def _score(self, datasets: list[list[Sample]]) -> list[ScoredDataset]:
+        """The results of all datasets: of one by all ranks together, of several by one rank each."""
         state = PartialState()
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
-        self._move_student()
-        mine = range(state.process_index, len(datasets), state.num_processes)
-        return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
+        if len(datasets) == 1:
+            self._ranks = self._ranks or Ranks.of_this_run(state.device)
+            with self._ranks.guard("The DPG reward"):
+                self._move_student()
+                return [self._score_dataset(datasets[0], due, self._ranks)]
 
-    def _score_dataset(self, samples: list[Sample], verify: bool) -> ScoredDataset:
-        fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config)
+        def score() -> dict[int, ScoredDataset]:
+            self._move_student()
+            mine = range(state.process_index, len(datasets), state.num_processes)
+            return {index: self._score_dataset(datasets[index], due and index == 0, ALONE) for index in mine}
+
+        shares = from_all_ranks(score, "The DPG reward")
+        everyones = {index: dataset for share in shares for index, dataset in share.items()}
+        return [everyones[index] for index in range(len(datasets))]
+
+    def _score_dataset(self, samples: list[Sample], verify: bool, ranks: Ranks) -> ScoredDataset:
+        fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config, ranks)
         parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
         start = (self.student, parameters, self.metric)
         metric_before = self._start[1] if self._start is not None and self._start[0] == start else None

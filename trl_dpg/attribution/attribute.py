@@ -20,7 +20,7 @@ from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.goals import MetricFunction, check_metrics, metric_at_start
 from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
-from ..ranks import from_all_ranks
+from ..ranks import ALONE, Ranks, from_all_ranks
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
@@ -41,6 +41,8 @@ def attribute(
     num_repeats: int = 1,
     journal: Journal | str | Path | None = None,
     progress: bool = False,
+    *,
+    share_chunks: bool = False,
 ) -> Attribution: ...
 
 
@@ -55,11 +57,21 @@ def attribute(
     journal: Journal | str | Path | None = None,
     progress: bool = False,
     contrast: Sequence[str] | None = None,
+    share_chunks: bool = False,
 ) -> dict[str, Attribution]: ...
 
 
 def attribute(
-    student, dataset, metric, config=None, size=None, num_repeats=1, journal=None, progress=False, contrast=None
+    student,
+    dataset,
+    metric,
+    config=None,
+    size=None,
+    num_repeats=1,
+    journal=None,
+    progress=False,
+    contrast=None,
+    share_chunks=False,
 ):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
@@ -69,7 +81,7 @@ def attribute(
     comparable, because all chunks have the same number of steps and of samples in a step. One chunk is scored again in
     another random order, which measures how much of the ranking is chance.
 
-    In a distributed run, every process calls this. Each process scores a part of the chunks.
+    In a distributed run, every process calls this. Each process scores a part of the chunks, or a part of each chunk.
 
     Args:
         student (`Student`):
@@ -94,6 +106,9 @@ def attribute(
         contrast (`Sequence[str]`, *optional*):
             The names of two metrics, target and control. The result then also has `"contrast"`: the scores of the
             target minus those of the control.
+        share_chunks (`bool`, *optional*, defaults to `False`):
+            In a distributed run, whether all processes score each chunk together. This divides the memory of the inner
+            loop by their number. Chunks of their own exchange less.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
@@ -114,7 +129,7 @@ def attribute(
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
             opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
-        _score(student, dataset, metric, config, chunks, opened, progress)
+        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
         found = _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
         return found if isinstance(metric, Mapping) else found[None]
 
@@ -173,9 +188,13 @@ def _shared_folder(stack: ExitStack) -> Path:
     return Path(folder)
 
 
-def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool) -> None:
+def _score(
+    student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool, share_chunks: bool
+) -> None:
     """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
     state = PartialState()
+    ranks = Ranks.of_this_run(student.device) if share_chunks else ALONE
+    num_teams, team = (1, 0) if share_chunks else (state.num_processes, state.process_index)
     todo = [k for k in range(len(chunks)) if k not in journal.done]
     sizes = [int(chunk.scored.sum()) for chunk in chunks]
     initial = sum(sizes) - sum(sizes[k] for k in todo)
@@ -189,13 +208,17 @@ def _score(student, dataset, metric, config, chunks: list[Chunk], journal: Journ
         journal.check_start(metric_before)  # the same on all ranks
 
     def score(mine: list[int], before) -> list[dict[str, Any]]:
-        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before)} for k in mine]
+        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before, ranks)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
-        for start in range(0, len(todo), state.num_processes):
-            own = todo[start + state.process_index :][:1]  # the chunk of this process, if one is left
-            parts = from_all_ranks(partial(score, own, metric_before), "Scoring a chunk")
-            records = [record for part in parts for record in part]
+        for start in range(0, len(todo), num_teams):
+            own = todo[start + team :][:1]  # the chunk of this process, if one is left
+            if share_chunks:
+                with ranks.guard("Scoring a chunk"):
+                    records = score(own, metric_before)
+            else:
+                parts = from_all_ranks(partial(score, own, metric_before), "Scoring a chunk")
+                records = [record for part in parts for record in part]
             known = [record["metric_before"] for record in records if record["metric_before"] is not None]
             metric_before = known[0] if metric_before is None and known else metric_before
             from_all_ranks(partial(_append, journal, records), "Writing the journal")
@@ -215,10 +238,10 @@ def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
     return function(None, metric)
 
 
-def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before) -> dict[str, Any]:
+def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before, ranks: Ranks) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
-    fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config)
+    fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config, ranks)
     mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
     record: dict[str, Any] = {
         "rows": chunk.rows[chunk.scored].tolist(),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ranks import ALONE, Ranks
 from ..student import Batch, Student, TokenizedExample
 from .config import InnerLoopConfig
 
@@ -38,24 +39,50 @@ class MicroBatch(NamedTuple):
 
 
 def plan_steps(
-    student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig
+    student: Student, examples: Sequence[TokenizedExample], config: InnerLoopConfig, ranks: Ranks = ALONE
 ) -> list[list[MicroBatch]]:
-    """The micro-batches of each optimizer step. Samples without a supervised token are in no micro-batch."""
-    generator = torch.Generator().manual_seed(config.seed)
+    """
+    The micro-batches of each optimizer step. Samples without a supervised token are in no micro-batch.
+
+    Of several ranks, each has a share of every step's samples with about the same number of tokens.
+    """
     steps = []
-    for _ in range(config.num_epochs):
-        order = torch.randperm(len(examples), generator=generator) if config.shuffle else torch.arange(len(examples))
-        for rows in order.split(config.batch_size):
-            supervised = [row for row in rows.tolist() if examples[row].num_supervised]
-            step_tokens = sum(examples[row].num_supervised for row in supervised)
-            micro_size = config.micro_batch_size or config.batch_size
-            steps.append(
-                [
-                    _micro_batch(student, examples, supervised[k : k + micro_size], len(rows), step_tokens, config)
-                    for k in range(0, len(supervised), micro_size)
-                ]
-            )
+    lengths = [len(example.input_ids) for example in examples]
+    for rows in rows_of_steps(len(examples), config):
+        supervised = [row for row in rows if examples[row].num_supervised]
+        step_tokens = sum(examples[row].num_supervised for row in supervised)
+        mine = share(supervised, lengths, ranks)
+        micro_size = config.micro_batch_size or config.batch_size
+        steps.append(
+            [
+                _micro_batch(student, examples, mine[k : k + micro_size], len(rows), step_tokens, config)
+                for k in range(0, len(mine), micro_size)
+            ]
+        )
     return steps
+
+
+def rows_of_steps(num_samples: int, config: InnerLoopConfig) -> list[list[int]]:
+    """The indices of the samples in each optimizer step, in their order."""
+    generator = torch.Generator().manual_seed(config.seed)
+    steps: list[list[int]] = []
+    for _ in range(config.num_epochs):
+        order = torch.randperm(num_samples, generator=generator) if config.shuffle else torch.arange(num_samples)
+        steps += [rows.tolist() for rows in order.split(config.batch_size)]
+    return steps
+
+
+def share(rows: list[int], lengths: Sequence[int], ranks: Ranks) -> list[int]:
+    """
+    This rank's rows, in their order: each row goes to the rank with the fewest tokens so far, the longest rows first.
+    """
+    if ranks.alone:
+        return rows
+    loads, owner = [0] * ranks.size, {}
+    for row in sorted(rows, key=lambda row: -lengths[row]):
+        owner[row] = loads.index(min(loads))
+        loads[owner[row]] += lengths[row]
+    return [row for row in rows if owner[row] == ranks.index]
 
 
 def _micro_batch(student, examples, rows, step_samples, step_tokens, config) -> MicroBatch:

@@ -1,15 +1,19 @@
 """The student's fine-tuning as a function of the data weights."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from ..kernels.layers import lean_layers
+from ..ranks import ALONE, Ranks
 from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
-from .config import InnerLoopConfig
+from .config import MEMORY_ONLY, InnerLoopConfig
 from .host_memory import keep_freed_memory
 from .trajectory import Trajectory, forward_sweep
 
@@ -33,22 +37,41 @@ class FineTuning:
         student (`Student`): The student before fine-tuning.
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): N samples, see [`Student.tokenize`].
         config (`InnerLoopConfig`): The inner loop.
+        ranks (`Ranks`, *optional*): The processes that compute it together, with the same arguments. They call the
+            same methods in the same order. This process alone if not given.
 
     Attributes:
         examples (`list[str]`, `list[dict]` or [`~datasets.Dataset`]): The N samples as they were given.
         samples (`list[TokenizedExample]`): The N samples as the student reads them.
-        steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
+        steps (`list[list[MicroBatch]]`): This rank's micro-batches of each of T steps.
+
+    Raises:
+        `ValueError`: If the ranks differ in the samples, the inner loop, or the student's frozen weights. Trained
+            weights may differ: those of the first rank are taken.
     """
 
-    def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig):
-        config.check_numbers()
-        student.look_again()
-        if student.device.type == "cpu":
-            keep_freed_memory()
-        self.student, self.examples, self.config = student, examples, config
-        self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
-        with modes(self.student):
-            self.steps = plan_steps(student, self.samples, config)
+    def __init__(self, student: Student, examples: Examples, config: InnerLoopConfig, ranks: Ranks = ALONE):
+        self.student, self.examples, self.config, self.ranks = student, examples, config, ranks
+        with ranks.guard("The student's fine-tuning"):
+            config.check_numbers()
+            student.look_again()
+            if student.device.type == "cpu":
+                keep_freed_memory()
+            self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
+            if not ranks.alone:
+                self._check_ranks()
+            with modes(self.student):
+                self.steps = plan_steps(student, self.samples, config, ranks)
+
+    def _check_ranks(self) -> None:
+        inner_loop = {name: value for name, value in asdict(self.config).items() if name not in MEMORY_ONLY}
+        samples = crc32(json.dumps([(sample.input_ids, sample.labels) for sample in self.samples]).encode())
+        student = (self.student.num_trainable, self.student.frozen_checksum)
+        self.ranks.check_same(**{"inner loop": inner_loop, "samples": samples, "student": student})
+
+    def initial_theta(self) -> Tensor:
+        """θ_0 of shape `[P]`, that of the first rank."""
+        return self.ranks.first(self.student.initial_theta())
 
     @property
     def samples_are_identical(self) -> bool:
@@ -68,7 +91,8 @@ class FineTuning:
         """Run the forward sweep with data weights w of shape `[N]`, for a reverse sweep with this many metrics."""
         weights = weights.to(self.student.device, self.student.accumulator_dtype)
         with self.sweeping():
-            return forward_sweep(self.student, self.steps, weights, self.config, keep_states, num_metrics)
+            arguments = (self.student, self.steps, weights, self.config, keep_states, num_metrics)
+            return forward_sweep(*arguments, self.ranks, self.initial_theta())
 
     def theta(self, weights: Tensor) -> Tensor:
         """θ_T(w) of shape `[P]`, for w of shape `[N]`."""
@@ -80,9 +104,9 @@ class FineTuning:
 
     def evaluate(self, theta: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ), for θ of shape `[P]`."""
-        finetuned = FinetunedStudent(self.student, theta, self.student.initial_theta())
+        finetuned = FinetunedStudent(self.student, theta, self.initial_theta(), self.ranks)
         with modes(self.student), torch.no_grad():
-            return finetuned.evaluate(metric)[0].item()
+            return self.ranks.first(finetuned.evaluate(metric)[0].detach().clone()).item()
 
     def losses(self, theta: Tensor) -> Tensor:
         """The training loss of each step's samples for one θ of shape `[P]`. Shape `[T]`, in nats, on the CPU."""
@@ -93,4 +117,4 @@ class FineTuning:
             return self.student.run(parameters, lambda model: self.student.loss(model, batch, weights)[0]).item()
 
         with self.sweeping(), torch.no_grad():
-            return torch.tensor([sum(map(loss, step)) for step in self.steps])
+            return self.ranks.sum(torch.tensor([float(sum(map(loss, step))) for step in self.steps]))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..metrics.base import Metric
 from ..metrics.combine import CombinedMetric
+from ..ranks import ALONE, Ranks
 from ..student import FinetunedStudent, Student
 from .config import InnerLoopConfig
 from .fine_tuning import modes
@@ -54,9 +55,9 @@ class Goal:
         values, found = [], False
         for metric, row in zip(self.parts.values() or [self.metric], theta_bar[self.rows], strict=True):
             value, gradient = finetuned.evaluate(metric)
-            values.append(value)
+            values.append(finetuned.ranks.first(value))
             if gradient is not None:
-                row.copy_(gradient)
+                row.copy_(finetuned.ranks.first(gradient))
                 found = True
         with torch.no_grad():
             (value,) = values if not self.parts else [self.metric.combine(values)]  # type: ignore[attr-defined]
@@ -133,13 +134,13 @@ def _no_gradient(name: str | None, value: float) -> str:
     return _NO_GRADIENT.format(value).replace("The metric", f"The metric{called(name)}", 1)
 
 
-def metric_at_start(metric: MetricFunction, student: Student, name: str | None = None) -> float:
+def metric_at_start(metric: MetricFunction, student: Student, name: str | None = None, ranks: Ranks = ALONE) -> float:
     """Φ(θ_0), after checking that the metric is a finite, differentiable scalar that depends on the student."""
     with modes(student):
         student.verify_quantization()
-        initial_theta = student.initial_theta()
+        initial_theta = ranks.first(student.initial_theta())
         theta = initial_theta.clone().requires_grad_()
-        value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
+        value, gradient = FinetunedStudent(student, theta, initial_theta, ranks).evaluate(metric)
     own = called(name)
     if not isinstance(value, Tensor):
         raise ValueError(
@@ -160,4 +161,4 @@ def metric_at_start(metric: MetricFunction, student: Student, name: str | None =
             f"The metric{own} of the student before fine-tuning has a gradient that is not finite. The usual cause is "
             "a square root or logarithm of zero. Add a small constant inside it."
         )
-    return value.item()
+    return ranks.first(value.clone()).item()

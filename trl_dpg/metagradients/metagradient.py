@@ -4,15 +4,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..ranks import ALONE, Ranks
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from ..student.tokenization import row_as_json
+from .batches import rows_of_steps
 from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes
 from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
@@ -20,6 +22,9 @@ from .gradient import check_attention
 from .reverse import reverse_sweep
 from .trajectory import Trajectory
 
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.get_logger(__name__)
 
@@ -100,6 +105,7 @@ def metagradient(
     config: InnerLoopConfig | None = None,
     weights: Tensor | Sequence[float] | None = None,
     metric_before: float | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> MetagradientOutput: ...
 
 
@@ -111,10 +117,11 @@ def metagradient(
     config: InnerLoopConfig | None = None,
     weights: Tensor | Sequence[float] | None = None,
     metric_before: Mapping[str, float] | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> MetagradientOutputs: ...
 
 
-def metagradient(student, examples, metric, config=None, weights=None, metric_before=None):
+def metagradient(student, examples, metric, config=None, weights=None, metric_before=None, process_group=None):
     """
     Fine-tune the student on a dataset, and compute the exact derivative of its metric in the weight of each sample.
 
@@ -138,6 +145,10 @@ def metagradient(student, examples, metric, config=None, weights=None, metric_be
         metric_before (`float` or `dict[str, float]`, *optional*):
             Φ of the student before fine-tuning, if it is known from an earlier call. The metric is then not evaluated
             and checked again before fine-tuning. Of several metrics, some may be known.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            Processes that share the work: all of them call this function with the same student, samples, metric and
+            inner loop, and all get the same result. Each computes a part of every step's samples, and holds a part of
+            the trajectory. A metric is computed on every process, or shared by [`FinetunedStudent.accumulate`].
 
     Raises:
         `ValueError`:
@@ -147,9 +158,12 @@ def metagradient(student, examples, metric, config=None, weights=None, metric_be
             derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite. The message names the likely cause.
+        `RuntimeError`:
+            If another process of the group failed. The message names it and its error.
     """
     check_metrics(metric)
-    fine_tuning = FineTuning(student, examples, config or InnerLoopConfig())
+    ranks = ALONE if process_group is None else Ranks(process_group)
+    fine_tuning = FineTuning(student, examples, config or InnerLoopConfig(), ranks)
     return differentiate(fine_tuning, metric, weights, metric_before, score_parts=True)
 
 
@@ -165,11 +179,13 @@ def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=N
             raise ValueError(
                 f"`metric_before` must be a dictionary with names of the metrics {list(metric)}, got {before!r}."
             )
-        return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
+        with fine_tuning.ranks.guard("The metagradient"):
+            return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
     if isinstance(metric_before, Mapping):
         raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
     known = {} if metric_before is None else {None: metric_before}
-    return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+    with fine_tuning.ranks.guard("The metagradient"):
+        return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
 
 
 def _differentiate(
@@ -179,7 +195,8 @@ def _differentiate(
     known: Mapping[Any, float],
     score_parts: bool,
 ) -> dict[Any, MetagradientOutput]:
-    student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
+    student, config, ranks = fine_tuning.student, fine_tuning.config, fine_tuning.ranks
+    samples = fine_tuning.samples
     _check_student(student, config)
     check_samples(fine_tuning)
     data_weights = _check_weights(weights, len(samples)).to(student.device, student.accumulator_dtype)
@@ -190,7 +207,7 @@ def _differentiate(
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
         befores = {
-            name: known[name] if name in known else metric_at_start(metric, student, name)
+            name: known[name] if ranks.least(name in known) else metric_at_start(metric, student, name, ranks)
             for name, metric in metrics.items()
         }
         times.append(time.perf_counter())
@@ -199,7 +216,7 @@ def _differentiate(
         _check_losses(losses, fine_tuning)
 
         times.append(time.perf_counter())
-        finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.initial_theta)
+        finetuned = FinetunedStudent(student, trajectory.theta.requires_grad_(), trajectory.loop.initial_theta, ranks)
         theta_bar = trajectory.theta.new_zeros(goals[-1].rows.stop, trajectory.theta.numel() if attribute else 0)
         figures = []
         for goal in goals:
@@ -243,8 +260,8 @@ def _reverse(
     token_scores = theta_bar.new_zeros(*scores.shape, length)
     with fine_tuning.sweeping():
         reverse_sweep(student, trajectory, theta_bar, weights, scores, token_scores, config)
-    scores = (scores + token_scores.sum(dim=-1)).cpu()
-    return scores, token_scores.cpu() if config.per_token else None
+    scores = fine_tuning.ranks.sum(scores + token_scores.sum(dim=-1)).cpu()
+    return scores, fine_tuning.ranks.sum(token_scores).cpu() if config.per_token else None
 
 
 def check_samples(fine_tuning: FineTuning) -> None:
@@ -306,7 +323,8 @@ def _check_weights(weights: Tensor | Sequence[float] | None, num_samples: int) -
 def _check_losses(losses: Tensor, fine_tuning: FineTuning) -> None:
     if not losses.isfinite().all():
         step = int((~losses.isfinite()).nonzero()[0])
-        rows = [row for micro_batch in fine_tuning.steps[step] for row in micro_batch.rows.tolist()]
+        in_step = rows_of_steps(len(fine_tuning.samples), fine_tuning.config)[step]
+        rows = [row for row in in_step if fine_tuning.samples[row].num_supervised]
         cause = (
             f"the student's learning rate ({fine_tuning.config.learning_rate}) is too high."
             if step
@@ -318,10 +336,11 @@ def _check_losses(losses: Tensor, fine_tuning: FineTuning) -> None:
 
 def _check_scores(scores: Tensor, fine_tuning: FineTuning, name: str | None) -> None:
     if not scores.isfinite().all():
-        steps, config = fine_tuning.steps, fine_tuning.config
+        config = fine_tuning.config
+        steps = rows_of_steps(len(scores), config)
         whose = "" if name is None else f" for the metric{called(name)}"
         bad = (~scores.isfinite()).nonzero().flatten().tolist()
-        first_step = min(t for t, step in enumerate(steps) for mb in step if set(mb.rows.tolist()) & set(bad))
+        first_step = min(t for t, rows in enumerate(steps) if set(rows) & set(bad))
         raise NotFiniteError(
             f"{len(bad)} of {len(scores)} scores are not finite{whose}, the first in step {first_step + 1} of "
             f"{len(steps)}. "

@@ -148,16 +148,20 @@ def sgd(momentum: float, weight_decay: float) -> Optimizer:
     return Optimizer(init, update, vjp)
 
 
-def clip(gradient: Tensor, max_norm: float) -> Tensor:
-    """Scale a gradient of shape `[P]` to at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
-    return gradient * (max_norm / (gradient.norm() + 1e-6)).clamp(max=1.0)
+def clip(gradient: Tensor, max_norm: float, norm: Tensor) -> Tensor:
+    """Scale a gradient `[P]` of this `norm` to at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does."""
+    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def clip_vjp(gradient: Tensor, max_norm: float, clipped_bar: Tensor) -> None:
-    """Turn cotangents `[M, P]` of `clip(gradient, max_norm)` into those of `gradient`, in place."""
-    norm = gradient.norm()
+def clip_vjp(gradient: Tensor, max_norm: float, norm: Tensor, along: Tensor, clipped_bar: Tensor) -> None:
+    """
+    Turn cotangents `[M, P]` of `clip(gradient, max_norm, norm)` into those of `gradient`, in place.
+
+    `along` `[M]` are their products with the gradient. Both `norm` and `along` belong to the whole vectors, the others
+    may be parts of them.
+    """
     scale = max_norm / (norm + 1e-6)
-    through_norm = clipped_bar @ gradient * scale / ((norm + 1e-6) * norm)
+    through_norm = along * scale / ((norm + 1e-6) * norm)
     clipped = scale < 1
     clipped_bar.mul_(torch.where(clipped, scale, 1.0))
     clipped_bar.addr_(torch.where(clipped, through_norm, 0.0), gradient, alpha=-1)

@@ -36,29 +36,42 @@ def reverse_sweep(
     `per_sample.py`. With `attribution="first_order"`, 3 is left out everywhere: λ_t = λ'. The metrics share the graph
     of g_t, or the samples' gradients. Only the double backward runs once for each.
 
+    Of several ranks, each computes 1 for its shard and gathers u. It then computes 2 for its own samples, and its
+    share of 3. The shares are summed shard by shard.
+
     Args:
         student (`Student`), trajectory (`Trajectory`): The model, and its forward sweep.
-        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T). They are overwritten.
+        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T), the same on all ranks. They
+            are overwritten.
         weights (`torch.Tensor` of shape `[N]`), config (`InnerLoopConfig`): The same as in the forward sweep.
-        scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for samples not scored token by token.
+        scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for this rank's samples that are not scored
+            token by token.
         token_scores (`torch.Tensor` of shape `[M, N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
     """
-    optimizer = config.make_optimizer()
-    state_bar = optimizer.init(theta_bar) if len(trajectory.loop.steps) > 1 else None  # zeros
+    optimizer, loop = config.make_optimizer(), trajectory.loop
+    ranks, size = loop.ranks, theta_bar.size(-1)
+    theta_bar = ranks.shard(theta_bar)
+    state_bar = optimizer.init(theta_bar) if len(loop.steps) > 1 else None  # zeros
     several = theta_bar if state_bar is None else torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
-    theta_bar_parts = list(student.unflatten(theta_bar, cast=False).values())
     for stretch in trajectory.stretches_backwards():
         next_state = stretch.state
         while stretch.steps:
             t = stretch.first + len(stretch.steps) - 1
             step = stretch.steps.pop()
-            theta, state, gradient = map(trajectory.loop.get, (step.theta, step.state, step.gradient))
-            clipped = (gradient if config.max_grad_norm is None else clip(gradient, config.max_grad_norm))[None]
+            own, state, gradient = map(loop.get, (step.theta, step.state, step.gradient))
+            clipped, max_norm = gradient[None], config.max_grad_norm
+            if max_norm is not None:
+                norm = ranks.norm(gradient)
+                clipped = clip(gradient, max_norm, norm)[None]
             u = clipped if several is None else several
             state_bar = optimizer.vjp(clipped, state, next_state, step.lr, theta_bar, state_bar, out=u)
-            if config.max_grad_norm is not None:
-                clip_vjp(gradient, config.max_grad_norm, u)
+            if max_norm is not None:
+                clip_vjp(gradient, max_norm, norm, ranks.sum(u @ gradient), u)
+            u, theta = ranks.gather(u, size), loop.theta(t, own)
             u_parts = list(student.unflatten(u, cast=False).values())
+            exact = t > 0 and config.attribution != "first_order"
+            total = theta_bar if ranks.alone or not exact else torch.zeros_like(u)
+            total_parts = list(student.unflatten(total, cast=False).values()) if exact else []
             for micro_batch in step.micro_batches:
                 part = step.retained.pop(0)
                 if step.by_sample and not isinstance(part, Gradient):
@@ -66,13 +79,14 @@ def reverse_sweep(
                     if found is not None:
                         scores[:, micro_batch.samples] += found
                         continue
-                exact = t > 0 and config.attribution != "first_order"
                 pulled = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
                 del part  # so that the last product frees its graph
                 for m, (token_bar, products) in enumerate(pulled):
                     if token_bar is not None:
                         token_scores[m, micro_batch.rows, micro_batch.columns] += token_bar
-                    _add([bar[m] for bar in theta_bar_parts], products)
+                    _add([bar[m] for bar in total_parts], products)
+            if exact and not ranks.alone:
+                theta_bar += ranks.sum_shards(total)
             next_state = state
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ranks import ALONE, Ranks
 from ..student import Student
 from .batches import MicroBatch
 from .config import InnerLoopConfig
@@ -20,13 +21,13 @@ from .per_sample import SampleGradients, estimated_bytes, sample_gradients
 
 class Step(NamedTuple):
     """
-    What the reverse sweep needs of one optimizer step.
+    What the reverse sweep needs of one optimizer step. Of several ranks, each keeps its shard of θ_t, s_t and g_t.
 
     Attributes:
         micro_batches (`list[MicroBatch]`): The step's data.
-        theta (`torch.Tensor` of shape `[P]`): θ_t.
+        theta (`torch.Tensor` of shape `[S]`): θ_t.
         state (`NamedTuple`): The optimizer's state s_t.
-        gradient (`torch.Tensor` of shape `[P]`): g_t, before clipping.
+        gradient (`torch.Tensor` of shape `[S]`): g_t, before clipping.
         lr (`float`): The learning rate.
         by_sample (`bool`): Whether its scores come from the backward pass of the samples, without a Hessian.
         retained (`list[Gradient | SampleGradients | None]`): Each micro-batch's gradient with its graph or, with
@@ -43,7 +44,10 @@ class Step(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Consecutive steps of the inner loop from t = `first` on, θ and s after them, and their training losses."""
+    """
+    Consecutive steps of the inner loop from t = `first` on, the shards of θ and s after them, and the training losses
+    of this rank's samples.
+    """
 
     first: int
     steps: list[Step]
@@ -53,7 +57,7 @@ class Stretch(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The state before a stretch of steps t = `first` ... `end` - 1."""
+    """The shard of the state before a stretch of steps t = `first` ... `end` - 1."""
 
     first: int
     end: int
@@ -74,6 +78,8 @@ class InnerLoop:
         config (`InnerLoopConfig`): Optimizer and schedule.
         optimizer (`Optimizer`): The optimizer, whose step is U.
         rates (`list[float]`): Learning rates of the T steps.
+        initial_theta (`torch.Tensor` of shape `[P]`): θ_0.
+        ranks (`Ranks`): The processes that share the work. `steps` are the micro-batches of this one.
     """
 
     student: Student
@@ -83,28 +89,35 @@ class InnerLoop:
     config: InnerLoopConfig
     optimizer: Optimizer
     rates: list[float]
+    initial_theta: Tensor
+    ranks: Ranks
 
-    def run(self, first: int, end: int, theta: Tensor, state: Any, budget: GraphBudget | None) -> Stretch:
+    def run(self, first: int, end: int, own: Tensor, state: Any, budget: GraphBudget | None) -> Stretch:
         """
         Run the steps t = `first` ... `end` - 1.
 
         Args:
             first (`int`), end (`int`): The range of steps.
-            theta (`torch.Tensor` of shape `[P]`), state: θ and s before the steps.
+            own (`torch.Tensor` of shape `[S]`), state: The shards of θ and s before the steps.
             budget (`GraphBudget`, *optional*): Keep what the reverse sweep needs, and the graphs that fit into this
                 budget. `None`: keep nothing.
         """
         kept, losses = [], []
         for t in range(first, end):
-            gradient, loss, retained = self._gradient(t, theta, budget)
+            gradient, loss, retained = self._gradient(t, self.theta(t, own), budget)
+            gradient = self.ranks.sum_shards(gradient)
             if budget is not None:
-                step = Step(self.steps[t], theta, state, gradient, self.rates[t], self.by_sample(t), retained)
-                kept.append(step._replace(theta=self.put(theta), state=self.put(state), gradient=self.put(gradient)))
+                step = Step(self.steps[t], own, state, gradient, self.rates[t], self.by_sample(t), retained)
+                kept.append(step._replace(theta=self.put(own), state=self.put(state), gradient=self.put(gradient)))
             losses.append(loss)
             clip_norm = self.config.max_grad_norm
-            clipped = gradient if clip_norm is None else clip(gradient, clip_norm)
-            theta, state = self.optimizer.update(clipped, state, theta, self.rates[t])
-        return Stretch(first, kept, theta, state, losses)
+            clipped = gradient if clip_norm is None else clip(gradient, clip_norm, self.ranks.norm(gradient))
+            own, state = self.optimizer.update(clipped, state, own, self.rates[t])
+        return Stretch(first, kept, own, state, losses)
+
+    def theta(self, t: int, own: Tensor) -> Tensor:
+        """θ_t of shape `[P]`, of which this rank has the shard `own`."""
+        return self.initial_theta if t == 0 else self.ranks.gather(own, len(self.initial_theta))
 
     def by_sample(self, t: int) -> bool:
         """Whether a step's scores come from the backward pass of its samples: it needs no Hessian-vector product."""
@@ -116,7 +129,7 @@ class InnerLoop:
     def _gradient(
         self, t: int, theta: Tensor, budget: GraphBudget | None
     ) -> tuple[Tensor, Tensor, list[Gradient | SampleGradients | None]]:
-        """g_t, the training loss, and what is kept of each micro-batch."""
+        """This rank's share of g_t and of the training loss, and what is kept of each of its micro-batches."""
         gradient, loss, retained = None, theta.new_zeros(()), []
         for micro_batch in self.steps[t]:
             part, keep = self._part(t, theta, micro_batch, budget)
@@ -128,7 +141,7 @@ class InnerLoop:
             loss += part.loss
             retained.append(part._replace(values=[]) if keep else None)
             del part
-        if gradient is None:  # a batch of empty samples
+        if gradient is None:  # a batch of empty samples, or fewer samples than ranks
             gradient = torch.zeros_like(theta)
         return gradient, loss, retained
 
@@ -178,7 +191,6 @@ class Trajectory:
 
     Attributes:
         theta (`torch.Tensor` of shape `[P]`): θ_T.
-        initial_theta (`torch.Tensor` of shape `[P]`): θ_0.
         losses (`torch.Tensor` of shape `[T]`): Training losses.
         loop (`InnerLoop`): The steps.
         checkpoints (`list[Checkpoint]`): The states before each stretch except the last one.
@@ -187,7 +199,6 @@ class Trajectory:
     """
 
     theta: Tensor
-    initial_theta: Tensor
     losses: Tensor
     loop: InnerLoop
     checkpoints: list[Checkpoint]
@@ -218,6 +229,8 @@ def forward_sweep(
     config: InnerLoopConfig,
     keep_states: bool = True,
     num_metrics: int = 1,
+    ranks: Ranks = ALONE,
+    initial_theta: Tensor | None = None,
 ) -> Trajectory:
     """
     Fine-tune the student: (θ_{t+1}, s_{t+1}) = U_t(θ_t, s_t, g_t) with g_t = Σ_i w_i c_i ∇ℓ_i(θ_t), t = 0 ... T-1.
@@ -227,6 +240,9 @@ def forward_sweep(
     computed again when the reverse sweep needs them (checkpointing, Griewank & Walther 2000). In a stretch, graphs are
     kept if `config.memory_budget` has room for them.
 
+    Of several ranks, each computes its micro-batches' share of g_t. The shares are summed shard by shard, each rank
+    updates its shard of θ and s and keeps only this, and θ_{t+1} is gathered from the shards.
+
     Args:
         student (`Student`): The student before fine-tuning. Its stored weights are only read.
         steps (`list[list[MicroBatch]]`): The micro-batches of each of T steps.
@@ -235,37 +251,41 @@ def forward_sweep(
         keep_states (`bool`, *optional*, defaults to `True`):
             Keep what the reverse sweep needs. If `False`, memory does not grow with T.
         num_metrics (`int`, *optional*, defaults to 1): M. The reverse sweep needs memory for each of them.
+        ranks (`Ranks`, *optional*): The processes that share the work. `steps` are the micro-batches of this one.
+        initial_theta (`torch.Tensor` of shape `[P]`, *optional*): θ_0, the same on all ranks.
     """
     plain, rates = bool((weights == 1).all()), config.learning_rates(len(steps))
-    loop = InnerLoop(student, steps, weights, plain, config, config.make_optimizer(), rates)
-    initial_theta = theta = student.initial_theta()
-    state = loop.optimizer.init(theta)
-    length, budget = _plan_memory(loop, theta, num_metrics) if keep_states else (len(steps), 0)
+    initial_theta = student.initial_theta() if initial_theta is None else initial_theta
+    loop = InnerLoop(student, steps, weights, plain, config, config.make_optimizer(), rates, initial_theta, ranks)
+    own = ranks.shard(initial_theta)
+    state = loop.optimizer.init(own)
+    length, budget = _plan_memory(loop, own, num_metrics) if keep_states else (len(steps), 0)
     checkpoints, losses, last = [], [], None
     for first in range(0, len(steps), length):
         end = min(first + length, len(steps))
         if end < len(steps):
-            checkpoints.append(Checkpoint(first, end, loop.put(theta), loop.put(state)))
+            checkpoints.append(Checkpoint(first, end, loop.put(own), loop.put(state)))
         keep = keep_states and end == len(steps)
-        last = loop.run(first, end, theta, state, GraphBudget(budget) if keep else None)
-        theta, state = last.theta, last.state
+        last = loop.run(first, end, own, state, GraphBudget(budget) if keep else None)
+        own, state = last.theta, last.state
         losses += last.losses
-    return Trajectory(
-        theta, initial_theta, torch.stack(losses), loop, checkpoints, last if keep_states else None, budget
-    )
+    total = ranks.sum(torch.stack(losses))
+    theta = loop.theta(len(steps), own)
+    return Trajectory(theta, total, loop, checkpoints, last if keep_states else None, budget)
 
 
-def _plan_memory(loop: InnerLoop, theta: Tensor, num_metrics: int) -> tuple[int, int]:
-    """Number of steps in a stretch, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
+def _plan_memory(loop: InnerLoop, own: Tensor, num_metrics: int) -> tuple[int, int]:
+    """Steps in a stretch, the same on all ranks, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
     config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
-    step_bytes = 4 * theta.nbytes  # θ, g and two moments
+    step_bytes = 4 * own.nbytes  # θ, g and two moments
     vectors = 4 if num_steps > 1 else 1  # λ, u and those of the moments, or λ alone
-    cotangents = vectors * theta.nbytes * (num_metrics - 1)  # what is left free has room for those of one metric
+    cotangents = vectors * own.nbytes * (num_metrics - 1)  # what is left free has room for those of one metric
     if isinstance(config.checkpoint_interval, int):
         interval = config.checkpoint_interval
     else:
         free = free_memory(torch.device("cpu")) if config.offload_trajectory else free_memory(device) - cotangents
-        interval = 1 if step_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
+        fits = loop.ranks.least(step_bytes * num_steps <= free // 2)
+        interval = 1 if fits else math.isqrt(num_steps)
     # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
     length = num_steps if interval == 1 else interval
     if isinstance(config.memory_budget, int):

@@ -1,12 +1,14 @@
 """The student with its fine-tuned weights, as a target metric receives it."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from ..ranks import ALONE, Ranks
 from .student import Student
 
 
@@ -24,10 +26,13 @@ class FinetunedStudent:
             The fine-tuned values of the trainable parameters, as one flat vector.
         parameters (`dict[str, torch.Tensor]`):
             The parameters in `theta` by name, in the model's dtypes.
+        ranks (`Ranks`):
+            The processes that compute the metric. Each of them calls it, with the same θ_T.
     """
 
-    def __init__(self, student: Student, theta: Tensor, initial_theta: Tensor):
+    def __init__(self, student: Student, theta: Tensor, initial_theta: Tensor, ranks: Ranks = ALONE):
         self.student = student
+        self.ranks = ranks
         self.theta = theta
         self.parameters = student.unflatten(theta)
         self._initial_theta = initial_theta
@@ -96,7 +101,7 @@ class FinetunedStudent:
         `Σ_b function(b)` over batches, which can be differentiated once in `theta` and needs the memory of one batch.
 
         The gradient of each batch is computed immediately and its graph is freed, so memory does not grow with the
-        number of batches.
+        number of batches. Several ranks share the batches between them.
 
         Args:
             function (`Callable`):
@@ -105,12 +110,16 @@ class FinetunedStudent:
                 The batches b.
         """
         value, gradient = self.theta.new_zeros(()), None
-        for batch in batches:
+        for batch in islice(batches, self.ranks.index, None, self.ranks.size):
             part = function(batch)
             if part.requires_grad:
                 (part_gradient,) = torch.autograd.grad(part, self.theta)
                 gradient = part_gradient if gradient is None else gradient + part_gradient
             value = value + part.detach()
+        if not self.ranks.alone:
+            value, depends = self.ranks.sum(torch.stack([value, value.new_tensor(gradient is not None)]))
+            if depends:
+                gradient = self.ranks.sum(torch.zeros_like(self.theta) if gradient is None else gradient.clone())
         return value if gradient is None else _WithGradient.apply(self.theta, value, gradient)
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..kernels.cross_entropy import linear_cross_entropy
+from ..ranks import checksum
 from .checks import bnb_modules, check_4bit_gradients, check_model, is_packed_for_cpu, switch_off_dropout
 from .effective_weight import effective_weight
 from .head import is_linear_head, linear_factors, standing_aside
@@ -134,6 +135,7 @@ class Student:
         check_model(self.model)
         self._layout = _layout(self.model)
         self._quantization_verified = False
+        self._frozen_checksum: list[int] | None = None
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
 
@@ -165,11 +167,10 @@ class Student:
 
     def describe(self) -> str:
         """One line for a model card: name, number of trainable parameters, and if it has adapters or a 4-bit base."""
-        trainable = sum(shape.numel() for shape in self._layout.shapes)
         name = self.model.config._name_or_path or type(self.model).__name__
         base = ", 4-bit base" if self.has_4bit_base else ""
         adapters = " (adapters)" if is_peft_model(self.model) else ""
-        return f"`{name}`, {trainable:,} trainable parameters{adapters}{base}"
+        return f"`{name}`, {self.num_trainable:,} trainable parameters{adapters}{base}"
 
     @property
     def has_4bit_base(self) -> bool:
@@ -182,6 +183,18 @@ class Student:
     def accumulator_dtype(self) -> torch.dtype:
         """float64 if a trainable parameter is, else float32. Parameters in 16 bits are trained as float32 copies."""
         return torch.float64 if torch.float64 in self._layout.dtypes else torch.float32
+
+    @property
+    def num_trainable(self) -> int:
+        """P, the number of trainable parameters."""
+        return sum(shape.numel() for shape in self._layout.shapes)
+
+    @property
+    def frozen_checksum(self) -> list[int]:
+        """A number for each parameter that is not trained, see [`~trl_dpg.ranks.checksum`]. Computed once."""
+        if self._frozen_checksum is None:
+            self._frozen_checksum = checksum(p for p in self.model.parameters() if not p.requires_grad)
+        return self._frozen_checksum
 
     @property
     def trains_half_precision(self) -> bool:

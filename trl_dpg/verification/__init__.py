@@ -18,7 +18,8 @@ from .measurements import (
     random_signs,
 )
 from .quantization import quantization_check, without_quantization
-from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, Check, Verification, verify
+from .result import Check, Verification
+from .verdict import NOISY, PASS, ROUGH, SMOOTH, WARN, verify
 
 
 __all__ = [

@@ -217,7 +217,7 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
     num_groups = len(examples) // size
     grouping = replace(config, batch_size=size, num_epochs=1, shuffle=False)
     groups = plan_steps(student, examples[: size * num_groups], grouping)
-    theta = student.initial_theta()
+    theta = fine_tuning.initial_theta()
     weights = torch.ones(len(examples), dtype=theta.dtype, device=theta.device)
     mean, mean_norm = torch.zeros_like(theta), 0.0
     with fine_tuning.sweeping():

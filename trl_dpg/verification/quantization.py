@@ -12,7 +12,7 @@ from ..metagradients.memory import free_memory
 from ..student import FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype
-from .verdict import Check
+from .result import Check
 
 
 def without_quantization(student: Student, model_init_kwargs: dict[str, Any] | None = None) -> Student | None:

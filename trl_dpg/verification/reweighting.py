@@ -41,7 +41,7 @@ class OneStep(NamedTuple):
         """θ_1(1 + `step` · d) of shape `[P]`, for the direction d of this number."""
         gradient = self.gradient + step * self.along[direction]
         if config.max_grad_norm is not None:
-            gradient = clip(gradient, config.max_grad_norm)
+            gradient = clip(gradient, config.max_grad_norm, gradient.norm())
         optimizer = config.make_optimizer()
         (rate,) = config.learning_rates(1)
         return optimizer.update(gradient, optimizer.init(self.theta), self.theta, rate)[0]
@@ -58,12 +58,13 @@ class OneStep(NamedTuple):
         """
         optimizer = config.make_optimizer()
         (rate,) = config.learning_rates(1)
-        u = self.gradient.clone() if config.max_grad_norm is None else clip(self.gradient, config.max_grad_norm)
+        norm = self.gradient.norm()
+        u = self.gradient.clone() if config.max_grad_norm is None else clip(self.gradient, config.max_grad_norm, norm)
         start = optimizer.init(self.theta)
         _, end = optimizer.update(u, start, self.theta, rate)
         optimizer.vjp(u, start, end, rate, metric_gradient.clone(), optimizer.init(self.theta), out=u)
         if config.max_grad_norm is not None:
-            clip_vjp(self.gradient, config.max_grad_norm, u[None])
+            clip_vjp(self.gradient, config.max_grad_norm, norm, (self.gradient @ u)[None], u[None])
         return (self.along @ u).double().cpu()
 
 
@@ -80,41 +81,50 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
         directions (`torch.Tensor` of shape `[K, N]`): The directions d.
     """
     student, config, (step,) = fine_tuning.student, fine_tuning.config, fine_tuning.steps
-    theta = student.initial_theta()
+    theta, ranks = fine_tuning.initial_theta(), fine_tuning.ranks
     rows = torch.cat([torch.ones_like(directions[:1]), directions]).to(theta)
     gradients = theta.new_zeros(len(rows), theta.numel())
     with fine_tuning.sweeping():
         if _from_samples(fine_tuning, theta, rows, gradients):
+            gradients = ranks.sum(gradients)
             return OneStep(theta, gradients[0], gradients[1:])
         if len(fine_tuning.samples) <= 4 * len(directions):  # a sample alone takes more time than its share of a batch
-            (step,) = plan_steps(student, fine_tuning.samples, replace(config, micro_batch_size=1))
+            (step,) = plan_steps(student, fine_tuning.samples, replace(config, micro_batch_size=1), ranks)
             for sample in step:
                 gradients.addr_(rows[:, sample.rows[0]], step_gradient(fine_tuning, theta, [sample], rows[0]))
         else:
             for weights, gradient in zip(rows, gradients, strict=True):
                 gradient.copy_(step_gradient(fine_tuning, theta, step, weights))
+    gradients = ranks.sum(gradients)
     return OneStep(theta, gradients[0], gradients[1:])
 
 
 def _from_samples(fine_tuning: FineTuning, theta: Tensor, rows: Tensor, gradients: Tensor) -> bool:
-    """Add Σ_i a_i ∇ℓ_i for each row a of `rows` `[K, N]` to `gradients` `[K, P]`. Whether this was possible."""
+    """
+    Add Σ_i a_i ∇ℓ_i over this rank's samples i, for each row a of `rows` `[K, N]`, to `gradients` `[K, P]`. Returns
+    whether this was possible on all ranks.
+    """
     student, config = fine_tuning.student, fine_tuning.config
     fitting = max(1, free_memory(student.device) // 4 // theta.nbytes)
     config = replace(config, micro_batch_size=min(config.micro_batch_size or config.batch_size, fitting))
-    (step,) = plan_steps(student, fine_tuning.samples, config)
+    (step,) = plan_steps(student, fine_tuning.samples, config, fine_tuning.ranks)
+    told = True
     for micro_batch in step:
         part = sample_gradients(student, theta, micro_batch, None, config)
         found = None if part is None else part.recorder.combinations(rows[:, micro_batch.samples])
         if found is None:
-            gradients.zero_()
-            return False
+            told = False
+            break
         for total, value in zip(gradients.split([v[0].numel() for v in found], dim=1), found, strict=True):
             total += value.flatten(1)
+    if not fine_tuning.ranks.least(told):
+        gradients.zero_()
+        return False
     return True
 
 
 def step_gradient(fine_tuning: FineTuning, theta: Tensor, step: list[MicroBatch], weights: Tensor) -> Tensor:
-    """The gradient of a step's loss with these data weights `[N]`, of shape `[P]`."""
+    """The gradient of micro-batches' loss with these data weights `[N]`, of shape `[P]`."""
     gradient = torch.zeros_like(theta)
     for micro_batch in step:
         part = micro_batch_gradient(fine_tuning.student, theta, micro_batch, weights, fine_tuning.config)
@@ -147,7 +157,7 @@ def num_together(fine_tuning: FineTuning, most: int, least: int = 1) -> int:
     """How many directions' gradients fit into a quarter of the free memory, beside four more vectors of that size."""
     student = fine_tuning.student
     fitting = free_memory(student.device) // 4 // student.initial_theta().nbytes - 4
-    return max(least, min(most, fitting))
+    return fine_tuning.ranks.least(max(least, min(most, fitting)))
 
 
 class Remembering:

@@ -3,8 +3,8 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..metagradients import InnerLoopConfig
 from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.metagradient import check_samples, differentiate
+from ..ranks import ALONE, Ranks
 from ..student import Examples, FinetunedStudent, Student
 from ..student.checks import bnb_modules
 from ..student.precision import compute_dtype, in_precision
@@ -27,7 +28,12 @@ from .measurements import (
     random_signs,
 )
 from .progress import Progress
+from .result import Check, Verification
 from .reweighting import Remembering
+
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 PASS, WARN = 0.95, 0.9
@@ -42,95 +48,6 @@ FEWEST = 6
 """Directions after which `verify` may stop, if the verdict on the predictions is clear."""
 
 
-@dataclass
-class Check:
-    """
-    One figure, and whether it passes.
-
-    Attributes:
-        name (`str`): Name of the figure, e.g. `"pearson"`.
-        value (`float` or `None`): The figure. `None` if it could not be computed.
-        threshold (`float` or `None`): The value that is needed to pass.
-        status (`str`): `"pass"`, `"warn"`, `"fail"` or `"skip"`.
-        meaning (`str`): What the figure measures. For a skipped check, the reason.
-        advice (`str`): What to change. Empty if the check passes. Names of fields of [`InnerLoopConfig`] and of
-            arguments of [`Student`] are in backticks.
-    """
-
-    name: str
-    value: float | None
-    threshold: float | None
-    status: str
-    meaning: str
-    advice: str = ""
-
-    def lines(self) -> list[str]:
-        """The check as one or two lines for the terminal."""
-        value = "" if self.value is None else f"{self.value:.3f}"
-        line = f"{self.status:4}  {self.name:14} {value:>6}  {self.meaning}"
-        return [line, f"      -> {self.advice}"] if self.advice else [line]
-
-
-@dataclass
-class Verification:
-    """
-    The result of [`verify`].
-
-    Attributes:
-        checks (`list[Check]`): The checks.
-        remedies (`list[Remedy]`): Changes that were tried because a check did not pass, up to the first that helps.
-        predicted (`list[float]`), actual (`list[float]`): Predicted and actual change of Φ in each direction.
-        slope (`float`): The least-squares slope in actual ≈ slope · predicted.
-        pearson_interval (`list[float]`): The 95 % confidence interval of `pearson`; see [`Agreement`].
-        noise_scale (`float`): See [`GradientNoise`]; in samples.
-        mean_square_gradient (`float`): See [`GradientNoise`].
-        metric_before (`float`), metric_after (`float`): Φ before and after the student's fine-tuning.
-        seconds (`float`): Time of the verification so far.
-        passes (`int`): Forward and backward passes over all samples so far. Those over the metric's data count, too.
-        complete (`bool`): Whether everything was measured.
-    """
-
-    checks: list[Check] = field(default_factory=list)
-    remedies: list[Remedy] = field(default_factory=list)
-    predicted: list[float] = field(default_factory=list)
-    actual: list[float] = field(default_factory=list)
-    slope: float = math.nan
-    pearson_interval: list[float] = field(default_factory=lambda: [-1.0, 1.0])
-    noise_scale: float = math.nan
-    mean_square_gradient: float = math.nan
-    metric_before: float = math.nan
-    metric_after: float = math.nan
-    seconds: float = math.nan
-    passes: int = 0
-    complete: bool = False
-
-    @property
-    def trustworthy(self) -> bool:
-        """Whether no check failed."""
-        return all(check.status != "fail" for check in self.checks)
-
-    def __getitem__(self, name: str) -> Check:
-        return next(check for check in self.checks if check.name == name)
-
-    def render(self) -> str:
-        """The verdict and its reasons as text for the terminal. Names of fields are in backticks."""
-        lines: list[str] = []
-        for check in self.checks:
-            lines += [line for line in check.lines() if line not in lines]  # several checks may have the same advice
-        return "\n".join([*lines, *self.verdict()])
-
-    def verdict(self) -> list[str]:
-        """The last lines of `render`: what was tried, and whether the set-up is trustworthy."""
-        lines = ["Tried:"] if self.remedies else []
-        for remedy in self.remedies:
-            figures = f"Pearson {remedy.pearson:.3f}, metasmoothness {remedy.metasmoothness:.3f}"
-            lines.append(f"      {remedy.describe()}: {figures}")
-        if self.remedies and self.remedies[-1].helps:
-            lines.append(f"Change: {self.remedies[-1].describe()}")
-        verdict = "trustworthy" if self.trustworthy else "NOT trustworthy"
-        return [*lines, f"This set-up is {verdict} ({self.seconds:.0f} s)."]
-
-
 def verify(
     student: Student,
     examples: Examples,
@@ -143,6 +60,7 @@ def verify(
     seed: int = 0,
     progress: bool = False,
     on_figure: Callable[[Verification], None] | None = None,
+    process_group: "ProcessGroup | None" = None,
 ) -> Verification:
     """
     Check whether the scores of a student, its data and metric can be trusted, and what to change if not.
@@ -176,6 +94,8 @@ def verify(
             Show a progress bar.
         on_figure (`Callable`, *optional*):
             Called with the result so far after each check and each direction.
+        process_group (`torch.distributed.ProcessGroup`, *optional*):
+            Processes that share the work, see [`metagradient`]. All of them call this function.
 
     Raises:
         `ValueError`: If the baseline without scores is asked for (`attribution="dataset"`), there are fewer than 3
@@ -184,9 +104,10 @@ def verify(
     """
     config = replace(config or InnerLoopConfig(), per_token=False)
     _check_arguments(config, num_directions, step)
-    fine_tuning = _checked_fine_tuning(student, examples, config)
+    ranks = ALONE if process_group is None else Ranks(process_group)
+    fine_tuning = _checked_fine_tuning(student, examples, config, ranks)
     total = 18 + num_directions * (2 if len(fine_tuning.steps) == 1 else 6)
-    with Progress("Verifying", total, progress) as bar:
+    with ranks.guard("The verification"), Progress("Verifying", total, progress) as bar:
         verifier = _Verifier(fine_tuning, metric, step, bar, on_figure)
         verifier.check(random_signs(num_directions, len(fine_tuning.samples), seed), compare_precision, try_remedies)
     return verifier.result
@@ -201,8 +122,8 @@ def _check_arguments(config: InnerLoopConfig, num_directions: int, step: float) 
         raise ValueError(f"step must lie between 0 and 0.5 (weights stay positive), got {step}.")
 
 
-def _checked_fine_tuning(student: Student, examples: Examples, config: InnerLoopConfig) -> FineTuning:
-    fine_tuning = FineTuning(student, examples, config)
+def _checked_fine_tuning(student: Student, examples: Examples, config: InnerLoopConfig, ranks: Ranks) -> FineTuning:
+    fine_tuning = FineTuning(student, examples, config, ranks)
     check_samples(fine_tuning)
     if fine_tuning.samples_are_identical:
         raise ValueError(
@@ -218,6 +139,7 @@ class _Verifier:
     def __init__(self, fine_tuning: FineTuning, metric, step: float, bar: Progress, on_figure):
         self.fine_tuning, self.metric, self.step, self.bar = fine_tuning, metric, step, bar
         self.config, self.num_samples = fine_tuning.config, len(fine_tuning.samples)
+        self.ranks = fine_tuning.ranks
         self.result = Verification()
         self._on_figure = on_figure
         self._started = time.perf_counter()
@@ -308,8 +230,9 @@ class _Verifier:
             reason = "bfloat16 is too coarse for the small changes of hvp='finite_difference'"
             return Check("bf16_agreement", None, PASS, "skip", reason)
         try:
-            copy = in_precision(student, torch.float32 if half else torch.bfloat16)
-            other = FineTuning(copy, self.fine_tuning.examples, config)
+            with self.ranks.guard("The copy of the student"):
+                copy = in_precision(student, torch.float32 if half else torch.bfloat16)
+            other = FineTuning(copy, self.fine_tuning.examples, config, self.ranks)
             value = pearson(scores, differentiate(other, self.metric, metric_before=metric_before).scores)
         except torch.OutOfMemoryError:
             return Check("bf16_agreement", None, PASS, "skip", "there is not enough memory for a copy of the student")
@@ -330,7 +253,7 @@ class _Verifier:
     def _first_order_check(self, scores: Tensor, metric_before: float) -> Check:
         """Correlation of the exact scores and those without the Hessian, which cost less."""
         config = replace(self.config, attribution="first_order")
-        first = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, config)
+        first = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, config, self.ranks)
         try:
             value = pearson(scores, differentiate(first, self.metric, metric_before=metric_before).scores)
         except FloatingPointError as error:
@@ -342,7 +265,8 @@ class _Verifier:
         return Check("first_order", value, PASS, "skip", meaning + "are not close enough to be used")
 
     def _try(self, changes: dict[str, Any], directions: Tensor) -> Remedy:
-        fine_tuning = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, replace(self.config, **changes))
+        config = replace(self.config, **changes)
+        fine_tuning = FineTuning(self.fine_tuning.student, self.fine_tuning.examples, config, self.ranks)
         seen = Remembering(self.metric)
         try:
             scores = differentiate(fine_tuning, seen).scores

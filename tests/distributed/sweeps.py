@@ -1,0 +1,170 @@
+"""Sweeps on one to four processes; started by tests/distributed/test_sweeps.py, see `on_processes`."""
+
+import datetime
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+import tests.conftest  # noqa: F401  (one thread, offline)
+from tests.tiny import make_model, make_samples, make_tokenizer
+from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
+from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.ranks import ALONE, Ranks
+from trl_dpg.verification import predicted_and_actual, random_signs, verify
+
+
+SAMPLES = [*make_samples(11, low=3, high=14), {"input_ids": [5]}]  # the last has no token to learn from
+TOKENIZER = make_tokenizer()
+BENCHMARK = ["w3 w4 w5 w6", "w7 w8", "w9 w10 w11", "w12 w13", "w14 w15 w16"]
+METRIC = LanguageModelingMetric(BENCHMARK, batch_size=2)
+CONFIG = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-6)
+ONE, FOUR = replace(CONFIG, batch_size=12), replace(CONFIG, batch_size=3)
+SETTINGS = {
+    "one step": ONE,
+    "four steps": FOUR,
+    "recomputed": replace(FOUR, memory_budget=0, checkpoint_interval=2, micro_batch_size=1),
+    "clipped": replace(FOUR, max_grad_norm=0.05),
+    "tokens": replace(FOUR, per_token=True),
+    "first order": replace(FOUR, attribution="first_order"),
+    "sgd": replace(FOUR, optimizer="sgd", momentum=0.5, learning_rate=0.1),
+}
+
+
+def student(kind, folder, dtype=torch.float32):
+    """A student whose trainable weights differ between ranks where they are random: those of the first one count."""
+    if kind == "full":
+        return Student(make_model(scale=1.0, dtype=dtype), TOKENIZER)
+    torch.manual_seed(100 if dist.get_rank() == 0 else dist.get_rank())
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    if kind == "lora":
+        return Student(make_model(scale=1.0, dtype=dtype), TOKENIZER, peft_config=lora)
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype="float32", bnb_4bit_quant_type="nf4")
+    return Student(str(folder / "model"), TOKENIZER, peft_config=lora, quantization_config=quantized)
+
+
+def figures(out):
+    tokens = None if out.token_scores is None else out.token_scores.tolist()
+    return dict(
+        scores=out.scores.tolist(),
+        tokens=tokens,
+        metric=[out.metric_before, out.metric_after],
+        losses=out.losses.tolist(),
+    )
+
+
+def kept_bytes(config, ranks):
+    """Bytes of θ, moments and gradients that a rank keeps for the reverse sweep."""
+    trajectory = FineTuning(Student(make_model(scale=1.0)), SAMPLES, config, ranks).sweep(torch.ones(12), True)
+    tensors = [trajectory.last.theta, *trajectory.last.state[1:]]
+    tensors += [x for step in trajectory.last.steps for x in (step.theta, step.gradient, *step.state[1:])]
+    tensors += [x for point in trajectory.checkpoints for x in (point.theta, *point.state[1:])]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def equal_scores(folder):
+    rank, groups = dist.get_rank(), {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
+    if rank == 0:
+        make_model(scale=1.0).save_pretrained(folder / "model")
+    dist.barrier()
+    results = {}
+    for kind in ("full", "lora", "4-bit"):
+        for name, config in SETTINGS.items():
+            plain = name in ("one step", "four steps")
+            for size in (1, 2, 3, 4) if plain else (1, 3) if kind == "lora" else ():
+                if rank < size:
+                    group = groups[size] if size > 1 else None
+                    out = metagradient(student(kind, folder), SAMPLES, METRIC, config, process_group=group)
+                    results[f"{kind}, {name}, {size}"] = figures(out)
+    double = student("full", folder, torch.float64)
+    weights = torch.linspace(0, 1.5, 12, dtype=torch.float64)
+    many = {"benchmark": METRIC, "one text": LanguageModelingMetric(BENCHMARK[:1])}
+    out = metagradient(double, SAMPLES, many, replace(FOUR, per_token=True), weights, process_group=groups[4])
+    results["float64"] = {name: figures(own) for name, own in out.items()}
+    results["kept"] = [kept_bytes(FOUR, ranks) for ranks in (ALONE, Ranks(groups[4]))]
+    results["kept with checkpoints"] = kept_bytes(replace(FOUR, checkpoint_interval=2), Ranks(groups[4]))
+
+    own = student("lora", folder)
+    for name, ranks in dict(alone=ALONE, together=Ranks(groups[4])).items():
+        for steps, config in dict(one=ONE, four=FOUR).items():
+            fine_tuning = FineTuning(own, SAMPLES, replace(config, learning_rate=1e-2), ranks)
+            agreement = predicted_and_actual(fine_tuning, METRIC, torch.ones(12), random_signs(3, 12, 0), 0.05)
+            results[f"changes {steps} {name}"] = agreement.actual.tolist()
+        results[f"losses {name}"] = fine_tuning.losses(fine_tuning.initial_theta()).tolist()
+    chunked = dict(metric=METRIC, config=replace(CONFIG, batch_size=4), size=8)
+    shared = attribute(own, SAMPLES * 2, **chunked, share_chunks=True)
+    results["attribute"] = [attribute(own, SAMPLES * 2, **chunked).scores.tolist(), shared.scores.tolist()]
+    verified = verify(own, SAMPLES, METRIC, FOUR, num_directions=4, try_remedies=False, process_group=groups[4])
+    results["verify"] = {check.name: check.value for check in verified.checks}
+    return results | {"errors": errors()}
+
+
+def errors():
+    rank, group = dist.get_rank(), dist.group.WORLD
+
+    class Failing(LanguageModelingMetric):
+        def __init__(self, error, call):
+            super().__init__(BENCHMARK, batch_size=2)
+            self.error, self.call, self.calls = error, call, 0
+
+        def __call__(self, student):
+            self.calls += 1
+            if rank == 1 and self.calls == self.call:
+                raise self.error
+            return super().__call__(student)
+
+    def score(samples=SAMPLES, metric=METRIC, config=FOUR, **kwargs):
+        metagradient(Student(make_model(scale=1.0, **kwargs), TOKENIZER), samples, metric, config, process_group=group)
+
+    def frozen():
+        model = make_model(scale=1.0, seed=0 if rank == 0 else 1).requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+        metagradient(Student(model, TOKENIZER), SAMPLES, METRIC, FOUR, process_group=group)
+
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    calls = dict(
+        first=lambda: score(metric=Failing(RuntimeError("no benchmark"), 1)),
+        second=lambda: score(metric=Failing(KeyError("no row"), 2)),
+        memory=lambda: score(metric=Failing(memory, 2)),
+        text=lambda: score(samples=[*SAMPLES[:-1], {"input_ids": [-1 if rank == 1 else 1, 2]}]),
+        samples=lambda: score(samples=SAMPLES[: 12 - rank]),
+        settings=lambda: score(config=replace(FOUR, learning_rate=1e-3 * (1 + rank))),
+        frozen=frozen,
+        diverged=lambda: score(config=replace(FOUR, learning_rate=1e30, optimizer="sgd")),
+    )
+    results = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:
+            results[name] = repr(error)
+    score()  # nothing is out of step after the errors
+    return results
+
+
+def killed(folder, phase):
+    """The second rank is killed in a phase of a metagradient."""
+
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == 1:
+        module = sys.modules["trl_dpg.metagradients." + {"reverse": "metagradient", "forward": "fine_tuning"}[phase]]
+        setattr(module, f"{phase}_sweep", die)
+    metagradient(student("full", folder), SAMPLES, METRIC, FOUR, process_group=dist.group.WORLD)
+
+
+if __name__ == "__main__":
+    state = PartialState(cpu=True, timeout=datetime.timedelta(seconds=120))
+    where = Path(sys.argv[2])
+    found = globals()[sys.argv[1]](where, *sys.argv[3:])
+    (where / f"{state.process_index}.json").write_text(json.dumps(found))

@@ -1,0 +1,102 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.distributed import sweeps
+from tests.tiny import make_model, on_processes
+from tests.unroll import log_likelihood, unroll
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """What the first of four processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    process = on_processes(4, "tests.distributed.sweeps", "equal_scores", str(folder))
+    assert process.returncode == 0, process.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+def difference(found, expected):
+    found, expected = torch.tensor(found), torch.tensor(expected)
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.first
+def test_scores_are_those_of_one_rank(four):
+    one = {name.removesuffix(", 1"): found for name, found in four[0].items() if name.endswith(", 1")}
+    assert len(one) == 11
+    for name, found in four[0].items():
+        setting, _, size = name.rpartition(", ")
+        if setting in one and size != "1":
+            expected = one[setting]
+            assert difference(found["scores"], expected["scores"]) <= 1e-5, name
+            assert found["metric"] == pytest.approx(expected["metric"], rel=1e-5), name
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5), name
+            if expected["tokens"] is not None:
+                assert difference(found["tokens"], expected["tokens"]) <= 1e-5, name
+
+
+def test_all_ranks_have_the_same_result(four):
+    for name in ("full, four steps, 4", "lora, one step, 4", "float64", "verify", "attribute"):
+        assert all(rank[name] == four[0][name] for rank in four[1:]), name
+
+
+def test_scores_on_four_ranks_are_exact_in_float64(four):
+    weights = torch.linspace(0, 1.5, 12, dtype=torch.float64)
+    benchmarks = {"benchmark": sweeps.BENCHMARK, "one text": sweeps.BENCHMARK[:1]}
+    for name, texts in benchmarks.items():
+        metric = log_likelihood([{"input_ids": sweeps.TOKENIZER(text)["input_ids"]} for text in texts])
+        settings = dict(lr=1e-3, eps_root=1e-6, batch_size=3)
+        scores, tokens, *_ = unroll(make_model(scale=1.0), sweeps.SAMPLES, metric, weights, **settings)
+        found = four[0]["float64"][name]
+        assert difference(found["scores"], scores.tolist()) <= 1e-6  # the results are float32
+        assert difference(found["tokens"], tokens.tolist()) <= 1e-6
+
+
+def test_a_rank_keeps_its_share_of_the_trajectory(four):
+    alone, shared = four[0]["kept"]
+    assert shared <= 0.27 * alone
+    assert four[0]["kept with checkpoints"] < shared
+
+
+def test_changed_weights_and_verification_are_those_of_one_rank(four):
+    (found,) = four[:1]
+    for steps in ("one", "four"):
+        assert found[f"changes {steps} together"] == pytest.approx(found[f"changes {steps} alone"], rel=1e-2)
+    assert found["losses together"] == pytest.approx(found["losses alone"], rel=1e-5)
+    assert found["verify"]["pearson"] > 0.99
+
+
+def test_attribute_shares_a_chunk_between_ranks(four):
+    apart, together = four[0]["attribute"]
+    assert len(together) == 24 and difference(together, apart) <= 1e-5
+
+
+def test_an_error_on_one_rank_is_raised_on_all(four):
+    first, second, *others = (rank["errors"] for rank in four)
+    for name in ("first", "second", "memory", "text"):
+        assert "failed on rank 1: " in first[name] and all(other[name] == first[name] for other in others), name
+    assert "no benchmark" in second["first"] and "no benchmark" in first["first"]
+    assert second["memory"].startswith("OutOfMemoryError") and first["memory"].startswith("OutOfMemoryError")
+    for name, word in dict(samples="samples", settings="inner loop", frozen="student", diverged="rate").items():
+        assert all(other[name] == first[name] for other in (second, *others)) and word in first[name], name
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("phase", ["forward", "reverse"])
+def test_a_killed_rank_stops_the_others(phase, tmp_path):
+    started = time.monotonic()
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "3"}
+    command = [sys.executable, "-m", "tests.distributed.sweeps", "killed", str(tmp_path), phase]
+    places = [os.environ | address | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(3)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=place) for place in places]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert time.monotonic() - started < 120
+    assert ends[1][1] == -9
+    for text, code in (ends[0], ends[2]):
+        assert code > 0 and "other ranks" in text, text[-2000:]
