@@ -266,7 +266,7 @@ def test_two_processes_share_the_prompts_out(world, tmp_path):
     assert dataset["source_prompt"] == ["ba be", "bi", "bo ba", "ba be", "bi", "bo ba", "ba be"]
 
 
-@pytest.mark.parametrize("command", [["evaluate", "--datasets", "a"], ["verify", "--dataset_name", "a"]])
+@pytest.mark.parametrize("command", [["tune", "--dataset_name", "a"]])
 def test_a_command_for_one_process_says_so(command, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as raised:
@@ -278,7 +278,7 @@ def test_a_command_for_one_process_says_so(command, capsys, monkeypatch):
 def test_a_number_of_processes_that_is_none_is_named(value, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", value)
     with pytest.raises(SystemExit) as raised:
-        cli.main(["evaluate", "--datasets", "a", "--metric", "weight_norm", "--student_model_name_or_path", "b"])
+        cli.main(["tune", "--dataset_name", "a", "--metric", "weight_norm", "--student_model_name_or_path", "b"])
     assert raised.value.code == 2
     assert f"WORLD_SIZE must be the number of processes, got {value!r}" in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from scipy.stats import t
 from torch import Tensor
@@ -25,6 +26,7 @@ from .generation import generate_texts, load_generator, prompt_completion_pairs
 from .metagradients import InnerLoopConfig
 from .metagradients.config import SettingsError
 from .metrics.base import Metric
+from .ranks import Ranks
 from .student import FinetunedStudent, Student
 from .text import completion_text
 
@@ -80,7 +82,8 @@ def evaluate_dataset(
 
     This package's own inner loop is not used. The trainer's settings are those of the inner loop, with two exceptions.
     torch's AdamW has no `eps_root`, so its `eps` is raised to √eps_root. The loss is always the mean over a batch's
-    tokens, whatever `loss_normalization` is. Samples are shuffled by `seed`.
+    tokens, whatever `loss_normalization` is. Samples are shuffled by `seed`. In a distributed run, every process calls
+    this, and the trainer shares each batch between them (DDP).
 
     Args:
         load_student (`Callable`):
@@ -95,7 +98,7 @@ def evaluate_dataset(
             Seed of the samples' order.
 
     Raises:
-        `ValueError`: If all texts are empty.
+        `ValueError`: If all texts are empty, or if the processes cannot share a batch equally.
     """
     if not isinstance(dataset, Dataset):
         dataset = Dataset.from_dict({"text": list(dataset)})
@@ -119,7 +122,8 @@ def evaluate_dataset(
             if parameter.requires_grad:  # SFTTrainer casts the adapters of a quantised model to bfloat16
                 parameter.data = parameter.data.float()
         trainer.train()
-    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta())
+    ranks = Ranks.of_this_run(start.device)
+    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
     value = _value(finetuned, metric)
     with torch.no_grad(), start.train_mode():
         proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
@@ -146,15 +150,22 @@ def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any
         }
     else:
         optimizer = {"optim": "sgd", "optim_args": f"momentum={config.momentum}"}
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    if config.batch_size % micro_batch_size:
-        micro_batch_size = config.batch_size
+    number = PartialState().num_processes
+    if config.batch_size % number:
+        raise SettingsError(
+            f"{number} processes cannot share a `batch_size` of {config.batch_size} samples equally. Use a number of "
+            "processes that divides it."
+        )
+    share = config.batch_size // number
+    micro_batch_size = config.micro_batch_size or share
+    if share % micro_batch_size:
+        micro_batch_size = share
     settings = dict(
         output_dir=str(output_dir),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=config.batch_size // micro_batch_size,
+        gradient_accumulation_steps=share // micro_batch_size,
         num_train_epochs=config.num_epochs,
         max_length=config.max_length,
         max_grad_norm=config.max_grad_norm or 0.0,  # 0: not clipped
@@ -309,7 +320,7 @@ def _compare_seed_by_seed(
 def metric_before(student: Student, metric: Callable[[FinetunedStudent], Tensor]) -> float:
     """Φ of a student before any fine-tuning."""
     theta = student.initial_theta()
-    return _value(FinetunedStudent(student, theta, theta), metric)
+    return _value(FinetunedStudent(student, theta, theta, Ranks.of_this_run(student.device)), metric)
 
 
 def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor], value: float) -> None:

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig
 import tests.conftest  # noqa: F401  (one thread, offline)
 from tests.tiny import make_model, make_samples, make_tokenizer
 from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
+from trl_dpg.evaluation import evaluate_dataset
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.ranks import ALONE, Ranks
@@ -105,7 +106,12 @@ def equal_scores(folder):
     results["attribute"] = [attribute(own, SAMPLES * 2, **chunked).scores.tolist(), shared.scores.tolist()]
     verified = verify(own, SAMPLES, METRIC, FOUR, num_directions=4, try_remedies=False, process_group=groups[4])
     results["verify"] = {check.name: check.value for check in verified.checks}
-    return results | {"errors": errors()}
+    texts = [" ".join(f"w{k * j % 50}" for j in range(2, 6)) for k in range(8)]
+    fine = replace(CONFIG, batch_size=4, learning_rate=1e-2)
+    results["evaluate"] = evaluate_dataset(
+        lambda: Student(make_model(scale=1.0), TOKENIZER), texts, METRIC, fine
+    ).metric
+    return results | {"errors": errors(), "texts": texts}
 
 
 def errors():

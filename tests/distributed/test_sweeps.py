@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from tests.distributed import sweeps
 from tests.tiny import make_model, on_processes
 from tests.unroll import log_likelihood, unroll
+from trl_dpg import Student
+from trl_dpg.evaluation import evaluate_dataset
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,14 @@ def test_changed_weights_and_verification_are_those_of_one_rank(four):
 def test_attribute_shares_a_chunk_between_ranks(four):
     apart, together = four[0]["attribute"]
     assert len(together) == 24 and difference(together, apart) <= 1e-5
+
+
+def test_fresh_students_are_those_of_one_process(four):
+    config = replace(sweeps.CONFIG, batch_size=4, learning_rate=1e-2)
+    alone = evaluate_dataset(
+        lambda: Student(make_model(scale=1.0), sweeps.TOKENIZER), four[0]["texts"], sweeps.METRIC, config
+    )
+    assert all(rank["evaluate"] == pytest.approx(alone.metric, rel=1e-5) for rank in four)
 
 
 def test_an_error_on_one_rank_is_raised_on_all(four):

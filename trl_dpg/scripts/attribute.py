@@ -94,6 +94,9 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
             default the smallest multiple that is at least 256.
         num_repeats (`int`, *optional*, defaults to `1`):
             Number of random orders in which all samples are scored. The score is the mean.
+        share_chunks (`bool`, *optional*, defaults to `False`):
+            With several processes, whether all of them score each chunk together. The memory of the inner loop is then
+            divided by their number. By default, each scores chunks of its own.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -143,6 +146,9 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
     )
     num_repeats: int = field(
         default=1, metadata={"help": "Number of random orders in which all samples are scored; the score is the mean."}
+    )
+    share_chunks: bool = field(
+        default=False, metadata={"help": "Several processes score each chunk together, which divides its memory."}
     )
     output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
@@ -289,8 +295,8 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
             config, repeats = student_args.inner_loop_config(), script_args.num_repeats
             settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            contrast = script_args.contrast
-            found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, contrast)
+            further = {"contrast": script_args.contrast, "share_chunks": script_args.share_chunks}
+            found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
             if state.is_main_process:
                 results = {None: found} if several is None else found
                 finish(script_args, results, dataset, samples, student, settings)

@@ -5,13 +5,13 @@ Test datasets with fresh students: stock SFTTrainer fine-tunes the students, and
 
 All other datasets are compared with the first one. Each seed draws the samples (with `num_samples`), their order and
 the start of the adapters anew. Intervals are 95 % confidence intervals by Student's t. If the seeds change nothing
-(full fine-tuning with all samples in one step), a note says so. Empty samples are left out.
+(full fine-tuning with all samples in one step), a note says so. Empty samples are left out. With `--num_processes`,
+several processes share each batch.
 """
 
 import json
 import logging
 import statistics
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, one_process
+from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, process_state
 from .flags import in_flags
+from .output import say
 from .registry import make_metric
 from .samples import choose_numbers, tuning_file
 from .toy_world import toy_world
@@ -111,7 +111,7 @@ def load_student(script_args: EvaluateArguments, student_args, seed: int):
 
 
 def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
-    one_process("evaluate", "Start it without accelerate, or with --num_processes 1.")
+    main_process = process_state().is_main_process
     script_args.set_threads()
     path = None if script_args.output_file is None else Path(script_args.output_file)
     if path is None and script_args.output_dir is not None:
@@ -130,7 +130,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
                 student_args.inner_loop_config(),
                 script_args.seeds,
                 script_args.num_samples,
-                progress=True,
+                progress=main_process,
                 max_tokens=script_args.max_tokens,
             )
         except SettingsError as error:
@@ -139,14 +139,13 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
             for figures in comparison:
                 for name, row in figures["datasets"].items():
                     before, after = figures["before"][-1], row["metric"][-1]
-                    tqdm.write(f"seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}")
-                    sys.stdout.flush()
-                if path is not None:
+                    say(f"seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}")
+                if path is not None and main_process:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(figures, indent=2))
-    print(render(figures))
+    say(render(figures))
     if path is not None:
-        print(f"All figures: {path}")
+        say(f"All figures: {path}")
     return figures
 
 

@@ -6,7 +6,7 @@ Test whether the scores of a set-up can be trusted, with its own student, data a
 
 A recipe of `trl-dpg dpg` can be used unchanged. If its dataset has prompts, its generator writes the texts. The exit
 status is 0 if the set-up is trustworthy, 1 if it is not, and 2 for wrong usage. `docs/verify.md` explains the figures.
-Each figure is printed as soon as it is known.
+Each figure is printed as soon as it is known. With `--num_processes`, several processes share the work.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..files import write_json
 from .arguments import UsageError, at_least
-from .data import make_folder, one_process
+from .data import make_folder, process_state
 from .flags import in_flags
 from .output import say
 from .samples import SampleArguments, choose_numbers, load_set_up, read_samples, tuning_file
@@ -73,10 +73,12 @@ class Report:
 
 
 def main(script_args: VerifyArguments, student_args) -> None:
+    import torch
+
     from trl_dpg.metagradients.config import SettingsError
     from trl_dpg.verification import quantization_check, verify
 
-    one_process("verify", "Start it without accelerate, or with --num_processes 1.")
+    state = process_state()
     script_args.set_threads()
     if student_args.attribution == "dataset":
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing to verify.")
@@ -98,11 +100,14 @@ def main(script_args: VerifyArguments, student_args) -> None:
             compare_precision=script_args.compare_precision,
             try_remedies=script_args.try_remedies,
             seed=student_args.seed,
-            progress=True,
-            on_figure=report,
+            progress=state.is_main_process,
+            on_figure=report if state.is_main_process else None,
+            process_group=torch.distributed.group.WORLD if state.num_processes > 1 else None,
         )
     except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error
+    if not state.is_main_process:
+        return
     before, after = result.metric_before, result.metric_after
     check = quantization_check(student, metric, before, after, student_args.student_model_init_kwargs)
     if check is not None:
