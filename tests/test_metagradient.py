@@ -117,8 +117,8 @@ def float64_scores(model, config, weights, metric=METRIC):
     kept = {}
     original = module_function.__globals__["reverse_sweep"]
 
-    def keep(student, trajectory, gradients, w, scores, token_scores, c):
-        original(student, trajectory, gradients, w, scores, token_scores, c)
+    def keep(trajectory, gradients, scores, token_scores):
+        original(trajectory, gradients, scores, token_scores)
         kept["scores"] = scores + token_scores.sum(dim=-1)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -239,4 +239,5 @@ def _is_known(error: BaseException | None) -> bool:
 
 def checksum(tensors: Iterable[Tensor]) -> list[int]:
     """A number for each tensor that is the same for the same values, and hardly ever for others."""
-    return [int(x.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64)) for x in tensors]
+    sums = [x.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for x in tensors]
+    return torch.stack(sums).tolist() if sums else []

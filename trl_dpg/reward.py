@@ -17,7 +17,7 @@ from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .ranks import ALONE, Ranks, from_all_ranks
-from .scored_batch import Sample, ScoredBatch, ScoredDataset, split_prompts
+from .scored_batch import Sample, ScoredBatch, ScoredDataset, batch_figures, split_prompts
 from .student import FinetunedStudent, Student
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text, message_text
@@ -185,7 +185,8 @@ class DPGReward:
         if self.last_batch.token_scores is not None:
             self.last_token_scores = self.last_batch.token_scores[mine]
         if log_metric is not None:
-            figures = self._figures(raw, scored) | thinking_figures([sample.reading for sample in samples])
+            figures = batch_figures(raw, scored, self.inner_loop_config.attribution)
+            figures |= thinking_figures([sample.reading for sample in samples])
             for name, value in figures.items():
                 log_metric(f"dpg/{name}", value)
             log_metric("dpg/seconds", time.perf_counter() - started)
@@ -305,38 +306,6 @@ class DPGReward:
             batch.tokens = _in_order(places, [dataset.tokens for dataset in scored])
             batch.token_scores = _in_order(places, [dataset.token_scores for dataset in scored])
         return batch
-
-    def _figures(self, raw: Tensor, scored: list[ScoredDataset]) -> dict[str, float]:
-        """The figures to log. Figures of several datasets are averaged."""
-        outputs = [dataset.output for dataset in scored]
-
-        def mean(values):
-            return sum(values) / len(outputs)
-
-        figures = {
-            "score/mean": raw.mean().item(),
-            "score/std": raw.std(correction=0).item(),
-            "score/min": raw.min().item(),
-            "score/max": raw.max().item(),
-            "metric_before": mean(output.metric_before for output in outputs),
-            "metric_after": mean(output.metric_after for output in outputs),
-            "metric_change": mean(output.metric_after - output.metric_before for output in outputs),
-            "student_loss/first": mean(output.losses[0].item() for output in outputs),
-            "student_loss/last": mean(output.losses[-1].item() for output in outputs),
-            "num_empty": float(sum(dataset.num_empty for dataset in scored)),
-            "num_truncated": float(sum(dataset.num_truncated for dataset in scored)),
-        }
-        for name in outputs[0].part_scores:
-            parts = torch.cat([output.part_scores[name] for output in outputs]).double()
-            figures[f"score/std/{name}"] = parts.std(correction=0).item()
-        if self.inner_loop_config.attribution != "dataset":
-            figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
-        for name in outputs[0].proxies:
-            figures[name] = mean(output.proxies[name] for output in outputs)
-        mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
-        for name in outputs[0].seconds:
-            figures[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
-        return figures | scored[0].verified
 
 
 def _check_combination(

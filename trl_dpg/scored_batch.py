@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from .metagradients import MetagradientOutput
@@ -77,3 +79,43 @@ def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list
             "num_generations_eval in evaluation)."
         )
     return [list(range(k, len(prompts), num_generations)) for k in range(num_generations)]
+
+
+def batch_figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) -> dict[str, float]:
+    """
+    The figures to log of raw scores `[N]` and their datasets. Figures of several datasets are averaged.
+
+    Args:
+        raw (`torch.Tensor` of shape `[N]`): The raw scores.
+        scored (`list[ScoredDataset]`): The datasets. Those of the main process are every R-th, of R processes.
+        attribution (`str`): The kind of the scores, see [`InnerLoopConfig`].
+    """
+    outputs = [dataset.output for dataset in scored]
+
+    def mean(values):
+        return sum(values) / len(outputs)
+
+    figures = {
+        "score/mean": raw.mean().item(),
+        "score/std": raw.std(correction=0).item(),
+        "score/min": raw.min().item(),
+        "score/max": raw.max().item(),
+        "metric_before": mean(output.metric_before for output in outputs),
+        "metric_after": mean(output.metric_after for output in outputs),
+        "metric_change": mean(output.metric_after - output.metric_before for output in outputs),
+        "student_loss/first": mean(output.losses[0].item() for output in outputs),
+        "student_loss/last": mean(output.losses[-1].item() for output in outputs),
+        "num_empty": float(sum(dataset.num_empty for dataset in scored)),
+        "num_truncated": float(sum(dataset.num_truncated for dataset in scored)),
+    }
+    for name in outputs[0].part_scores:
+        parts = torch.cat([output.part_scores[name] for output in outputs]).double()
+        figures[f"score/std/{name}"] = parts.std(correction=0).item()
+    if attribution != "dataset":
+        figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
+    for name in outputs[0].proxies:
+        figures[name] = mean(output.proxies[name] for output in outputs)
+    mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
+    for name in outputs[0].seconds:
+        figures[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
+    return figures | scored[0].verified

@@ -119,19 +119,8 @@ def attribute(
     wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
-    if num_repeats < 1:
-        raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
-    if len(dataset) == 0:
-        raise ValueError("The dataset has no samples.")
-    chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
-    with ExitStack() as stack:
-        opened: Any = journal
-        if not isinstance(journal, Journal):
-            path = journal or _shared_folder(stack) / "attribution.jsonl"
-            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
-        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
-        found = _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
-        return found if isinstance(metric, Mapping) else found[None]
+    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, progress, share_chunks)
+    return found if isinstance(metric, Mapping) else found[None]
 
 
 def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
@@ -154,8 +143,25 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
     return {name: {name: 1.0} for name in names} | {CONTRAST: {target: 1.0, control: -1.0}}
 
 
+def _attribute(
+    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, progress: bool, share_chunks: bool
+) -> dict[Any, Attribution]:
+    chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
+    with ExitStack() as stack:
+        opened: Any = journal
+        if not isinstance(journal, Journal):
+            path = journal or _shared_folder(stack) / "attribution.jsonl"
+            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
+        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
+        return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+
+
 def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig) -> tuple[list[Chunk], int]:
     """The chunks, and how many of them a repeat has."""
+    if num_repeats < 1:
+        raise ValueError(f"num_repeats must be at least 1, got {num_repeats}.")
+    if num_samples == 0:
+        raise ValueError("The dataset has no samples.")
     chunks = plan_chunks(num_samples, size, config.seed, max(num_repeats, 2))
     chunks_per_repeat = len(chunks) // max(num_repeats, 2)
     if num_repeats == 1:  # one more chunk is scored in another order, for the rank correlation

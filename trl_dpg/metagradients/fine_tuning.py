@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layers import lean_layers
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, checksum
 from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import MEMORY_ONLY, InnerLoopConfig
@@ -66,7 +66,8 @@ class FineTuning:
     def _check_ranks(self) -> None:
         inner_loop = {name: value for name, value in asdict(self.config).items() if name not in MEMORY_ONLY}
         samples = crc32(json.dumps([(sample.input_ids, sample.labels) for sample in self.samples]).encode())
-        student = (self.student.num_trainable, self.student.frozen_checksum)
+        frozen = [parameter for parameter in self.student.model.parameters() if not parameter.requires_grad]
+        student = (self.student.num_trainable, checksum(frozen))
         self.ranks.check_same(**{"inner loop": inner_loop, "samples": samples, "student": student})
 
     def initial_theta(self) -> Tensor:

@@ -226,9 +226,7 @@ def _differentiate(
         del finetuned
 
         times.append(time.perf_counter())
-        scores, token_scores = (
-            _reverse(fine_tuning, trajectory, theta_bar, data_weights) if attribute else (None, None)
-        )
+        scores, token_scores = _reverse(fine_tuning, trajectory, theta_bar) if attribute else (None, None)
     before, forward, after, reverse = (end - begin for begin, end in pairwise([*times, time.perf_counter()]))
     seconds = {"fine_tuning": forward, "metric": before + after, "attribution": reverse}
     outputs = {}
@@ -250,18 +248,16 @@ def _differentiate(
     return outputs
 
 
-def _reverse(
-    fine_tuning: FineTuning, trajectory: Trajectory, theta_bar: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor | None]:
+def _reverse(fine_tuning: FineTuning, trajectory: Trajectory, theta_bar: Tensor) -> tuple[Tensor, Tensor | None]:
     """The scores `[M, N]` and, with `per_token`, those of tokens `[M, N, L]`, on the CPU."""
-    student, config, samples = fine_tuning.student, fine_tuning.config, fine_tuning.samples
+    samples, ranks = fine_tuning.samples, fine_tuning.ranks
     length = max(len(sample.input_ids) for sample in samples)
     scores = theta_bar.new_zeros(len(theta_bar), len(samples))
     token_scores = theta_bar.new_zeros(*scores.shape, length)
     with fine_tuning.sweeping():
-        reverse_sweep(student, trajectory, theta_bar, weights, scores, token_scores, config)
-    scores = fine_tuning.ranks.sum(scores + token_scores.sum(dim=-1)).cpu()
-    return scores, fine_tuning.ranks.sum(token_scores).cpu() if config.per_token else None
+        reverse_sweep(trajectory, theta_bar, scores, token_scores)
+    scores = ranks.sum(scores + token_scores.sum(dim=-1)).cpu()
+    return scores, ranks.sum(token_scores).cpu() if fine_tuning.config.per_token else None
 
 
 def check_samples(fine_tuning: FineTuning) -> None:

@@ -1,6 +1,6 @@
 """The reverse sweep: backpropagates metrics' gradients through all fine-tuning steps to the samples' weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,18 +11,10 @@ from .config import InnerLoopConfig
 from .gradient import Gradient, check_attention, micro_batch_gradient
 from .optimizers import clip, clip_vjp
 from .per_sample import SampleGradients, sample_products
-from .trajectory import Trajectory
+from .trajectory import InnerLoop, Step, Trajectory
 
 
-def reverse_sweep(
-    student: Student,
-    trajectory: Trajectory,
-    theta_bar: Tensor,
-    weights: Tensor,
-    scores: Tensor,
-    token_scores: Tensor,
-    config: InnerLoopConfig,
-) -> None:
+def reverse_sweep(trajectory: Trajectory, theta_bar: Tensor, scores: Tensor, token_scores: Tensor) -> None:
     """
     Differentiate M metrics through the whole fine-tuning (Engstrom et al., arXiv 2503.13751; Thrush et al., arXiv
     2604.08423), for t = T-1 ... 0, from λ_T = ∇Φ(θ_T) and σ_T = 0 of each:
@@ -40,16 +32,15 @@ def reverse_sweep(
     share of 3. The shares are summed shard by shard.
 
     Args:
-        student (`Student`), trajectory (`Trajectory`): The model, and its forward sweep.
+        trajectory (`Trajectory`): The forward sweep.
         theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T), the same on all ranks. They
             are overwritten.
-        weights (`torch.Tensor` of shape `[N]`), config (`InnerLoopConfig`): The same as in the forward sweep.
         scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for this rank's samples that are not scored
             token by token.
         token_scores (`torch.Tensor` of shape `[M, N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
     """
-    optimizer, loop = config.make_optimizer(), trajectory.loop
-    ranks, size = loop.ranks, theta_bar.size(-1)
+    loop, size = trajectory.loop, theta_bar.size(-1)
+    config, optimizer, ranks = loop.config, loop.optimizer, loop.ranks
     theta_bar = ranks.shard(theta_bar)
     state_bar = optimizer.init(theta_bar) if len(loop.steps) > 1 else None  # zeros
     several = theta_bar if state_bar is None else torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
@@ -68,26 +59,42 @@ def reverse_sweep(
             if max_norm is not None:
                 clip_vjp(gradient, max_norm, norm, ranks.sum(u @ gradient), u)
             u, theta = ranks.gather(u, size), loop.theta(t, own)
-            u_parts = list(student.unflatten(u, cast=False).values())
             exact = t > 0 and config.attribution != "first_order"
             total = theta_bar if ranks.alone or not exact else torch.zeros_like(u)
-            total_parts = list(student.unflatten(total, cast=False).values()) if exact else []
-            for micro_batch in step.micro_batches:
-                part = step.retained.pop(0)
-                if step.by_sample and not isinstance(part, Gradient):
-                    found = _sample_scores(student, theta, micro_batch, part, config, u_parts)
-                    if found is not None:
-                        scores[:, micro_batch.samples] += found
-                        continue
-                pulled = _products(student, theta, micro_batch, part, weights, u, u_parts, config, exact)
-                del part  # so that the last product frees its graph
-                for m, (token_bar, products) in enumerate(pulled):
-                    if token_bar is not None:
-                        token_scores[m, micro_batch.rows, micro_batch.columns] += token_bar
-                    _add([bar[m] for bar in total_parts], products)
+            totals = loop.student.unflatten(total, cast=False).values() if exact else None
+            _add_step(loop, step, theta, u, scores, token_scores, totals)
             if exact and not ranks.alone:
                 theta_bar += ranks.sum_shards(total)
             next_state = state
+
+
+def _add_step(
+    loop: InnerLoop,
+    step: Step,
+    theta: Tensor,
+    u: Tensor,
+    scores: Tensor,
+    token_scores: Tensor,
+    totals: Collection[Tensor] | None,
+) -> None:
+    """Add a step's scores and, to `totals` `[M, *shape]` if given, its Hessian products ∇_θ ⟨u, g_t⟩."""
+    student, config = loop.student, loop.config
+    u_parts = list(student.unflatten(u, cast=False).values())
+    for micro_batch in step.micro_batches:
+        part = step.retained.pop(0)
+        if step.by_sample and not isinstance(part, Gradient):
+            found = _sample_scores(student, theta, micro_batch, part, config, u_parts)
+            if found is not None:
+                scores[:, micro_batch.samples] += found
+                continue
+        arguments = (student, theta, micro_batch, part, loop.weights, u, u_parts, config)
+        pulled = _products(*arguments, through_theta=totals is not None)
+        del part  # so that the last product frees its graph
+        for m, (token_bar, products) in enumerate(pulled):
+            if token_bar is not None:
+                token_scores[m, micro_batch.rows, micro_batch.columns] += token_bar
+            if totals is not None:
+                _add([total[m] for total in totals], products)
 
 
 def _add(totals: list[Tensor], products: Sequence[Tensor | None]) -> None:

@@ -95,8 +95,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         num_repeats (`int`, *optional*, defaults to `1`):
             Number of random orders in which all samples are scored. The score is the mean.
         share_chunks (`bool`, *optional*, defaults to `False`):
-            With several processes, whether all of them score each chunk together. The memory of the inner loop is then
-            divided by their number. By default, each scores chunks of its own.
+            Whether several processes score each chunk together, which divides the memory of the inner loop.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -147,9 +146,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
     num_repeats: int = field(
         default=1, metadata={"help": "Number of random orders in which all samples are scored; the score is the mean."}
     )
-    share_chunks: bool = field(
-        default=False, metadata={"help": "Several processes score each chunk together, which divides its memory."}
-    )
+    share_chunks: bool = field(default=False, metadata={"help": "Several processes score each chunk together."})
     output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
@@ -295,7 +292,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
             config, repeats = student_args.inner_loop_config(), script_args.num_repeats
             settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            further = {"contrast": script_args.contrast, "share_chunks": script_args.share_chunks}
+            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks")}
             found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
             if state.is_main_process:
                 results = {None: found} if several is None else found

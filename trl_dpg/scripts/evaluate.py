@@ -12,6 +12,7 @@ several processes share each batch.
 import json
 import logging
 import statistics
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..kernels.cross_entropy import linear_cross_entropy
-from ..ranks import checksum
 from .checks import bnb_modules, check_4bit_gradients, check_model, is_packed_for_cpu, switch_off_dropout
 from .effective_weight import effective_weight
 from .head import is_linear_head, linear_factors, standing_aside
@@ -135,7 +134,6 @@ class Student:
         check_model(self.model)
         self._layout = _layout(self.model)
         self._quantization_verified = False
-        self._frozen_checksum: list[int] | None = None
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
 
@@ -188,13 +186,6 @@ class Student:
     def num_trainable(self) -> int:
         """P, the number of trainable parameters."""
         return sum(shape.numel() for shape in self._layout.shapes)
-
-    @property
-    def frozen_checksum(self) -> list[int]:
-        """A number for each parameter that is not trained, see [`~trl_dpg.ranks.checksum`]. Computed once."""
-        if self._frozen_checksum is None:
-            self._frozen_checksum = checksum(p for p in self.model.parameters() if not p.requires_grad)
-        return self._frozen_checksum
 
     @property
     def trains_half_precision(self) -> bool:

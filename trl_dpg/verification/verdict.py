@@ -88,14 +88,11 @@ def verify(
             Compare the scores in float32 with those in bfloat16. Needs memory for a copy of the student.
         try_remedies (`bool`, *optional*, defaults to `True`):
             If a central check does not pass, try other values of `eps_root`, learning rate and batch size.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the changes of the data weights.
-        progress (`bool`, *optional*, defaults to `False`):
-            Show a progress bar.
+        seed (`int`, *optional*, defaults to `0`): Seed of the changes of the data weights.
+        progress (`bool`, *optional*, defaults to `False`): Show a progress bar.
         on_figure (`Callable`, *optional*):
             Called with the result so far after each check and each direction.
-        process_group (`torch.distributed.ProcessGroup`, *optional*):
-            Processes that share the work, see [`metagradient`]. All of them call this function.
+        process_group (`torch.distributed.ProcessGroup`, *optional*): See [`metagradient`].
 
     Raises:
         `ValueError`: If the baseline without scores is asked for (`attribution="dataset"`), there are fewer than 3
