@@ -16,7 +16,7 @@ from trl_dpg.environment import environment as versions
 from trl_dpg.kernels import mode
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.student.precision import in_precision
-from trl_dpg.verification import verify
+from trl_dpg.verification import PASS, WARN, verify
 
 
 LOOP = dict(learning_rate=1e-3, eps_root=1e-7)
@@ -77,7 +77,7 @@ def scores(setting: Setting):
         if setting.cuda:
             with tf32(True):
                 found = _scores(setting, model)
-            yield at_least(what, _pearson(found, exact), 0.95, f", relative error {relative_error(found, exact):.1e}")
+            yield at_least(what, _pearson(found, exact), PASS, f", relative error {relative_error(found, exact):.1e}")
         else:
             yield needs(what, "CUDA")
         model = _model(setting, "gpt2", lora).double()  # no float32 parts; scores are returned in float32
@@ -113,7 +113,11 @@ def checkpointing(setting: Setting):
     what = "our SiLU in autograd's device threads"
     threads = len(set(with_blocks) - {threading.get_ident()})
     yield at_least(what, threads, 1, " threads") if setting.cuda else needs(what, "CUDA")
-    yield Row("peak with it / without it", f"{peaks[True] / max(1, peaks[False]):.2f}")
+    yield (
+        Row("peak with it / without it", f"{peaks[True] / peaks[False]:.2f}")
+        if setting.cuda
+        else needs("peak", "CUDA")
+    )
 
 
 class _Recorder:
@@ -158,16 +162,17 @@ def four_bits(setting: Setting):
         error = relative_error(found, expected)
         if compute == "float32":
             yield at_most("float32 compute: relative difference to the dequantised network", error, 3e-2)
-        yield at_least(f"{compute} compute: Pearson", _pearson(found, expected), 0.95, f", relative {error:.1e}")
+        limit = PASS if compute == "float32" else WARN
+        yield at_least(f"{compute} compute: Pearson", _pearson(found, expected), limit, f", relative {error:.1e}")
 
 
 def bf16_verify(setting: Setting):
     """`verify` of students whose copies compute in bfloat16."""
     samples, held_out, batch_size = _data(setting)
-    students = {"full": Student(_model(setting, lora=False, scale=2.0).to(setting.device))}
-    students["4-bit LoRA"] = _four_bit_models(setting, "float32")[0]
-    config = InnerLoopConfig(learning_rate=1e-4, eps_root=1e-6, batch_size=batch_size)
-    for name, student in students.items():
+    full = Student(_model(setting, lora=False, scale=2.0).to(setting.device))
+    students = {"full": (full, 1e-4), "4-bit LoRA": (_four_bit_models(setting, "float32")[0], 1e-2)}
+    for name, (student, learning_rate) in students.items():
+        config = InnerLoopConfig(learning_rate=learning_rate, eps_root=1e-5, batch_size=batch_size)
         copy = in_precision(student, torch.bfloat16)
         yield Row(f"{name}: a bfloat16 copy", copy.describe())
         del copy
@@ -175,4 +180,4 @@ def bf16_verify(setting: Setting):
         result = verify(student, samples, metric, config, num_directions=6, try_remedies=False)
         for check in ("pearson", "bf16_agreement"):
             value = result[check].value
-            yield at_least(f"{name}: {check}", float("nan") if value is None else value, 0.95)
+            yield at_least(f"{name}: {check}", float("nan") if value is None else value, PASS)

@@ -268,7 +268,9 @@ def main(args: argparse.Namespace) -> None:
         print(plan(checks))
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {"WANDB_MODE": "offline"} | ({"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {})
+    os.environ |= {"WANDB_MODE": "offline"}
+    if args.device == "cpu":
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print(HEADER, flush=True)
     with tempfile.TemporaryDirectory() as folder:
