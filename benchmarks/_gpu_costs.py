@@ -101,14 +101,16 @@ def costs(setting: Setting):
     one micro-batch.
     """
     micro = 16 if setting.real else 4
-    plans = [(True, 1024, 1), (True, 1024, 8), (True, 64, 1), (False, 128, 1)] if setting.real else [(False, 16, 2)]
+    plans = [(False, 16, 2), (False, 16, 8)]
+    if setting.real:
+        plans = [(True, 1024, 1), (True, 1024, 8), (True, 64, 1), (True, 32, 8), (False, 128, 1)]
     timer = argparse.Namespace(cpu_seconds=False, device=setting.device)
     student, plain = qlora_student(setting), qlora_student(setting).model.train()
     for fast, number, steps in plans:
         rows = random_rows(setting, number)
         samples = [{"input_ids": row} for row in rows]
-        batches = [padded(rows[k : k + micro], setting.device) for k in range(0, number, micro)]
         size = min(micro, number // steps)
+        batches = [padded(rows[k : k + size], setting.device) for k in range(0, number, size)]
         with tf32(fast):
             sft(plain, batches[:1])
             before = _reset_peak(setting.device)
@@ -134,7 +136,7 @@ def costs(setting: Setting):
 def offload(setting: Setting):
     """`offload_trajectory` of a student all of whose parameters are trained."""
     sizes = dict(vocab=64, hidden=32, layers=2, heads=4)
-    sizes |= dict(vocab=32000, hidden=2048, layers=4, heads=16) if setting.real else {}
+    sizes |= dict(vocab=32000, hidden=2048, layers=2, heads=16) if setting.real else {}
     length, steps = (128, 4) if setting.real else (8, 4)
     arguments = argparse.Namespace(**sizes, device=setting.device, length=length, rank=8)
     student = Student(make_model(arguments, "full"))

@@ -71,10 +71,9 @@ def recipe(setting: Setting):
         seconds = time.perf_counter() - started
         peak = (_peak(setting.device) - before) / CARD
     logs = [entry for entry in trainer.state.log_history if "dpg/seconds" in entry]
-    number = len({entry["dpg/metric_after"] for entry in logs})
     shape = f"{training_args.generation_batch_size} completions of {training_args.max_completion_length} tokens"
     each = f"the reward {logs[-1]['dpg/seconds']:.1f} s each"
-    yield Row(f"time of {number} reward steps of {shape}", f"{seconds:.1f} s, of which {each}")
+    yield Row(f"time of {len(logs)} reward steps of {shape}", f"{seconds:.1f} s, of which {each}")
     what = "peak, with generator and student, / 24 GiB"
     yield at_most(what, peak, 1.0) if setting.cuda else needs(what, "CUDA")
 

@@ -6,8 +6,8 @@ Runs the open checks of docs/gpu_checks.md on one NVIDIA GPU, in less than 9 min
     python benchmarks/gpu.py --only scores,costs
     python benchmarks/gpu.py --device cpu --size tiny  # what the tests run; rows that need CUDA stay open
 
-The output folder has `gpu.json` (all rows, and the environment), `gpu.md` (the table of docs/gpu_checks.md with new
-states, and the figures) and `gpu.log` (what the checks print). They are written anew after each row, so nothing is
+The output folder has `gpu.json` (all rows), `gpu.md` (the table of docs/gpu_checks.md with new states, and the
+figures) and `gpu.log` (what the checks print). They are written anew after each row, so nothing is
 lost if the machine is taken away. The checks run in a process of their own, the most important first. A check that
 fails or takes too long is a row. If its process has ended or the GPU's state is broken, the next check gets a new one.
 
@@ -32,7 +32,7 @@ this repository, with the GPU machine's Python version (here 3.12):
     multiprocess  0.2 MB, for this Python version
     dill          0.1 MB, any Python version
 
-transformers 5.23 needs huggingface_hub from 1.31 on (without 2.x or with it), tokenizers from 0.23.1 on, safetensors
+transformers 5.23 needs huggingface_hub from 1.31 on, tokenizers from 0.23.1 on, safetensors
 from 0.8 on and regex from 2025.10.22 on: all of them small, and to be downloaded in the same way if they are older.
 On the GPU machine, in the root of this repository:
 
@@ -113,13 +113,13 @@ CHECKS = [  # the most important first
 
 
 def serve(connection, setting: Setting, log: Path) -> None:
-    """Run the checks that come through the connection. Answer with rows, and with `None` after each check."""
+    """Run the checks that come through the connection. Answer with rows, and after each check whether this ends."""
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     for check, seconds in iter(connection.recv, None):
         broken = run_check(check, setting._replace(seconds=seconds), connection.send)
-        connection.send(None)
+        connection.send(broken)
         if broken:
             return
 
@@ -148,7 +148,13 @@ def run_check(check: Check, setting: Setting, send) -> bool:
 
 
 class Worker:
-    """The process of the checks."""
+    """
+    The process of the checks.
+
+    Attributes:
+        is_new (`bool`): Whether it has run no check.
+        has_ended (`bool`): Whether it can run no more.
+    """
 
     def __init__(self, setting: Setting, log: Path):
         context = multiprocessing.get_context("spawn")
@@ -156,36 +162,34 @@ class Worker:
         self.process = context.Process(target=serve, args=(other, setting, log), daemon=True)
         self.process.start()
         other.close()
-        self.is_new = True
+        self.is_new, self.has_ended = True, False
 
     def rows(self, check: Check, seconds: float):
         """The rows of a check as they come, each with its seconds. The last one may say that it was stopped."""
         ends = time.perf_counter() + seconds
         self.connection.send((check, seconds))
         self.is_new = False
-        while True:
-            if not self.connection.poll(max(0.0, ends - time.perf_counter())):
-                self.close()
-                yield Row("the check was stopped", f"it took more than {seconds:.0f} s", "fail"), seconds
-                return
-            try:
+        try:
+            while self.connection.poll(max(0.0, ends - time.perf_counter())):
                 answer = self.connection.recv()
-            except EOFError:
-                self.process.join()
-                yield Row("the check ended its process", f"exit code {self.process.exitcode}", "fail"), 0.0
-                return
-            if answer is None:
-                return
-            yield answer
-
-    @property
-    def has_ended(self) -> bool:
-        self.process.join(0.1 if self.process.is_alive() else None)
-        return not self.process.is_alive()
+                if isinstance(answer, bool):
+                    self.has_ended = answer
+                    return
+                yield answer
+        except EOFError:
+            self.process.join()
+            self.has_ended = True
+            yield Row("the check ended its process", f"exit code {self.process.exitcode}", "fail"), 0.0
+            return
+        self.process.kill()
+        self.has_ended = True
+        yield Row("the check was stopped", f"it took more than {seconds:.0f} s", "fail"), seconds
 
     def close(self) -> None:
+        """Let the process end by itself, if it does so soon."""
+        self.connection.send(None)
+        self.process.join(10)
         self.process.kill()
-        self.process.join()
 
 
 # -- in the process of the command ----------------------------------------------------------------------------------
@@ -195,21 +199,24 @@ def run_checks(checks: list[Check], setting: Setting, output_dir: Path, minutes:
     """Run the checks, print each row, and write all of them after each."""
     ends = time.perf_counter() + 60 * minutes
     rows, worker = [], None
-    try:
-        for check in checks:
-            left = ends - time.perf_counter()
-            worker = worker or Worker(setting, output_dir / "gpu.log")
-            limit = min(check.limit + START * worker.is_new, left)
-            no_time = [(Row("not run", f"the {minutes:g} minutes were over", "open"), 0.0)]
-            for row, seconds in no_time if left < 5 else worker.rows(check, limit):
-                rows.append({"check": check.name, **row._asdict(), "seconds": round(seconds, 1)})
-                print(line(rows[-1]), flush=True)
-                write(rows, setting, output_dir)
-            if worker.has_ended:
-                worker = None
-    finally:
-        if worker is not None:
-            worker.close()
+
+    def report(check, row, seconds):
+        rows.append({"check": check.name, **row._asdict(), "seconds": round(seconds, 1)})
+        print(line(rows[-1]), flush=True)
+        write(rows, setting, output_dir)
+
+    for check in checks:
+        left = ends - time.perf_counter()
+        if left < 5:
+            report(check, Row("not run", f"the {minutes:g} minutes were over", "open"), 0.0)
+            continue
+        worker = worker or Worker(setting, output_dir / "gpu.log")
+        for row, seconds in worker.rows(check, min(check.limit + START * worker.is_new, left)):
+            report(check, row, seconds)
+        if worker.has_ended:
+            worker = None
+    if worker is not None:
+        worker.close()
     return rows
 
 
@@ -225,7 +232,8 @@ def write(rows: list[dict], setting: Setting, output_dir: Path) -> None:
     size = "real" if setting.real else "tiny"
     write_json(output_dir / "gpu.json", {"device": setting.device, "size": size, "rows": rows})
     figures = "\n".join([HEADER, *map(line, rows)])
-    write_text(output_dir / "gpu.md", f"{states(PAGE.read_text(), rows)}\n\n{figures}\n")
+    page = f"{states(PAGE.read_text(), rows)}\n\n" if setting.cuda and setting.real else ""
+    write_text(output_dir / "gpu.md", f"{page}{figures}\n")
 
 
 def page_rows(page: str) -> list[list[str]]:
@@ -248,7 +256,8 @@ def states(page: str, rows: list[dict]) -> str:
         elif still_open:
             state = f"open: {'; '.join(dict.fromkeys(still_open))}"
         elif {row["check"] for row in own} == set(wanted):
-            state = f"passed ({machine})"
+            passed = any(row["state"] == "pass" for row in own)
+            state = f"{'passed' if passed else 'measured'} ({machine})"
         lines.append(f"| {what} | {names} | {state} |")
     return "\n".join(["| check | in `gpu.py` | state |", "|---|---|---|", *lines])
 

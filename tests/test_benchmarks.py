@@ -146,12 +146,13 @@ def test_a_check_that_fails_hangs_or_dies_is_a_row_and_not_the_end(gpu, tmp_path
 def test_the_states_of_the_page_come_from_the_rows(gpu):
     page = "| check | in `gpu.py` | state |\n|---|---|---|\n" + "".join(
         f"| {what} | {names} | open |\n"
-        for what, names in {"one": "`a`", "two": "`a`, `b`", "three": "`c`", "four": "`d`"}.items()
+        for what, names in {"one": "`a`", "two": "`a`, `b`", "three": "`c`", "four": "`d`", "five": "`e`"}.items()
     )
     rows = [
         {"check": "environment", "what": "GPU", "figure": "1 x H100", "state": "measured"},
         {"check": "a", "what": "x", "figure": "1", "state": "pass"},
         {"check": "b", "what": "y", "figure": "9", "state": "fail"},
+        {"check": "e", "what": "s", "figure": "2 s", "state": "measured"},
         {"check": "c", "what": "z", "figure": "needs two GPUs", "state": "open"},
     ]
     assert gpu.states(page, rows).splitlines()[2:] == [
@@ -159,4 +160,5 @@ def test_the_states_of_the_page_come_from_the_rows(gpu):
         "| two | `a`, `b` | failed: y (1 x H100) |",
         "| three | `c` | open: needs two GPUs |",
         "| four | `d` | open |",
+        "| five | `e` | measured (1 x H100) |",
     ]
