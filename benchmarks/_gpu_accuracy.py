@@ -15,7 +15,6 @@ from trl_dpg import InnerLoopConfig, Student, metagradient
 from trl_dpg.environment import environment as versions
 from trl_dpg.kernels import mode
 from trl_dpg.metrics import LanguageModelingMetric
-from trl_dpg.student.precision import in_precision
 from trl_dpg.verification import PASS, WARN, verify
 
 
@@ -173,9 +172,6 @@ def bf16_verify(setting: Setting):
     students = {"full": (full, 1e-4), "4-bit LoRA": (_four_bit_models(setting, "float32")[0], 1e-2)}
     for name, (student, learning_rate) in students.items():
         config = InnerLoopConfig(learning_rate=learning_rate, eps_root=1e-5, batch_size=batch_size)
-        copy = in_precision(student, torch.bfloat16)
-        yield Row(f"{name}: a bfloat16 copy", copy.describe())
-        del copy
         metric = LanguageModelingMetric(held_out)
         result = verify(student, samples, metric, config, num_directions=6, try_remedies=False)
         for check in ("pearson", "bf16_agreement"):
