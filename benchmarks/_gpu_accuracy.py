@@ -96,6 +96,7 @@ def checkpointing(setting: Setting):
     """`gradient_checkpointing`: on a GPU, blocks run again in autograd's own thread, where no mode is on by itself."""
     model = _model(setting)
     exact = _exact(setting, model)
+    _scores(setting, model)  # puts the model on the device
     found, calls, peaks = {}, {}, {}
     for enabled in (False, True):
         recorder = _Recorder()
@@ -112,11 +113,8 @@ def checkpointing(setting: Setting):
     what = "our SiLU in autograd's device threads"
     threads = len(set(with_blocks) - {threading.get_ident()})
     yield at_least(what, threads, 1, " threads") if setting.cuda else needs(what, "CUDA")
-    yield (
-        Row("peak with it / without it", f"{peaks[True] / peaks[False]:.2f}")
-        if setting.cuda
-        else needs("peak", "CUDA")
-    )
+    what = "peak with it / without it"
+    yield Row(what, f"{peaks[True] / peaks[False]:.2f}") if setting.cuda else needs(what, "CUDA")
 
 
 class _Recorder:
