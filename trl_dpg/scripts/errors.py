@@ -44,8 +44,8 @@ def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit status and the message of an error."""
-    text = str(error)
+    """The exit status and the message of an error, with its notes."""
+    text = " ".join([str(error), *getattr(error, "__notes__", [])])
     name = getattr(error, "filename", None)
     where = f" {str(name)!r}" if name else ""
     if (isinstance(error, OSError) and error.errno in FULL) or any(known in text for known in FULL_TEXTS):
@@ -60,6 +60,8 @@ def explain(error: Exception) -> tuple[int, str]:
             f"Not enough memory ({text}). For the student, lower --student_micro_batch_size or set "
             "--student_memory_budget 0; see docs/performance.md."
         )
+    if "gloo/transport" in text or type(error).__name__ == "DistBackendError":
+        return 1, f"Another process of this run has ended, or cannot be reached. Its own message says why ({text})."
     frames = traceback.extract_tb(error.__traceback__)
     own = bool(frames) and frames[-1].filename.startswith(PACKAGE)
     if own and isinstance(error, ValueError):
