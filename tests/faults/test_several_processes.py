@@ -14,6 +14,7 @@ import pytest
 
 from tests.faults.kills import num_logged, outcome
 from tests.faults.test_command import AUTO, SAVING, SEVERAL_UPDATES
+from tests.faults.test_restart import log_of
 from tests.test_dpg_script import SMALL, UUID
 from trl_dpg.checkpoints import checkpoints, newest_whole
 from trl_dpg.scripts.processes import first_failure
@@ -124,7 +125,8 @@ def assert_stopped(folder, number, status, said, seconds):
     step = max(checkpoints(folder))
     assert said.count(f"Stopped by {number.name} after step {step}; checkpoint-{step} is saved.") == 1
     assert said.count("saving and stopping after this step") == 1 and "Traceback" not in said
-    assert newest_whole(folder) == folder / f"checkpoint-{step}" and num_logged(folder) == step
+    assert newest_whole(folder) == folder / f"checkpoint-{step}"
+    assert [line["step"] for line in log_of(folder)] == [*range(1, step + 1)]
     assert set(checkpoints(folder)) <= {3, step}
     states = [json.loads(path.read_text()) for path in (folder / f"checkpoint-{step}").glob("dpg_state_*.json")]
     assert [state["position"] for state in states] == [step] * 2
