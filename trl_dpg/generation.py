@@ -1,7 +1,7 @@
 """Samples texts from a generator with transformers or vLLM."""
 
 from collections.abc import Sequence
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ def keep_one_input_hook(model: Module) -> None:
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
-            part.enable_input_require_grads = MethodType(_enable_input_require_grads, part)  # type: ignore[method-assign]
+            part.enable_input_require_grads = partial(_enable_input_require_grads, part)  # type: ignore[method-assign]
 
 
 def _enable_input_require_grads(model: PreTrainedModel) -> None:
