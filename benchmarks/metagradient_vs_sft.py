@@ -65,17 +65,18 @@ def make_model(args, kind, folder=None):
     return model.train()
 
 
-def sft(model, batches):
-    """The loop whose steps the metagradient differentiates."""
+def sft(model, batches, accumulate=1):
+    """The loop whose steps the metagradient differentiates. A step takes this many batches."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0)
-    for ids, mask in batches:
+    for number, (ids, mask) in enumerate(batches, 1):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        (loss / accumulate).backward()
+        if number % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 def head_sum(student):

@@ -1,8 +1,11 @@
 """The benchmarks that need nothing else run at a tiny size."""
 
 import importlib
+import json
+import re
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,114 @@ def test_the_student_batches_of_the_papers_ways_divide_their_datasets(monkeypatc
             _, args, *_ = dpg.make_parser().parse_args_and_config(args=arguments)
             groups = 1 if args.cross_group_batching else args.num_generations
             assert args.generation_batch_size / groups % args.student_batch_size == 0, (experiment, way)
+
+
+# -- the checks that need a GPU --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("gpu")
+
+
+def test_every_open_check_of_the_page_has_one_in_the_script(gpu):
+    rows = gpu.page_rows(gpu.PAGE.read_text())
+    assert len(rows) > 10
+    checks = {check.name for check in gpu.CHECKS}
+    for what, names, _ in rows:
+        named = re.findall(r"`(\w+)`", names)
+        assert named and set(named) <= checks, what
+
+
+def test_the_checks_fit_into_nine_minutes(gpu):
+    assert sum(check.seconds for check in gpu.CHECKS) <= 0.9 * 540
+    assert all(check.seconds < check.limit for check in gpu.CHECKS)
+    assert f"| all | {sum(check.seconds for check in gpu.CHECKS)} |" in gpu.plan(gpu.CHECKS)
+
+
+@pytest.mark.parametrize(
+    "name", ["scores", "four_bits", "checkpointing", "memory", "costs", "offload", "bf16_verify", "recipe"]
+)
+def test_a_check_of_the_gpu_runs_at_a_tiny_size_on_the_cpu(name, gpu, tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("it reads /proc")
+    (check,) = (check for check in gpu.CHECKS if check.name == name)
+    rows = []
+    assert not gpu.run_check(check, gpu.Setting("cpu", False, tmp_path), rows.append)
+    states = [row.state for row, _ in rows]
+    assert states and "fail" not in states, rows
+    assert all(row.figure == "needs CUDA" for row, _ in rows if row.state == "open")
+    assert "open" in states or name in ("four_bits", "costs", "bf16_verify")
+
+
+FAKE_CHECKS = """
+    import os, time
+
+    from _gpu_rows import Row, at_most
+
+
+    def good(setting):
+        yield at_most("error", 0.5, 1.0)
+
+
+    def failing(setting):
+        yield Row("first", "1")
+        raise ValueError("no | such kernel")
+
+
+    def hanging(setting):
+        yield Row("before", "2")
+        time.sleep(60)
+
+
+    def dying(setting):
+        yield Row("last words", "3")
+        os._exit(7)
+"""
+
+
+def test_a_check_that_fails_hangs_or_dies_is_a_row_and_not_the_end(gpu, tmp_path, monkeypatch, capsys):
+    (tmp_path / "fake_checks.py").write_text(textwrap.dedent(FAKE_CHECKS))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gpu, "START", 5)
+    names = ["failing", "dying", "hanging", "good"]
+    checks = [gpu.Check(name, f"fake_checks:{name}", 1, 1 if name == "hanging" else 10) for name in names]
+    rows = gpu.run_checks(checks, gpu.Setting("cpu", False, tmp_path), tmp_path, minutes=1)
+    found = [(row["check"], row["what"], row["figure"], row["state"]) for row in rows]
+    assert found == [
+        ("failing", "first", "1", "measured"),
+        ("failing", "the check failed", "ValueError: no | such kernel", "fail"),
+        ("dying", "last words", "3", "measured"),
+        ("dying", "the check ended its process", "exit code 7", "fail"),
+        ("hanging", "before", "2", "measured"),
+        ("hanging", "the check was stopped", "it took more than 6 s", "fail"),
+        ("good", "error", "0.5", "pass"),
+    ]
+    assert json.loads((tmp_path / "gpu.json").read_text())["rows"] == rows
+    assert gpu.line(rows[1]) in (tmp_path / "gpu.md").read_text()
+    assert "no / such kernel" in capsys.readouterr().out
+    assert "ValueError: no | such kernel" in (tmp_path / "gpu.log").read_text()
+    (late,) = gpu.run_checks(checks[:1], gpu.Setting("cpu", False, tmp_path), tmp_path, minutes=0)
+    assert late["state"] == "open" and "were over" in late["figure"]
+
+
+def test_the_states_of_the_page_come_from_the_rows(gpu):
+    page = "| check | in `gpu.py` | state |\n|---|---|---|\n" + "".join(
+        f"| {what} | {names} | open |\n"
+        for what, names in {"one": "`a`", "two": "`a`, `b`", "three": "`c`", "four": "`d`", "five": "`e`"}.items()
+    )
+    rows = [
+        {"check": "environment", "what": "GPU", "figure": "1 x H100", "state": "measured"},
+        {"check": "a", "what": "x", "figure": "1", "state": "pass"},
+        {"check": "b", "what": "y", "figure": "9", "state": "fail"},
+        {"check": "e", "what": "s", "figure": "2 s", "state": "measured"},
+        {"check": "c", "what": "z", "figure": "needs two GPUs", "state": "open"},
+    ]
+    assert gpu.states(page, rows).splitlines()[2:] == [
+        "| one | `a` | passed (1 x H100) |",
+        "| two | `a`, `b` | failed: y (1 x H100) |",
+        "| three | `c` | open: needs two GPUs |",
+        "| four | `d` | open |",
+        "| five | `e` | measured (1 x H100) |",
+    ]

@@ -1,10 +1,12 @@
 """Samples texts from a generator with transformers or vLLM."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.nn import Module
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -197,3 +199,20 @@ def prompt_completion_pairs(prompts: Sequence[Prompt], texts: Sequence[str]) -> 
         }
         for prompt, text in zip(prompts, texts, strict=True)
     ]
+
+
+def keep_one_input_hook(model: Module) -> None:
+    """
+    Let a model that is trained with gradient checkpointing have one hook on its embeddings at most.
+
+    TRL switches gradient checkpointing off to generate, and on again. Each time, transformers adds a hook that makes
+    the embeddings require a gradient, and keeps those of before. After thousands of steps they take memory and time.
+    """
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.enable_input_require_grads = partial(_enable_input_require_grads, part)  # type: ignore[method-assign]
+
+
+def _enable_input_require_grads(model: PreTrainedModel) -> None:
+    model.disable_input_require_grads()
+    type(model).enable_input_require_grads(model)

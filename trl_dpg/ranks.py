@@ -32,12 +32,13 @@ def from_all_ranks(function: Callable[[], T], name: str) -> list[T]:
         result = function()
     except Exception as raised:
         error = raised
-    answers = gather_object([(result, None if error is None else repr(error))])
+    message = None if error is None else " ".join([repr(error), *getattr(error, "__notes__", [])])
+    answers = gather_object([(result, message)])
     if error is not None:
         raise error
-    for rank, (_, message) in enumerate(answers):
-        if message is not None:
-            raise RuntimeError(f"{name} failed on rank {rank}: {message}")
+    for rank, (_, failure) in enumerate(answers):
+        if failure is not None:
+            raise RuntimeError(f"{name} failed on rank {rank}: {failure}")
     return [result for result, _ in answers]
 
 

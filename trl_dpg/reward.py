@@ -16,6 +16,7 @@ from .metagradients import InnerLoopConfig
 from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
+from .metrics.base import metric_name
 from .ranks import ALONE, Ranks, from_all_ranks
 from .scored_batch import Sample, ScoredBatch, ScoredDataset, batch_figures, split_prompts
 from .student import FinetunedStudent, Student
@@ -263,6 +264,9 @@ class DPGReward:
             output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
         except FloatingPointError as error:
             raise FloatingPointError(self._locate(error, samples)) from error
+        except Exception as error:
+            error.add_note(f"This was in the {self._place()}, with the metric {metric_name(self.metric)}.")
+            raise
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
@@ -279,10 +283,13 @@ class DPGReward:
         light = replace(output, token_scores=None, samples=[])
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
 
+    def _place(self) -> str:
+        step = "" if self._step is None else f"step {self._step} of the generator, "
+        return f"reward of {step}rank {PartialState().process_index}"
+
     def _locate(self, error: FloatingPointError, samples: list[Sample]) -> str:
         """The message of an error, with step, rank and sample."""
-        step = "" if self._step is None else f"step {self._step} of the generator, "
-        message = f"Reward of {step}rank {PartialState().process_index}: {error}"
+        message = f"{self._place().capitalize()}: {error}"
         if isinstance(error, NotFiniteError):
             row = error.rows[0]
             text = "".join(piece.text for piece in samples[row].reading.pieces)

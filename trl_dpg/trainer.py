@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 from .callbacks import TUNING_NAME, DPGLoggingCallback, PhaseTimer
 from .config import DPGConfig
 from .files import check_links
+from .generation import keep_one_input_hook
 from .guards import GuardCallback
 from .metrics.base import metric_name
 from .restart import RestartCallback
@@ -166,6 +167,7 @@ class DPGTrainer(GRPOTrainer):
             reward_processing_classes=_with_reward_processing_classes(reward_processing_classes, len(further)),
             **kwargs,
         )
+        keep_one_input_hook(self.model)
         self.dpg_reward.processing_class = self._tokenizer
         self.restart = RestartCallback.add_to(self, args.accept_changed_setup)
         # After the trackers' own callbacks, so that these have started their runs before

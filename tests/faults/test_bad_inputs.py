@@ -1,6 +1,7 @@
 """Bad inputs of commands, config files and Python: each gets one message that names the value, and no traceback."""
 
 import errno
+import importlib
 import json
 import math
 import os
@@ -478,6 +479,26 @@ def test_a_full_disk_is_said_in_a_sentence_and_ends_with_status_1(world, tmp_pat
     done = process("attribute", world, tmp_path / "out", preexec_fn=limit)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: The disk is full, or a limit on the size of files is reached" in done.stderr
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_vanishes_is_named(number, world, tmp_path, monkeypatch, capsys):
+    def gone(path, record):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("trl_dpg.callbacks.append_line", gone)
+    code, error = outcome("dpg", "", world, tmp_path / "out", capsys)
+    assert code == 1 and "The disk does not answer any more" in error and "dpg_log.jsonl" in error
+
+
+def test_no_command_trusts_the_code_of_a_model_by_default():
+    found = set()
+    for command in cli.COMMANDS:
+        parser = importlib.import_module(f"trl_dpg.scripts.{command}").make_parser()
+        actions = [action for action in parser._actions if "trust_remote_code" in action.dest]
+        assert not any(action.default for action in actions), command
+        found |= {command} if actions else set()
+    assert {"dpg", "generate", "verify"} <= found
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])

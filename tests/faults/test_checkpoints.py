@@ -9,13 +9,15 @@ from datasets import Dataset
 from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainerState
 
-from tests.small_runs import TRAIN_PROMPTS, dpg_config, make_trainer
+from tests.faults.test_restart import assert_same_run
+from tests.small_runs import TRAIN_METRIC, TRAIN_PROMPTS, dpg_config, make_trainer
 from tests.tiny import make_model
 from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.report.runs import read_run
 from trl_dpg.run_setup import run_setup
+from trl_dpg.scripts.errors import explain
 from trl_dpg.scripts.resuming import one_run
 
 
@@ -138,6 +140,33 @@ def test_an_error_while_saving_leaves_the_last_whole_checkpoint(run, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         make_trainer(config(run, max_steps=4, save_total_limit=1)).train(resume_from_checkpoint=True)
     assert newest_whole(run) == run / "checkpoint-3" and (run / "checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError, ValueError])
+def test_a_metric_that_fails_once_is_named_with_its_step_and_the_run_goes_on_to_the_bit(kind, tmp_path):
+    failing = []
+
+    def moody(student):
+        if failing and failing[0].state.global_step == 2:
+            raise kind("the judge did not answer")
+        return TRAIN_METRIC(student)
+
+    def trainer(folder):
+        return make_trainer(config(folder, max_steps=4), target_metric=moody)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    failing.append(trainer(tmp_path / "run"))
+    with pytest.raises(kind, match="the judge did not answer") as raised:
+        failing[0].train()
+    status, text = explain(raised.value)
+    assert status == 1 and "the judge did not answer" in text
+    assert "This was in the reward of step 3 of the generator, rank 0, with the metric moody." in text
+    failing.clear()
+    assert newest_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
+    resumed = trainer(tmp_path / "run")
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
 
 
 CHANGES = {

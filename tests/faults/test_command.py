@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,29 @@ def test_a_signal_to_the_launcher_reaches_the_run(tmp_path):
     error = process.communicate(timeout=60)[1]
     assert process.returncode == STOPPED and "is saved. Go on with the same command" in error
     assert newest_whole(tmp_path) is not None
+
+
+def test_a_full_disk_while_saving_is_named_and_the_run_goes_on_to_the_bit(whole, tmp_path, monkeypatch, capsys):
+    """The optimizer's state does not fit any more from the second reward step on."""
+    folder, call = tmp_path / "run", DPGReward.__call__
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def filling(*arguments, **kwargs):
+        optimizer = folder / "checkpoint-3" / "optimizer.pt"
+        if optimizer.exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (optimizer.stat().st_size - 1, before[1]))
+        return call(*arguments, **kwargs)
+
+    monkeypatch.setattr(DPGReward, "__call__", filling)
+    try:
+        with pytest.raises(SystemExit) as full:
+            run(UUID, folder, *SEVERAL_UPDATES, *SAVING)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert full.value.code == 1 and "The disk is full, or a limit on the size of files" in capsys.readouterr().err
+    assert (folder / "checkpoint-6").is_dir() and newest_whole(folder) == folder / "checkpoint-3"
+    monkeypatch.undo()
+    assert_same_figures(folder, run(UUID, folder, *SEVERAL_UPDATES, *SAVING, *AUTO), whole)
 
 
 def test_a_second_signal_stops_at_once(monkeypatch):

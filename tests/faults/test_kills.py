@@ -2,12 +2,7 @@
 
 import pytest
 
-from tests.faults.kills import Case, plan, run_case
-
-
-def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_bit(tmp_path):
-    result = run_case(Case(2, "uuid", several=True, saving=True), tmp_path)
-    assert result["exit"] == 0 and result["same"]
+from tests.faults.kills import plan, run_case
 
 
 @pytest.mark.faults

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import TrainerCallback
 
 from tests.small_runs import dpg_config, make_trainer
@@ -26,6 +27,16 @@ class Memory(TrainerCallback):
             self.tensors.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
             pages = Path("/proc/self/statm").read_text().split()[1]
             self.megabytes.append(int(pages) * 4096 / 2**20)
+
+
+@pytest.mark.parametrize("adapters", [None, LoraConfig(r=2, target_modules="all-linear")], ids=["full", "lora"])
+def test_hooks_on_the_embeddings_do_not_pile_up(adapters, tmp_path):
+    """transformers adds one whenever gradient checkpointing is switched on again, as TRL does twice a step."""
+    args = dpg_config(tmp_path, max_steps=3, gradient_checkpointing=True)
+    trainer = make_trainer(args, peft_config=adapters)
+    trainer.train()
+    assert len(trainer.model.get_input_embeddings()._forward_hooks) == 1
+    assert trainer.model.is_gradient_checkpointing
 
 
 @pytest.mark.faults

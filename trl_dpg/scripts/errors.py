@@ -22,6 +22,7 @@ from .usage import UsageError
 
 PACKAGE = str(Path(__file__).parents[1])
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GONE = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 FULL_TEXTS = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "inline_container")
 """What the libraries that write weights and tables say when they cannot write on."""
 
@@ -44,8 +45,8 @@ def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """The exit status and the message of an error."""
-    text = str(error)
+    """The exit status and the message of an error, with its notes."""
+    text = " ".join([str(error), *getattr(error, "__notes__", [])])
     name = getattr(error, "filename", None)
     where = f" {str(name)!r}" if name else ""
     if (isinstance(error, OSError) and error.errno in FULL) or any(known in text for known in FULL_TEXTS):
@@ -53,6 +54,9 @@ def explain(error: Exception) -> tuple[int, str]:
             f"The disk is full, or a limit on the size of files is reached: the file{where} could not be written "
             f"({text}). Free some space or choose another output folder, and start the command again."
         )
+    if isinstance(error, OSError) and error.errno in GONE:
+        again = "When it is there again, start the command again."
+        return 1, f"The disk does not answer any more{f' at{where}' if where else ''} ({text}). {again}"
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return 1, f"No permission for{where} ({text}). Choose another folder, or change its permissions."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -60,6 +64,8 @@ def explain(error: Exception) -> tuple[int, str]:
             f"Not enough memory ({text}). For the student, lower --student_micro_batch_size or set "
             "--student_memory_budget 0; see docs/performance.md."
         )
+    if "gloo/transport" in text or type(error).__name__ == "DistBackendError":
+        return 1, f"Another process of this run has ended, or cannot be reached. Its own message says why ({text})."
     frames = traceback.extract_tb(error.__traceback__)
     own = bool(frames) and frames[-1].filename.startswith(PACKAGE)
     if own and isinstance(error, ValueError):

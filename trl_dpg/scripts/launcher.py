@@ -2,15 +2,9 @@
 
 import argparse
 import difflib
-import os
 import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from subprocess import CalledProcessError
+from collections.abc import Callable
 
-import psutil
 from trl import TrlParser
 from yaml import YAMLError
 
@@ -139,12 +133,10 @@ def _launch(
 
     TRL's `launch_training_script` runs files of `trl/scripts` only, so it cannot be used here.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from accelerate.commands.launch import launch_command_parser
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
-    from trl_dpg.stopping import STOPPED
+    from .processes import start_and_wait
 
     try:
         launch_arguments = resolve_accelerate_config_argument(launch_arguments)
@@ -160,36 +152,7 @@ def _launch(
     module = ["--module", f"{__package__}.{command}"]
     arguments = launch_command_parser().parse_args([*launch_arguments, *module, *mine])
     _check_processes(parser, arguments)
-    with _passing_signals_on():
-        try:
-            launch_command(arguments)
-        except CalledProcessError as error:  # of one process
-            sys.exit(error.returncode)
-        except ChildFailedError as error:  # of several processes, which have printed their errors
-            sys.exit(error.get_first_failure()[1].exitcode)
-        except SignalException:  # the processes have had the signal, and time to save
-            sys.exit(STOPPED)
-
-
-@contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    """Pass the signals that stop a training on to its process, which saves and ends, and wait for it."""
-    from trl_dpg.stopping import SIGNALS, STOPPED
-
-    def receive(number, frame):
-        children = psutil.Process().children()
-        if not children:
-            sys.exit(STOPPED)
-        for child in children:
-            child.send_signal(number)
-
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", ",".join(each.name for each in SIGNALS))
-    handlers = {number: signal.signal(number, receive) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    start_and_wait(arguments, parser.prog, " and --resume_from_checkpoint auto" if command == "dpg" else "")
 
 
 def _check_processes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
