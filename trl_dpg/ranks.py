@@ -32,8 +32,7 @@ def from_all_ranks(function: Callable[[], T], name: str) -> list[T]:
         result = function()
     except Exception as raised:
         error = raised
-    message = None if error is None else " ".join([repr(error), *getattr(error, "__notes__", [])])
-    answers = gather_object([(result, message)])
+    answers = gather_object([(result, None if error is None else _message(error))])
     if error is not None:
         raise error
     for rank, (_, failure) in enumerate(answers):
@@ -122,7 +121,7 @@ class Ranks:
             return
         memory = error is not None and should_reduce_batch_size(error)
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, None if error is None else (memory, repr(error)), group=self.group)
+        dist.all_gather_object(answers, None if error is None else (memory, _message(error)), group=self.group)
         # Out of memory counts only if it is the only reason, because all ranks may then try again with smaller batches
         first = min(
             (rank for rank in range(self.size) if answers[rank] is not None), key=lambda rank: (answers[rank][0], rank)
@@ -236,6 +235,10 @@ def _is_known(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _message(error: Exception) -> str:
+    return " ".join([repr(error), *getattr(error, "__notes__", [])])
 
 
 def checksum(tensors: Iterable[Tensor]) -> list[int]:
