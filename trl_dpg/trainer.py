@@ -23,7 +23,6 @@ from .config import DPGConfig
 from .files import check_links
 from .generation import keep_one_input_hook
 from .guards import GuardCallback
-from .metrics.base import metric_name
 from .restart import RestartCallback
 from .reward import DPGReward
 from .rollouts import RolloutWriter
@@ -240,8 +239,7 @@ class DPGTrainer(GRPOTrainer):
             |---|---|---|
             {results}
             """).format(
-            metric=metric_name(self.dpg_reward.metric),
-            student=self.dpg_reward.student.describe(),
+            **self.dpg_reward.described(),
             inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
             results="\n".join(f"| {name} | {first:.5g} | {last:.5g} |" for name, first, last in self._results()),
         )
