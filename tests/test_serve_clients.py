@@ -18,9 +18,21 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.score_server import ScoreServer
-from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, TOKENIZER, TRAIN_PROMPTS, make_student
+from tests.small_runs import (
+    CONFIG,
+    METRIC,
+    PROMPTS,
+    TEXTS,
+    TOKENIZER,
+    TRAIN_METRIC,
+    TRAIN_PROMPTS,
+    dpg_config,
+    make_student,
+    make_trainer,
+)
 from tests.tiny import QUIET, make_model
-from trl_dpg import DPGReward, InnerLoopConfig, Student
+from trl_dpg import DPGReward, InnerLoopConfig, Student, cli
+from trl_dpg.live_table import work_of_a_step
 from trl_dpg.restart import RestartCallback
 from trl_dpg.score_client import TOKEN_VARIABLE, ScoreClient
 from trl_dpg.serving import Limits
@@ -321,3 +333,59 @@ def test_openrlhf_asks_by_chunk_with_prompt_and_end_in_the_query(hook):
 def test_a_hook_raises_what_the_server_refuses(hook):
     with pytest.raises(RuntimeError, match=r"answers 413: .*characters; at most 60"):
         (hook.ask if hasattr(hook, "ask") else hook.rewards)(["w1 " * 100])
+
+
+# -- DPGTrainer and `trl-dpg dpg` -------------------------------------------------------------------------------------
+
+
+def test_dpg_trainer_takes_scores_from_a_server(tmp_path):
+    def trained(name, **kwargs):
+        args = dpg_config(tmp_path / name, max_steps=2, save_strategy="steps", save_steps=1)
+        args.student_server = kwargs.pop("server", None)
+        trainer = make_trainer(args, **kwargs)
+        trainer.train()
+        trainer.create_model_card()
+        return trainer
+
+    here = trained("here")
+    with ScoreServer(DPGReward(here.dpg_reward.student, TRAIN_METRIC, here.args.inner_loop_config())) as server:
+        there = trained("there", server=server.url, student=None, target_metric=None)
+    assert curve(here) == curve(there) and len(curve(here)) == 2
+    assert "- Target metric: `LanguageModelingMetric, " in (tmp_path / "there" / "README.md").read_text()
+    config = json.loads((tmp_path / "there" / "dpg_config.json").read_text())
+    assert config["inner_loop"]["learning_rate"] == 1e-3 and "Llama" in config["student"]
+    assert "scored by http://127.0.0.1:" in work_of_a_step(there.args, there.dpg_reward)
+    with pytest.raises(ValueError, match="so `metric` would have no effect"):
+        make_trainer(there.args, student=None)
+
+
+def test_a_recipe_serves_and_trains_if_its_inner_loop_is_the_servers(tmp_path, capsys):
+    for name, seed in (("generator", 1), ("student", 0)):
+        make_model(seed=seed, scale=1.0).save_pretrained(tmp_path / name)
+        TOKENIZER.save_pretrained(tmp_path / name)
+    TRAIN_PROMPTS.to_json(tmp_path / "prompts.jsonl")
+    recipe = {
+        "model_name_or_path": str(tmp_path / "generator"),
+        "student_model_name_or_path": str(tmp_path / "student"),
+        "dataset_name": str(tmp_path / "prompts.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "metric": "language_modeling",
+        "metric_kwargs": {"texts": ["w1 w2 w3 w4"]},
+        "max_steps": 1,
+        "max_completion_length": 4,
+        "per_device_train_batch_size": 8,
+        "student_learning_rate": CONFIG.learning_rate,
+        "student_eps_root": CONFIG.eps_root,
+        "student_batch_size": CONFIG.batch_size,
+        "evaluate": False,
+        "report_to": "none",
+        "bf16": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    with ScoreServer() as server:
+        run = ["dpg", "--config", str(tmp_path / "recipe.yaml"), "--student_server", server.url]
+        cli.main(run)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*run, "--student_learning_rate", "0.5"])
+    assert stopped.value.code == 2 and "learning_rate is 0.001 there, 0.5 here" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
