@@ -43,8 +43,8 @@ def make_app(
     limits = limits or Limits()
     datasets = Datasets(engine.submit, limits)
     described = as_stored(reward_setup(engine.reward))
-    set_up = digest(described)[:16]
-    lines = environment()
+    described = {"set_up": digest(described)[:16]} | described
+    fixed = described | {"limits": asdict(limits), "versions": environment()}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -52,32 +52,18 @@ def make_app(
         if on_stop is not None:
             on_stop()
 
-    def authorized(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token is not None and not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Refused(401, "The header `Authorization: Bearer <token>` is missing, or the token is wrong.")
-
     app = FastAPI(
-        openapi_url=None, lifespan=lifespan, dependencies=[Depends(authorized)], exception_handlers={Refused: _refuse}
+        openapi_url=None,
+        lifespan=lifespan,
+        dependencies=[] if token is None else [Depends(_bearer(token))],
+        exception_handlers={Refused: _refuse},
     )
     if token is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL))
 
     @app.get("/health")
     async def health() -> Response:
-        return _json(
-            {
-                "status": "ok",
-                "set_up": set_up,
-                **described,
-                "running": bool(datasets.in_state("running")),
-                "waiting": len(datasets.in_state("waiting")),
-                "collecting": len(datasets.in_state("collecting")),
-                "limits": asdict(limits),
-                "versions": lines,
-                "processes": PartialState().num_processes,
-            }
-        )
+        return _json({"status": "ok"} | _work(datasets) | fixed)
 
     @app.post("/score")
     async def score(request: Request) -> Response:
@@ -90,9 +76,28 @@ def make_app(
         if dataset.refused is not None:
             raise dataset.refused
         ids = [place if own.id is None else own.id for place, own in enumerate(asked.samples)]
-        return _json({"set_up": set_up} | _answer(dataset, ids))
+        return _json({"set_up": described["set_up"]} | _answer(dataset, ids))
 
     return app
+
+
+def _bearer(token: str) -> Callable[[Request], None]:
+    """Refuses requests without the token. The comparison takes as long for a token that is nearly right."""
+
+    def authorized(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not secrets.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise Refused(401, "The header `Authorization: Bearer <token>` is missing, or the token is wrong.")
+
+    return authorized
+
+
+def _work(datasets: Datasets) -> dict[str, Any]:
+    """What the server has to do."""
+    waiting, collecting = len(datasets.in_state("waiting")), len(datasets.in_state("collecting"))
+    processes = PartialState().num_processes
+    running = bool(datasets.in_state("running"))
+    return {"running": running, "waiting": waiting, "collecting": collecting, "processes": processes}
 
 
 def _answer(dataset: Dataset, ids: list[Id]) -> dict[str, Any]:
