@@ -43,9 +43,10 @@ def reward_func(queries, prompts, labels, **kwargs):
 
 def completion(query, prompt):
     """What the generator wrote, without the tokens that end it."""
-    _, found, text = query.partition(prompt)
-    if not found:
+    place = query.find(prompt)
+    if place < 0:
         raise ValueError(f"The query does not have its prompt in it: {query!r:.200}")
+    text = query[place + len(prompt) :]
     while text.rstrip().endswith(ENDS):
         for end in ENDS:
             text = text.rstrip().removesuffix(end)

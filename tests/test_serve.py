@@ -129,6 +129,8 @@ WRONG = {
     "no samples": ("{}", 422, "samples: Field required"),
     "empty": (samples(), 422, "at least 1 item"),
     "unknown field": (body(texts=[]), 422, "texts: Extra inputs are not permitted"),
+    "a field with a long name": (body(**{"x" * 3000: 1}), 422, "xxx"),
+    "many wrong samples": (samples(*range(20)), 422, "; and 15 more"),
     "a number": (samples(3), 422, "samples.0"),
     "null": (samples(None), 422, "samples.0"),
     "a number as text": (samples({"text": 3}), 422, "samples.0.text: Input should be a valid string"),
@@ -218,6 +220,7 @@ def test_what_contradicts_a_dataset_is_a_conflict(server):
 
 def test_a_dataset_waits_for_its_turn_and_one_too_many_is_asked_to_come_again():
     running, go_on = threading.Event(), threading.Event()
+    expected = [library(texts).scores.tolist() for texts in (TEXTS, TEXTS[::-1])]  # before another thread computes
 
     def metric(student):
         running.set()
@@ -235,8 +238,7 @@ def test_a_dataset_waits_for_its_turn_and_one_too_many_is_asked_to_come_again():
         assert status == 503 and answer["retry_after"] == "5" and "1 datasets wait for their turn" in answer["detail"]
         assert server.post(TEXTS, wait=0)[0] == 202
         go_on.set()
-        assert first.result()[1]["scores"] == library(TEXTS).scores.tolist()
-        assert second.result()[1]["scores"] == library(TEXTS[::-1]).scores.tolist()
+        assert [first.result()[1]["scores"], second.result()[1]["scores"]] == expected
         assert server.post(TEXTS[:4])[0] == 200
 
 

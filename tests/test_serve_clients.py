@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import itertools
 import json
 import subprocess
 import sys
@@ -261,21 +260,40 @@ def test_several_ranks_share_a_server_and_a_server_has_several_ranks(server, tmp
 # -- other frameworks -------------------------------------------------------------------------------------------------
 
 
+ONE_STEP = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-6, batch_size=8)
+"""All samples are one batch of the student, so their order, which chance decides here, matters to rounding only."""
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    with ScoreServer(DPGReward(make_student(), METRIC, ONE_STEP), Limits(max_text_length=60)) as running:
+        yield running
+
+
 @pytest.fixture
-def hook(request, server, monkeypatch):
-    """The module of an example, with ids that are as long as others and in the order of the samples."""
-    monkeypatch.setenv("DPG_SERVER", server.url)
+def hook(request, one_step, monkeypatch):
+    """The module of an example."""
+    monkeypatch.setenv("DPG_SERVER", one_step.url)
     monkeypatch.setenv("DPG_SIZE", "8")
     monkeypatch.setenv("DPG_STREAM", request.node.name.replace("[", "-").strip("]"))
     spec = importlib.util.spec_from_file_location("hook", ROOT / "examples" / f"{request.param}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    numbers = itertools.count()
-    monkeypatch.setattr(module, "uuid", SimpleNamespace(uuid4=lambda: SimpleNamespace(hex=f"{next(numbers):032x}")))
     return module
 
 
-EXPECTED = [DPGReward(make_student(), METRIC, CONFIG)(PROMPTS, texts) for texts in (TEXTS, [*TEXTS[1:], TEXTS[0]])]
+def expected(texts):
+    return pytest.approx(DPGReward(make_student(), METRIC, ONE_STEP)(PROMPTS, texts), rel=1e-4, abs=1e-5)
+
+
+def asked(hook, texts):
+    """The rewards of texts that are asked for at once."""
+    if Path(hook.__file__).stem == "verl_reward":
+        return hook.compute_scores([""] * len(texts), texts, [""] * len(texts), [None] * len(texts))
+    return hook.reward_func(texts, [""] * len(texts), [""] * len(texts))["rewards"].tolist()
+
+
+OTHERS = [*TEXTS[1:], "w9 w9 w9"]
 
 
 @pytest.mark.parametrize("hook", ["verl_reward"], indirect=True)
@@ -290,9 +308,9 @@ def test_verl_asks_sample_by_sample_in_two_steps_and_a_validation(hook):
     async def validate():
         return await hook.compute_score("d", "w1", "", {"split": "test"}, reward_router_address="")
 
-    assert asyncio.run(step(TEXTS)) == EXPECTED[0]
+    assert asyncio.run(step(TEXTS)) == expected(TEXTS)
     assert asyncio.run(validate()) == 0.0
-    assert asyncio.run(step([*TEXTS[1:], TEXTS[0]])) == EXPECTED[1]
+    assert asyncio.run(step(OTHERS)) == expected(OTHERS)
 
 
 @pytest.mark.parametrize("hook", ["verl_reward"], indirect=True)
@@ -300,31 +318,27 @@ def test_verls_batch_manager_asks_by_chunk(hook):
     infos = [None, {}, {"split": "test"}, {"split": "train"}, {}]
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(hook.compute_scores, ["d"] * 4, TEXTS[:4], [""] * 4, [None] * 4)
-        while not hook.__dict__.get("sent"):
-            hook.sent = True
         second = threads.submit(hook.compute_scores, ["d"] * 5, [*TEXTS[4:6], "w1", *TEXTS[6:]], [""] * 5, infos)
         rewards = second.result()
-    assert rewards[2] == 0.0 and first.result() + rewards[:2] + rewards[3:] == pytest.approx(EXPECTED[0], rel=0.5)
+    assert rewards.pop(2) == 0.0 and first.result() + rewards == expected(TEXTS)
 
 
 @pytest.mark.parametrize("hook", ["openrlhf_reward"], indirect=True)
 def test_openrlhf_asks_by_chunk_with_prompt_and_end_in_the_query(hook):
     queries = [f"<s>{prompt}{text}<|im_end|>\n</s>" for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
+    parts = [slice(place, place + 2) for place in range(0, 8, 2)]
 
     async def step():  # as its agent executor calls it
-        tasks = []
-        for place in range(0, 8, 2):
-            own = slice(place, place + 2)
-            tasks.append(
-                asyncio.create_task(asyncio.to_thread(hook.reward_func, queries[own], PROMPTS[own], [""] * 2))
-            )
-            await asyncio.sleep(0.05)
-        return await asyncio.gather(*tasks)
+        return await asyncio.gather(
+            *(asyncio.to_thread(hook.reward_func, queries[own], PROMPTS[own], [""] * 2) for own in parts)
+        )
 
     answers = asyncio.run(step())
-    assert torch.cat([answer["rewards"] for answer in answers]).tolist() == pytest.approx(EXPECTED[0])
+    rewards = torch.cat([answer["rewards"] for answer in answers])
+    scores = torch.cat([answer["extra_logs"]["dpg_score"] for answer in answers])
+    assert rewards.tolist() == expected(TEXTS)
+    torch.testing.assert_close(rewards, scores / scores.std(correction=0))
     assert all(torch.equal(answer["scores"], answer["rewards"]) for answer in answers)
-    assert len(torch.cat([answer["extra_logs"]["dpg_score"] for answer in answers])) == 8
     with pytest.raises(ValueError, match="does not have its prompt in it"):
         hook.reward_func(["w1 w2"], ["w9"], [""])
 
@@ -332,7 +346,22 @@ def test_openrlhf_asks_by_chunk_with_prompt_and_end_in_the_query(hook):
 @pytest.mark.parametrize("hook", ["verl_reward", "openrlhf_reward"], indirect=True)
 def test_a_hook_raises_what_the_server_refuses(hook):
     with pytest.raises(RuntimeError, match=r"answers 413: .*characters; at most 60"):
-        (hook.ask if hasattr(hook, "ask") else hook.rewards)(["w1 " * 100])
+        asked(hook, ["w1 " * 100])
+
+
+@pytest.mark.parametrize("hook", ["verl_reward", "openrlhf_reward"], indirect=True)
+def test_a_hook_waits_for_a_server_that_is_gone(hook, monkeypatch):
+    with ScoreServer() as gone:
+        pass
+    pauses = []
+
+    def sleep(seconds):  # in which the server is started again
+        pauses.append(seconds)
+        hook.SERVER = one_step_url
+
+    one_step_url, hook.SERVER = hook.SERVER, gone.url
+    monkeypatch.setattr(hook, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    assert asked(hook, TEXTS) == expected(TEXTS) and pauses == [2]
 
 
 # -- DPGTrainer and `trl-dpg dpg` -------------------------------------------------------------------------------------

@@ -126,7 +126,8 @@ def _parse(body: bytes) -> ScoreRequest:
     except ValidationError as error:
         found = error.errors(include_input=False, include_url=False, include_context=False)
         reasons = [": ".join(filter(None, (".".join(map(str, own["loc"])), own["msg"]))) for own in found[:5]]
-        raise Refused(422, "; ".join(reasons) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")) from error
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise Refused(422, f"{'; '.join(reasons):.800}{more}") from error  # a field's name may be long
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
