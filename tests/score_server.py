@@ -21,12 +21,13 @@ class ScoreServer:
         reward (`DPGReward`, *optional*): Student, metric and inner loop.
         limits (`Limits`, *optional*), token (`str`, *optional*): Those of `make_app`.
         port (`int`, *optional*): 0: one that is free.
+        app (*optional*): Another service in the place of the score server.
     """
 
-    def __init__(self, reward=None, limits=None, token=None, port=0):
+    def __init__(self, reward=None, limits=None, token=None, port=0, app=None):
         self.engine = Engine(reward or DPGReward(make_student(), METRIC, CONFIG), heartbeat=0.2)
         self._jobs = threading.Thread(target=self.engine.run, daemon=True)
-        app = make_app(self.engine, limits, token, on_stop=self.engine.stop)
+        app = app or make_app(self.engine, limits, token, on_stop=self.engine.stop)
         config = uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)
         self._http = threading.Thread(target=self._server.run, daemon=True)
@@ -44,6 +45,7 @@ class ScoreServer:
     def __exit__(self, *exception):
         self._server.should_exit = True
         self._http.join()
+        self.engine.stop()
         self._jobs.join()
 
     def post(self, samples, token=None, **body):

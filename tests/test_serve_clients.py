@@ -14,6 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.score_server import ScoreServer
@@ -163,6 +166,20 @@ def test_the_token_is_in_the_environment(monkeypatch):
         assert DPGReward(server=server.url)(PROMPTS, TEXTS)
 
 
+def test_a_token_that_no_header_can_hold_is_not_shown(monkeypatch, server):
+    for token in ("a\nb", "a b", "\xe9"):
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+        with pytest.raises(ValueError, match="must be ASCII characters without spaces") as raised:
+            DPGReward(server=server.url)(PROMPTS, TEXTS)
+        assert token not in repr(raised.value)
+
+
+def test_another_service_at_the_address_is_named():
+    app = Starlette(routes=[Route("/health", lambda request: PlainTextResponse("I am fine"))])
+    with ScoreServer(app=app) as other, pytest.raises(RuntimeError, match="is no `trl-dpg serve`: b'I am fine'"):
+        DPGReward(server=other.url)(PROMPTS, TEXTS)
+
+
 def test_a_server_that_stays_away_ends_the_run(caplog):
     with ScoreServer() as server:
         pass
@@ -184,6 +201,12 @@ def test_what_lives_in_the_server_is_not_given_here(given, named):
         DPGReward(server="http://127.0.0.1:8000", **given)
     with pytest.raises(ValueError, match="A student is required"):
         DPGReward(metric=METRIC)
+
+
+def test_the_wait_is_a_number_of_seconds():
+    for wait in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="server_max_wait must be 0 or more seconds"):
+            DPGReward(server="http://127.0.0.1:8000", server_max_wait=wait)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://host", "http://", "", "http://user:secret@host"])

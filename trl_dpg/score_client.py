@@ -47,7 +47,7 @@ class ScoreClient:
         known (`dict[str, Any]`): The server's first answer to [`health`], once somebody has set it.
 
     Raises:
-        `ValueError`: If the address is not one, or has a password.
+        `ValueError`: If the address is not one, or has a password, or if `max_wait` is negative.
     """
 
     def __init__(self, server: str, max_wait: float = MAX_WAIT):
@@ -58,6 +58,8 @@ class ScoreClient:
                 f"The server must be an address such as 'http://127.0.0.1:8000', got {shown!r}. Its token belongs "
                 f"into the environment variable {TOKEN_VARIABLE}."
             )
+        if not max_wait >= 0:
+            raise ValueError(f"server_max_wait must be 0 or more seconds, got {max_wait}.")
         self.url = server.rstrip("/")
         self.max_wait = max_wait
         self.known: dict[str, Any] = {}
@@ -135,10 +137,25 @@ class ScoreClient:
         request = Request(self.url + path, data=content)
         if content is not None:
             request.add_header("Content-Type", "application/json")
-        if token := os.environ.get(TOKEN_VARIABLE):
+        if token := checked_token(os.environ.get(TOKEN_VARIABLE, "")):
             request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urlopen(request, timeout=POLL + SLACK) as response:
-            return response.status, json.load(response)
+            status, text = response.status, response.read()
+        try:
+            answer = json.loads(text)
+            if status == 200:
+                answer["set_up"]
+        except (ValueError, KeyError, TypeError):
+            raise RuntimeError(f"What answers at {self.url} is no `trl-dpg serve`: {text[:100]!r}") from None
+        return status, answer
+
+
+def checked_token(token: str) -> str:
+    """A token without the spaces around it. Raises `ValueError` if a header cannot hold it."""
+    token = token.strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ValueError("The token of the server must be ASCII characters without spaces.")
+    return token
 
 
 def _reason(error: HTTPError) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
-from trl_dpg.score_client import TOKEN_VARIABLE
+from trl_dpg.score_client import TOKEN_VARIABLE, checked_token
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError
 from .data import check_student, process_state
@@ -120,7 +120,8 @@ def run(engine, server) -> None:
     try:
         engine.run()
     except Exception as error:
-        say(f"Another process does not answer, so the server ends: {error}")
+        if not server.should_exit:  # a signal ends all processes
+            say(f"Another process does not answer, so the server ends: {error}")
         server.should_exit = True
 
 
@@ -136,7 +137,10 @@ def read_token(script_args: ServeArguments) -> str | None:
             raise UsageError(f"--token_file {script_args.token_file!r} cannot be read ({error}).") from error
         if not token.strip():
             raise UsageError(f"--token_file {script_args.token_file!r} is empty.")
-    token = token.strip()
+    try:
+        token = checked_token(token)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not token and script_args.host not in LOCAL:
         raise UsageError(
             f"--host {script_args.host}: other machines can reach this address, so requests need a token. Set the "
