@@ -253,6 +253,7 @@ def test_an_error_is_an_answer_and_the_server_lives_on():
     with ScoreServer(DPGReward(make_student(), metric, CONFIG)) as server:
         status, answer = server.post(TEXTS)
         assert status == 500 and "no benchmark, api_key='<hidden>'" in answer["detail"]
+        assert "reward of rank 0, with the metric metric" in answer["detail"]
         status, answer = server.post([""] * 4)
         assert status == 500 and "None of the 4 samples has a token to learn from" in answer["detail"]
         assert server.post(TEXTS)[1]["scores"] == library(TEXTS).scores.tolist()

@@ -1,15 +1,16 @@
 """`trl-dpg serve`: what it prints and refuses."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
-from urllib.request import urlopen
+from urllib.request import Request
 
 import pytest
 
+from tests.score_server import ask
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import cli
 from trl_dpg.score_client import TOKEN_VARIABLE
@@ -62,12 +63,26 @@ def test_an_address_in_use_and_an_empty_token_file_are_named(command, tmp_path, 
     assert "cannot listen there" in said and "is empty" in said
 
 
-def test_a_server_is_stopped_by_a_signal(command):
-    process = subprocess.Popen([sys.executable, "-m", "trl_dpg.cli", *command], stdout=subprocess.PIPE, text=True)
-    lines = iter(process.stdout.readline, "")
-    url = next(line for line in lines if line.startswith("Serving on ")).split()[2]
-    with urlopen(f"{url}/health", timeout=60) as response:
-        assert json.load(response)["status"] == "ok"
-    started = time.monotonic()
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == -signal.SIGTERM and time.monotonic() - started < 20
+def test_a_server_answers_until_ctrl_c(command, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers = []
+
+    def ask_and_interrupt():
+        url = f"http://127.0.0.1:{port}"
+        while not answers:
+            try:
+                answers.append(ask(Request(f"{url}/health")))
+            except OSError:
+                time.sleep(0.05)
+        content = json.dumps({"samples": ["w1 w2", "w3 w4"]}).encode()
+        answers.append(ask(Request(f"{url}/score", content, {"Content-Type": "application/json"})))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=ask_and_interrupt)
+    thread.start()
+    cli.main([*command, "--port", str(port)])
+    thread.join()
+    (health, _), (status, answer) = answers
+    assert health == status == 200 and len(answer["scores"]) == 2
+    assert f"Serving on http://127.0.0.1:{port} (without a token)." in capsys.readouterr().out

@@ -1,9 +1,12 @@
 """A real server that is killed in the middle of a training, and started again."""
 
+import json
+import signal
 import subprocess
 import sys
 import threading
 import time
+from urllib.request import urlopen
 
 import pytest
 
@@ -53,3 +56,12 @@ def test_a_server_is_killed_and_started_again_and_the_run_is_the_same(command, m
         process.wait()
     assert curve(trainer) == curve(alone) and len(calls) == 3 and first.returncode == -9
     assert f"{url} answers again, after " in caplog.text
+
+
+def test_a_server_is_stopped_by_a_signal(command):  # noqa: F811
+    process, url = start(command, "0")
+    with urlopen(f"{url}/health", timeout=60) as response:
+        assert json.load(response)["status"] == "ok"
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM and time.monotonic() - started < 20

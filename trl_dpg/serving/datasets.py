@@ -161,7 +161,8 @@ class Datasets:
             if error is None:
                 dataset.end(now, scored=job.result())
             else:
-                reason = redacted_text(f"Dataset {dataset.name!r} could not be scored. {error}")
+                text = " ".join([str(error), *getattr(error, "__notes__", [])])
+                reason = redacted_text(f"Dataset {dataset.name!r} could not be scored. {text}")
                 dataset.end(now, refused=Refused(500, reason))
                 if dataset.name.startswith("#"):  # its only client has the message, and may try again
                     self._datasets.pop(dataset.name, None)
