@@ -4,9 +4,10 @@ How much faster do several ranks score one dataset, and what does each keep?
     python benchmarks/ranks.py
     python benchmarks/ranks.py --numbers 1 2 4 --kinds full --hidden 768 --batch 32
 
-Each rank is a process with one thread, and all score the same dataset together over gloo. Each needs a free core. Seconds are of `metagradient` without the metric, the median of the repetitions. Bytes are those of the inner
-loop's states (θ, moments and gradients of all steps) on one rank. The last column is the relative L2 distance of the
-scores from those of one rank.
+Each rank is a process with one thread, and all score the same dataset together over gloo. Each needs a free core.
+Seconds are of `metagradient` without the metric, the median of the repetitions. Bytes are those of the inner loop's
+states (θ, moments and gradients of all steps) on one rank. The last column is the relative L2 distance of the scores
+from those of one rank.
 """
 
 import argparse

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
     ["text", "thinking", "student_text", "length_target", "environment", "redaction", "files", "ranks", "sampling"],
-    ["checkpoints", "stopping"],
+    ["checkpoints", "stopping", "score_client"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],
@@ -24,7 +24,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["tuning"],
     ["attribution", "scored_batch", "reward"],
     ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
-    ["run_setup", "restart", "toy", "practice"],
+    ["run_setup", "restart", "serving", "toy", "practice"],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

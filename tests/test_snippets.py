@@ -51,6 +51,7 @@ ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
     "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
+    "serve.md": {"dataset": PROMPTS},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
     "batch_rewards.md": {"dataset": PROMPTS},
     "lengths.md": {"dataset": PROMPTS},

@@ -16,7 +16,6 @@ from .environment import device_name, environment
 from .files import append_line, remove_half_line, write_json
 from .live_table import PHASES, LiveTable, table_columns
 from .metagradients import InnerLoopConfig
-from .metrics.base import metric_name
 from .reward import DPGReward, ScoredBatch
 
 
@@ -272,8 +271,7 @@ def run_config(args, reward: DPGReward) -> dict[str, Any]:
     return {
         "settings": json.loads(args.to_json_string()),
         "changed": [name for name, default in defaults.items() if vars(args)[name] != default],
-        "metric": metric_name(reward.metric),
-        "student": reward.student.describe(),
+        **reward.described(),
         "inner_loop": asdict(reward.inner_loop_config),
         "environment": environment() | {"processes": str(args.world_size), "device": device_name(args.device)},
     }

@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "Sample a synthetic dataset from a trained generator.",
     "teach": "Sample a dataset from a strong model behind an OpenAI-compatible API.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
+    "serve": "Serve a student over HTTP, for the rewards of any trainer.",
     "verify": "Test whether the scores of a set-up can be trusted.",
     "tune": "Choose the student's learning rate and eps_root.",
     "lengths": "Report the lengths of a dataset's reasoning, and fit targets to them.",

@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from .redaction import redacted
 from .sampling import check_sampling
+from .score_client import MAX_WAIT
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
 
@@ -39,6 +40,15 @@ class DPGConfig(StudentArguments, GRPOConfig):
             Reward steps between two verifications. The first reward step is always verified; `0`: none is. A
             verification fine-tunes the student 12 more times with changed data weights. It logs how well the scores
             predict the metric's change, as `dpg/verify/pearson` and `dpg/verify/spearman`.
+
+        > Parameters that control where the student is
+
+        student_server (`str`, *optional*):
+            Address of a `trl-dpg serve`, e.g. `"http://127.0.0.1:8000"`. Student, metric and inner loop are then those
+            of the server, and the [`DPGTrainer`] takes no `student` and no `target_metric`. The token is in the
+            environment variable `TRL_DPG_SERVER_TOKEN`.
+        student_server_max_wait (`float`, *optional*, defaults to `3600.0`):
+            Seconds to wait for a server that does not answer.
 
         > Parameters that control a restart
 
@@ -80,6 +90,12 @@ class DPGConfig(StudentArguments, GRPOConfig):
     verify_steps: int = field(
         default=0,
         metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
+    )
+    student_server: str | None = field(
+        default=None, metadata={"help": "Address of a `trl-dpg serve`, whose student and inner loop are used."}
+    )
+    student_server_max_wait: float = field(
+        default=MAX_WAIT, metadata={"help": "Seconds to wait for a student's server that does not answer."}
     )
     accept_changed_setup: bool = field(
         default=False,

@@ -207,6 +207,8 @@ class LiveTable(TrainerCallback):
 def work_of_a_step(args, reward: "DPGReward") -> str:
     """The size of a generation batch and of the metric, and what to look at: a large metric, a base in 4 bits."""
     config, samples = reward.inner_loop_config, args.generation_batch_size
+    if reward.client is not None:
+        return f"{samples} completions, scored by {reward.client.url}."
     completion = args.max_completion_length or config.max_length
     length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
     steps = config.num_epochs * math.ceil(samples / config.batch_size)

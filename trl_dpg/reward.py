@@ -3,11 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +16,20 @@ from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .metrics.base import metric_name
 from .ranks import ALONE, Ranks, from_all_ranks
-from .scored_batch import Sample, ScoredBatch, ScoredDataset, batch_figures, split_prompts
+from .score_client import MAX_WAIT, ScoreClient
+from .scored_batch import (
+    Sample,
+    ScoredBatch,
+    ScoredDataset,
+    as_batch,
+    figures,
+    from_json,
+    split_prompts,
+    unit_scale,
+)
 from .student import FinetunedStudent, Student
 from .student_text import StudentText, Text, thinking_figures
-from .text import completion_text, message_text
+from .text import completion_text
 from .token_alignment import TokenBytes, hand_over
 from .tuning import Choice, Tuning, check_scores
 from .verification import predicted_and_actual, random_signs
@@ -74,6 +82,12 @@ class DPGReward:
         tuning_file (`str` or `Path`, *optional*):
             Where the choice of the `"auto"` values is written, with its evidence. If it is there for the same set-up,
             nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
+        server (`str`, *optional*):
+            Address of a `trl-dpg serve`, e.g. `"http://127.0.0.1:8000"`, in the place of `student`, `metric` and
+            `inner_loop_config`. Its token is in the environment variable `TRL_DPG_SERVER_TOKEN`. Only the main process
+            asks the server.
+        server_max_wait (`float`, *optional*, defaults to `3600.0`):
+            Seconds to wait for a server that does not answer, or that has too much to do.
 
     Attributes:
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
@@ -88,15 +102,16 @@ class DPGReward:
 
     Raises:
         `ValueError`:
-            If an option is unknown, or if the student's tokenizer is slow and `per_token=True`. With the naive
-            baseline (`attribution="dataset"`), also if `cross_group_batching`, `per_token` or `verify_steps` is set:
-            it has one reward for a whole dataset, and no scores of samples or tokens. Nor can it choose an `"auto"`.
+            If an option is unknown, if a student or a metric is missing, or given beside `server`, or if the student's
+            tokenizer is slow and `per_token=True`. With the naive baseline (`attribution="dataset"`), also if
+            `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
+            scores of samples or tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
         self,
-        student: Student,
-        metric: Callable[[FinetunedStudent], Tensor],
+        student: Student | None = None,
+        metric: Callable[[FinetunedStudent], Tensor] | None = None,
         inner_loop_config: InnerLoopConfig | None = None,
         cross_group_batching: bool = True,
         num_generations: int | None = None,
@@ -107,24 +122,25 @@ class DPGReward:
         student_text: str = "answer",
         unfinished_thoughts: str = "empty",
         chat_template_kwargs: dict[str, Any] | None = None,
+        server: str | None = None,
+        server_max_wait: float = MAX_WAIT,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
-        if not callable(metric):
-            raise ValueError(
-                f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
-            )
-        if student.processing_class is None:
-            raise ValueError(
-                "The student has no tokenizer to read completions with. Pass `processing_class` to Student."
+        self.client = None if server is None else ScoreClient(server, server_max_wait)
+        if server is None:
+            _check_given(student, metric)
+        else:
+            _check_not_given(
+                student=student, metric=metric, inner_loop_config=inner_loop_config, verify_steps=verify_steps or None
             )
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         _check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
         check_scores(inner_loop_config)
         self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
-        self.student = student
-        self.metric = metric
+        self.student: Student = student  # type: ignore[assignment]  # none with a server, which does what needs it
+        self.metric: Callable[[FinetunedStudent], Tensor] = metric  # type: ignore[assignment]
         self.inner_loop_config = inner_loop_config
         self.cross_group_batching = cross_group_batching
         self.num_generations = num_generations
@@ -171,24 +187,19 @@ class DPGReward:
         groups = None if self.cross_group_batching else self.num_generations
         places = split_prompts([sample.prompt for sample in samples], groups)  # an error here is raised on all ranks
         datasets = [[samples[place] for place in own] for own in places]
-        batch = self.student, [sample.example for sample in datasets[0]], self.metric
-        self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
         self._step = kwargs["trainer_state"].global_step + 1 if "trainer_state" in kwargs else None
-        scored = self._score(datasets)
-        self.last_batch = self._batch(samples, places, scored)
+        scored = self.score(datasets)
+        self.last_batch = as_batch(samples, places, scored, self.inner_loop_config)
 
         raw = self.last_batch.scores
-        scale = raw.std(correction=0)
-        equal = scale <= 1e-6 * raw.abs().max()  # the differences are only rounding errors
-        rewards = torch.zeros_like(raw) if equal else raw / scale
+        rewards = unit_scale(raw)
         start = sum(len(part) for part in parts[: PartialState().process_index])
         mine = slice(start, start + len(completions))
         if self.last_batch.token_scores is not None:
             self.last_token_scores = self.last_batch.token_scores[mine]
         if log_metric is not None:
-            figures = batch_figures(raw, scored, self.inner_loop_config.attribution)
-            figures |= thinking_figures([sample.reading for sample in samples])
-            for name, value in figures.items():
+            found = figures(raw, scored, self.inner_loop_config.attribution)
+            for name, value in (found | thinking_figures([sample.reading for sample in samples])).items():
                 log_metric(f"dpg/{name}", value)
             log_metric("dpg/seconds", time.perf_counter() - started)
         if log_extra is not None:
@@ -203,7 +214,36 @@ class DPGReward:
 
     def begin_training(self, resumed: bool) -> None:
         """Take the choice of the `"auto"` values from the file, or remove it before a new one. On all ranks."""
+        if self.client is not None:
+            self.described()
+            return
         self.inner_loop_config = self.choice.begin(self.student, self.metric, self.inner_loop_config, resumed)
+
+    def described(self) -> dict[str, str]:
+        """`metric` and `student` in words. On all ranks, as the main process asks the server if there is one."""
+        if self.client is None:
+            return {"metric": metric_name(self.metric), "student": self.student.describe()}
+        if not self.client.known:
+            self.client.known = _from_main(self.client.health, "The score server")
+            inner_loop = self.client.known["inner_loop"]
+            self.inner_loop_config = InnerLoopConfig(**inner_loop | {"betas": tuple(inner_loop["betas"])})
+        return {name: self.client.known[name] for name in ("metric", "student")}
+
+    def score(self, datasets: list[list[Sample]]) -> list[ScoredDataset]:
+        """
+        The results of datasets, each of which trains a student of its own. All ranks call this with all datasets.
+
+        Raises:
+            `RuntimeError`: If the computation failed on another rank. Its own error is raised as it is.
+        """
+        if self.client is not None:
+            self.described()
+            score = self.client.score
+            answers = _from_main(lambda: [score([own.example for own in each]) for each in datasets], "The DPG reward")
+            return [from_json(answer) for answer in answers]
+        batch = self.student, [sample.example for sample in datasets[0]], self.metric
+        self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
+        return self._score(datasets)
 
     def _move_student(self) -> None:
         """Move the student to the trainer's device."""
@@ -296,27 +336,36 @@ class DPGReward:
             message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
         return message
 
-    def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
-        """The results of all datasets as one batch, in the order of the completions."""
-        scores = torch.zeros(len(samples), dtype=torch.float64)
-        for own, dataset in zip(places, scored, strict=True):
-            scores[own] = dataset.output.scores.double()
-            if self.inner_loop_config.attribution == "dataset":
-                scores[own] -= dataset.output.metric_before
-        batch = ScoredBatch(
-            prompts=[_text(sample.prompt) for sample in samples],
-            completions=["".join(piece.text for piece in sample.reading.pieces) for sample in samples],
-            scores=scores,
-            readout=scored[0].output.readout,
+
+def _from_main(function: Callable[[], T], name: str) -> T:
+    """The result of a function on the main process, on all ranks; or its error."""
+    results = from_all_ranks(lambda: function() if PartialState().is_main_process else None, name)
+    return results[0]  # type: ignore[return-value]  # the main process is the first
+
+
+def _check_given(student: Student | None, metric: Callable | None) -> None:
+    if student is None:
+        raise ValueError("A student is required: pass `student`, or the address of a score server as `server`.")
+    if not callable(metric):
+        raise ValueError(
+            f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
         )
-        if self.inner_loop_config.per_token:
-            batch.tokens = _in_order(places, [dataset.tokens for dataset in scored])
-            batch.token_scores = _in_order(places, [dataset.token_scores for dataset in scored])
-        return batch
+    if student.processing_class is None:
+        raise ValueError("The student has no tokenizer to read completions with. Pass `processing_class` to Student.")
+
+
+def _check_not_given(**arguments: Any) -> None:
+    """Refuse what lives in the server."""
+    given = [f"`{name}`" for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"With `server`, student, metric and inner loop are those of the server, so {', '.join(given)} would have "
+            "no effect. Leave out `server`, or give them to `trl-dpg serve`."
+        )
 
 
 def _check_combination(
-    student: Student,
+    student: Student | None,
     config: InnerLoopConfig,
     cross_group_batching: bool,
     num_generations: int | None,
@@ -333,7 +382,7 @@ def _check_combination(
     if config.per_token:
         if config.attribution == "dataset":
             raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
-        if not student.processing_class.is_fast:  # type: ignore[union-attr]
+        if student is not None and not student.processing_class.is_fast:  # type: ignore[union-attr]  # a server has no per_token
             raise ValueError(
                 f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
                 "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
@@ -343,13 +392,3 @@ def _check_combination(
         raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
     if verify_steps and config.attribution == "dataset":
         raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
-
-
-def _text(prompt: Text) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(message_text(message) for message in prompt)
-
-
-def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
-    """One list with the values of all datasets' samples, in the order of the batch."""
-    by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
-    return [by_place[place] for place in range(len(by_place))]

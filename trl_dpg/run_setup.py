@@ -72,14 +72,24 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
         },
     }
     if reward is not None:
-        setup["run"] |= {
-            "metric": f"{described['metric']}, {_short(json.dumps(_content(reward.metric), default=str))}",
-            "student": described["student"],
-            "student's weights": digest(reward.student.model.named_parameters()),
-        }
-        inner_loop = asdict(reward.inner_loop_config)
-        setup["inner loop"] = {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY}
+        own = reward_setup(reward)
+        setup["run"] |= {"metric": own["metric"], "student": own["student"], "student's weights": own["weights"]}
+        setup["inner loop"] = own["inner_loop"]
     return as_stored(setup)
+
+
+def reward_setup(reward: DPGReward) -> dict[str, Any]:
+    """What makes scores what they are: `metric`, `student`, its `weights`, and `inner_loop`. Of a server, its own."""
+    described = reward.described()
+    if reward.client is not None:
+        return {name: reward.client.known[name] for name in ("metric", "student", "weights", "inner_loop")}
+    inner_loop = asdict(reward.inner_loop_config)
+    return {
+        "metric": f"{described['metric']}, {_short(json.dumps(_content(reward.metric), default=str))}",
+        "student": described["student"],
+        "weights": digest(reward.student.model.named_parameters()),
+        "inner_loop": {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY},
+    }
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

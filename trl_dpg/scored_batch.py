@@ -1,14 +1,21 @@
-"""What a reward step sends from rank to rank: its samples, their scores, and the whole batch for logs."""
+"""What a reward step sends from rank to rank, or from a server: samples, scores, and the whole batch for logs."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from .metagradients import MetagradientOutput
-from .student_text import Reading, Text
+from .metagradients import InnerLoopConfig, MetagradientOutput
+from .student_text import Piece, Reading, Text
+from .text import completion_text, message_text
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -81,21 +88,87 @@ def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list
     return [list(range(k, len(prompts), num_generations)) for k in range(num_generations)]
 
 
-def batch_figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) -> dict[str, float]:
-    """
-    The figures to log of raw scores `[N]` and their datasets. Figures of several datasets are averaged.
+def as_samples(examples: Sequence[Any]) -> list[Sample]:
+    """Samples that a student reads as they are: texts, or prompts with completions."""
 
-    Args:
-        raw (`torch.Tensor` of shape `[N]`): The raw scores.
-        scored (`list[ScoredDataset]`): The datasets. Those of the main process are every R-th, of R processes.
-        attribution (`str`): The kind of the scores, see [`InnerLoopConfig`].
-    """
+    def reading(example: Any) -> Reading:
+        completion = example if isinstance(example, str) else example["completion"]
+        return Reading(completion, [Piece(completion_text(completion), True)], None, True)
+
+    return [Sample("", reading(example), example, []) for example in examples]
+
+
+def as_batch(
+    samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset], config: InnerLoopConfig
+) -> ScoredBatch:
+    """The results of all datasets as one batch. `places` are those of the samples of each dataset."""
+    scores = torch.zeros(len(samples), dtype=torch.float64)
+    for own, dataset in zip(places, scored, strict=True):
+        scores[own] = dataset.output.scores.double()
+        if config.attribution == "dataset":
+            scores[own] -= dataset.output.metric_before
+    batch = ScoredBatch(
+        prompts=[_text(sample.prompt) for sample in samples],
+        completions=["".join(piece.text for piece in sample.reading.pieces) for sample in samples],
+        scores=scores,
+        readout=scored[0].output.readout,
+    )
+    if config.per_token:
+        batch.tokens = _in_order(places, [dataset.tokens for dataset in scored])
+        batch.token_scores = _in_order(places, [dataset.token_scores for dataset in scored])
+    return batch
+
+
+def unit_scale(scores: Tensor) -> Tensor:
+    """Scores `[N]` divided by their standard deviation; zeros if they differ by rounding errors only."""
+    scale = scores.std(correction=0)
+    equal = scale <= 1e-6 * scores.abs().max()
+    return torch.zeros_like(scores) if equal else scores / scale
+
+
+def to_json(scored: ScoredDataset, places: list[int]) -> dict[str, Any]:
+    """The results of a dataset, as values that JSON can hold, with the scores of the samples at these places."""
+    output = scored.output
+    return {
+        "scores": output.scores[places].tolist(),
+        "rewards": unit_scale(output.scores.double())[places].tolist(),
+        "metric_before": output.metric_before,
+        "metric_after": output.metric_after,
+        "losses": output.losses.tolist(),
+        "num_empty": scored.num_empty,
+        "num_truncated": scored.num_truncated,
+        "part_scores": {name: own[places].tolist() for name, own in output.part_scores.items()},
+        "proxies": output.proxies,
+        "readout": output.readout,
+        "seconds": output.seconds,
+    }
+
+
+def from_json(answer: dict[str, Any]) -> ScoredDataset:
+    """The results of a dataset of which [`to_json`] wrote the scores of all samples, in their order."""
+    output = MetagradientOutput(
+        torch.tensor(answer["scores"]),
+        None,
+        answer["metric_before"],
+        answer["metric_after"],
+        torch.tensor(answer["losses"]),
+        [],
+        {name: math.nan if value is None else value for name, value in answer["proxies"].items()},
+        answer["readout"],
+        answer["seconds"],
+        {name: torch.tensor(own) for name, own in answer["part_scores"].items()},
+    )
+    return ScoredDataset(output, answer["num_empty"], answer["num_truncated"], [], [], {})
+
+
+def figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) -> dict[str, float]:
+    """The figures of a batch to log, by names. Those of several datasets are averaged. `raw` `[N]` are its scores."""
     outputs = [dataset.output for dataset in scored]
 
     def mean(values):
         return sum(values) / len(outputs)
 
-    figures = {
+    found = {
         "score/mean": raw.mean().item(),
         "score/std": raw.std(correction=0).item(),
         "score/min": raw.min().item(),
@@ -110,12 +183,22 @@ def batch_figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) ->
     }
     for name in outputs[0].part_scores:
         parts = torch.cat([output.part_scores[name] for output in outputs]).double()
-        figures[f"score/std/{name}"] = parts.std(correction=0).item()
+        found[f"score/std/{name}"] = parts.std(correction=0).item()
     if attribution != "dataset":
-        figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
+        found["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
     for name in outputs[0].proxies:
-        figures[name] = mean(output.proxies[name] for output in outputs)
+        found[name] = mean(output.proxies[name] for output in outputs)
     mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
     for name in outputs[0].seconds:
-        figures[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
-    return figures | scored[0].verified
+        found[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
+    return found | scored[0].verified
+
+
+def _text(prompt: Text) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(message_text(message) for message in prompt)
+
+
+def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
+    """One list with the values of all datasets' samples, in the order of the batch."""
+    by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
+    return [by_place[place] for place in range(len(by_place))]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
@@ -23,7 +23,6 @@ from .config import DPGConfig
 from .files import check_links
 from .generation import keep_one_input_hook
 from .guards import GuardCallback
-from .metrics.base import metric_name
 from .restart import RestartCallback
 from .reward import DPGReward
 from .rollouts import RolloutWriter
@@ -135,20 +134,14 @@ class DPGTrainer(GRPOTrainer):
             model_name = model if isinstance(model, str) else model.config._name_or_path
             args = DPGConfig(f"{model_name.split('/')[-1]}-DPG")
         _advise_on_learning_rate(args)
-        metric = _checked_metric(target_metric)
-        student = _given_student(args, student)
         _check_folder_and_prompts(args, train_dataset)
-        _check_apart(model, student)
-        student = _load_student(
-            args, student, student_processing_class, student_peft_config, student_quantization_config
-        )
+        of_the_student = student_processing_class, student_peft_config, student_quantization_config
+        scorer = _scorer(args, model, student, target_metric, of_the_student)
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         args = _with_reward_weights(args, len(further))
         self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
-            student,
-            metric,
-            args.inner_loop_config(),
+            **scorer,
             cross_group_batching=args.cross_group_batching,
             num_generations=args.num_generations,
             train_on=args.train_on,
@@ -240,8 +233,7 @@ class DPGTrainer(GRPOTrainer):
             |---|---|---|
             {results}
             """).format(
-            metric=metric_name(self.dpg_reward.metric),
-            student=self.dpg_reward.student.describe(),
+            **self.dpg_reward.described(),
             inner_loop=json.dumps(asdict(self.dpg_reward.inner_loop_config), indent=2),
             results="\n".join(f"| {name} | {first:.5g} | {last:.5g} |" for name, first, last in self._results()),
         )
@@ -270,12 +262,20 @@ def _is_on_the_hub(dataset_name: str | None) -> bool:
     return True
 
 
+def _scorer(args, model, student, target_metric, of_the_student) -> dict[str, Any]:
+    """Where the scores come from, as arguments of [`DPGReward`]: student, metric and inner loop, or a server."""
+    if args.student_server is not None:
+        wait = args.student_server_max_wait
+        return dict(student=student, metric=target_metric, server=args.student_server, server_max_wait=wait)
+    metric = _checked_metric(target_metric)
+    student = _given_student(args, student)
+    _check_apart(model, student)
+    student = _load_student(args, student, *of_the_student)
+    return dict(student=student, metric=metric, inner_loop_config=args.inner_loop_config())
+
+
 def _given_student(args, student):
     """The student from the argument or, if it is `None`, from the configuration."""
-    if not isinstance(args, DPGConfig):
-        raise ValueError(
-            f"`args` must be a DPGConfig (a GRPOConfig with the student's fields), got {type(args).__name__}."
-        )
     student = args.student_model_name_or_path if student is None else student
     if student is None:
         raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
@@ -344,6 +344,10 @@ def _for_all_rewards(name: str, values: list, num_further: int, own) -> list:
 
 
 def _check_folder_and_prompts(args: DPGConfig, train_dataset) -> None:
+    if not isinstance(args, DPGConfig):
+        raise ValueError(
+            f"`args` must be a DPGConfig (a GRPOConfig with the student's fields), got {type(args).__name__}."
+        )
     check_links(args.output_dir)
     num_prompts = args.generation_batch_size // args.num_generations
     number = num_prompts

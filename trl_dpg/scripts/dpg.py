@@ -78,14 +78,17 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
     if script_args.toy_world is not None:
         make_toy_world(script_args, training_args, model_args)
     check_model("model_name_or_path", model_args.model_name_or_path, **hub_kwargs(training_args, model_args))
-    check_student(training_args)
+    if training_args.student_server is None or script_args.evaluate:
+        check_student(training_args)
     metric = make_metric(script_args)
     held_out = make_held_out_metrics(script_args)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     last = checkpoint(training_args)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
     trainer.restart.further = fixed_settings(script_args, model_args)
-    script_args.set_threads(trainer.model, trainer.dpg_reward.student.model)
+    check_server(trainer)
+    student = [] if trainer.dpg_reward.client is not None else [trainer.dpg_reward.student.model]
+    script_args.set_threads(trainer.model, *student)
     if not training_args.log_completions:
         show_live_table(trainer)
     evaluate = script_args.evaluate and PartialState().num_processes == 1
@@ -180,7 +183,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
     try:
         return DPGTrainer(
             model=path,
-            target_metric=metric,
+            target_metric=metric if training_args.student_server is None else None,
             args=training_args,
             reward_funcs=rewards,
             train_dataset=data["train"],
@@ -193,6 +196,24 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
         raise UsageError(in_flags(str(error))) from error
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def check_server(trainer) -> None:
+    """Refuse a server with another inner loop than that of the arguments, with which fresh students are tested."""
+    from dataclasses import asdict
+
+    reward, own = trainer.dpg_reward, asdict(trainer.args.inner_loop_config())
+    if reward.client is None:
+        return
+    reward.described()  # waits for the server
+    there = asdict(reward.inner_loop_config)
+    changed = [name for name in reward.client.known["inner_loop"] if there[name] != own[name]]
+    if changed:
+        values = "; ".join(f"{name} is {there[name]!r} there, {own[name]!r} here" for name in changed)
+        raise UsageError(
+            f"--student_server: the server has another inner loop than these arguments ({values}). Start it with the "
+            "same recipe, or change the arguments."
+        )
 
 
 def load_prompts(script_args, training_args, dataset_args, tokenizer) -> dict[str, Any]:

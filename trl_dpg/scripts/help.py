@@ -43,6 +43,11 @@ FIRST: dict[str, dict[str, list[str]]] = {
         "student": STUDENT,
         "metric": METRIC,
     },
+    "serve": {
+        "server": ["host", "port", "token_file", "max_samples", "dataset_timeout"],
+        "student": STUDENT,
+        "metric": METRIC,
+    },
     "verify": {
         "run": ["dataset_name", "num_samples", "num_directions", "output_dir"],
         "generator, if the dataset has prompts": GENERATOR,
