@@ -7,7 +7,8 @@ import torch
 from trl import GRPOConfig
 
 from .redaction import redacted
-from .sampling import check_sampling
+from .sampling import check_sampling, warn_of_truncation
+from .student.placement import Placement
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
 
@@ -39,6 +40,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
             Reward steps between two verifications. The first reward step is always verified; `0`: none is. A
             verification fine-tunes the student 12 more times with changed data weights. It logs how well the scores
             predict the metric's change, as `dpg/verify/pearson` and `dpg/verify/spearman`.
+
+        student_offload (`bool`, *optional*, defaults to `False`):
+            Whether the student's weights are in host memory between reward steps, so that generation and update have
+            the GPU for themselves.
 
         > Parameters that control a restart
 
@@ -81,6 +86,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
         default=0,
         metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
     )
+    student_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the student in host memory between reward steps, while the generator has the GPU."},
+    )
     accept_changed_setup: bool = field(
         default=False,
         metadata={"help": "Go on from a checkpoint even if it is not whole, or if the set-up has changed since."},
@@ -101,6 +110,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         if self.train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {self.train_on!r}. Choose 'completion' or 'prompt_completion'.")
         check_sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            warn_of_truncation(self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        Placement(self.student_device, self.student_offload)  # raises if they cannot be combined
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}.")
         StudentText(self.student_text, self.unfinished_thoughts)  # raises if a choice is unknown

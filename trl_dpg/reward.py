@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig
-from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .ranks import from_all_ranks
-from .scored_batch import Sample, ScoredBatch, ScoredDataset, split_prompts
+from .scored_batch import Sample, ScoredBatch, ScoredDataset, located, split_prompts
 from .student import FinetunedStudent, Student
+from .student.placement import Placement
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text, message_text
 from .token_alignment import TokenBytes, hand_over
@@ -45,7 +45,7 @@ class DPGReward:
 
     Args:
         student (`Student`):
-            The student before fine-tuning. It is moved to the trainer's device at the first call.
+            The student before fine-tuning.
         metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
@@ -72,6 +72,12 @@ class DPGReward:
         tuning_file (`str` or `Path`, *optional*):
             Where the choice of the `"auto"` values is written, with its evidence. If it is there for the same set-up,
             nothing is chosen anew. [`DPGTrainer`] sets it to `<output_dir>/tune.json`.
+        student_device (`str`, *optional*, defaults to `"auto"`):
+            Where the student is fine-tuned: on the trainer's device (`"auto"`), on `"cpu"`, or on a device such as
+            `"cuda:1"`. It is moved there by each call.
+        student_offload (`bool`, *optional*, defaults to `False`):
+            Whether the student is in host memory between two calls, so that generation and update have the GPU for
+            themselves.
 
     Attributes:
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
@@ -86,9 +92,10 @@ class DPGReward:
 
     Raises:
         `ValueError`:
-            If an option is unknown, or if the student's tokenizer is slow and `per_token=True`. With the naive
-            baseline (`attribution="dataset"`), also if `cross_group_batching`, `per_token` or `verify_steps` is set:
-            it has one reward for a whole dataset, and no scores of samples or tokens. Nor can it choose an `"auto"`.
+            If an option is unknown, if this machine has no such `student_device`, or if the student's tokenizer is
+            slow and `per_token=True`. With the naive baseline (`attribution="dataset"`), also if
+            `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
+            scores of samples or tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
@@ -105,6 +112,8 @@ class DPGReward:
         student_text: str = "answer",
         unfinished_thoughts: str = "empty",
         chat_template_kwargs: dict[str, Any] | None = None,
+        student_device: str = "auto",
+        student_offload: bool = False,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
@@ -130,6 +139,7 @@ class DPGReward:
         self.processing_class = processing_class
         self.verify_steps = verify_steps
         self.choice = Choice(tuning_file)
+        self.placement = Placement(student_device, student_offload).checked()
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._token_bytes: TokenBytes | None = None
@@ -137,6 +147,7 @@ class DPGReward:
         self._num_verifiable = 0  # calls with verify_steps > 0
         # Student, the memory and versions of its weights, and metric; and the metric's value there
         self._start: tuple[tuple, float] | None = None
+        self._move(self.placement.move_out)
 
     def __call__(
         self,
@@ -204,10 +215,15 @@ class DPGReward:
         self.inner_loop_config = self.choice.begin(self.student, self.metric, self.inner_loop_config, resumed)
 
     def _move_student(self) -> None:
-        """Move the student to the trainer's device."""
-        here, there = self.student.device, PartialState().device
-        if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
-            self.student.to(there)
+        self._move(self.placement.move_in)
+
+    def _move(self, move: Callable[[Student], None]) -> None:
+        """Move the student. It is the same student afterwards, with the same value of the metric."""
+        start = self._start
+        same = start is not None and start[0] == _identity(self.student, self.metric)
+        move(self.student)
+        if same:
+            self._start = _identity(self.student, self.metric), start[1]  # type: ignore[index]
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -224,14 +240,9 @@ class DPGReward:
         reader = replace(self.student_text, tokenizer=self.processing_class)
         readings = reader.read(prompts, completions, completion_ids)
         return [
-            Sample(prompt, reading, self._example(prompt, reading.completion), own)
+            Sample(prompt, reading, _example(prompt, reading.completion, self.train_on), own)
             for prompt, reading, own in zip(prompts, readings, ids, strict=True)
         ]
-
-    def _example(self, prompt: Text, completion: Text) -> Any:
-        if self.train_on == "prompt_completion":
-            return {"prompt": prompt, "completion": completion}
-        return completion_text(completion)
 
     def _score(self, datasets: list[list[Sample]]) -> dict[int, ScoredDataset]:
         """Score this rank's part of the datasets. The results are by index of the dataset."""
@@ -240,17 +251,19 @@ class DPGReward:
         self._num_verifiable += self.verify_steps > 0
         self._move_student()
         mine = range(state.process_index, len(datasets), state.num_processes)
-        return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
+        try:
+            return {index: self._score_dataset(datasets[index], verify=due and index == 0) for index in mine}
+        finally:
+            self._move(self.placement.move_out)
 
     def _score_dataset(self, samples: list[Sample], verify: bool) -> ScoredDataset:
         fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config)
-        parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
-        start = (self.student, parameters, self.metric)
+        start = _identity(self.student, self.metric)
         metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
         try:
             output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
         except FloatingPointError as error:
-            raise FloatingPointError(self._locate(error, samples)) from error
+            raise FloatingPointError(located(error, samples, self._step)) from error
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
@@ -266,16 +279,6 @@ class DPGReward:
             verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
-
-    def _locate(self, error: FloatingPointError, samples: list[Sample]) -> str:
-        """The message of an error, with step, rank and sample."""
-        step = "" if self._step is None else f"step {self._step} of the generator, "
-        message = f"Reward of {step}rank {PartialState().process_index}: {error}"
-        if isinstance(error, NotFiniteError):
-            row = error.rows[0]
-            text = "".join(piece.text for piece in samples[row].reading.pieces)
-            message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
-        return message
 
     def _batch(self, samples: list[Sample], places: list[list[int]], scored: list[ScoredDataset]) -> ScoredBatch:
         """The results of all datasets as one batch, in the order of the completions."""
@@ -356,6 +359,17 @@ def _check_combination(
         raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
     if verify_steps and config.attribution == "dataset":
         raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
+
+
+def _identity(student: Student, metric: Callable) -> tuple:
+    """What the metric's value before the fine-tuning depends on."""
+    return student, [(parameter.data_ptr(), parameter._version) for parameter in student.model.parameters()], metric
+
+
+def _example(prompt: Text, completion: Text, train_on: str) -> Any:
+    if train_on == "prompt_completion":
+        return {"prompt": prompt, "completion": completion}
+    return completion_text(completion)
 
 
 def _text(prompt: Text) -> str:

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from accelerate import PartialState
 from torch import Tensor
 
 from .metagradients import MetagradientOutput
+from .metagradients.config import NotFiniteError
 from .student_text import Reading, Text
 
 
@@ -77,3 +79,14 @@ def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list
             "num_generations_eval in evaluation)."
         )
     return [list(range(k, len(prompts), num_generations)) for k in range(num_generations)]
+
+
+def located(error: FloatingPointError, samples: list[Sample], step: int | None) -> str:
+    """The message of an error in a dataset, with the trainer's step, the rank and the first sample."""
+    before = "" if step is None else f"step {step} of the generator, "
+    message = f"Reward of {before}rank {PartialState().process_index}: {error}"
+    if isinstance(error, NotFiniteError):
+        row = error.rows[0]
+        text = "".join(piece.text for piece in samples[row].reading.pieces)
+        message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
+    return message
