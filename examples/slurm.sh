@@ -1,9 +1,10 @@
 #!/bin/bash
 # DPG on several nodes of 8 GPUs under SLURM. The job queues itself again until the training is finished.
 #
-#     sbatch examples/slurm.sh --config recipes/new_language/8b.yaml --output_dir runs/8b
+#     sbatch examples/slurm.sh --config recipes/new_language/8b.yaml --output_dir runs/8b \
+#         --per_device_train_batch_size 2 --gradient_accumulation_steps 1
 #
-# ENGINE is an accelerate config, of TRL (multi_gpu, fsdp2, zero2, zero3) or a file.
+# 2 x 16 GPUs are the recipe's batch of 32. ENGINE is an accelerate config, of TRL (multi_gpu, fsdp2, zero2, zero3) or a file.
 #SBATCH --job-name=dpg
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -97,6 +97,13 @@ def test_an_accelerate_config_starts_its_engine(engine, several_nodes, monkeypat
         assert DeepSpeedPlugin().zero_stage == int(engine[-1])
 
 
+def test_one_process_with_a_second_gpu_for_the_student_is_started_by_the_launcher(monkeypatch):
+    """Without it, TRL's trainer sees two GPUs in one process and refuses."""
+    flags = ["--accelerate_config", "multi_gpu", "--num_processes", "1", "--student_device", "cuda:1"]
+    config, command, _ = launch(monkeypatch, *flags, "--config", RECIPE, "--student_offload", "false")
+    assert config.nproc_per_node == 1 and command[-6:-4] == ["--student_device", "cuda:1"]
+
+
 def test_the_slurm_script_starts_every_node_with_its_number(tmp_path, monkeypatch):
     commands = {
         "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$LOG"; fi',
