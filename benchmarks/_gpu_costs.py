@@ -15,11 +15,13 @@ from _side_by_side import _peak, _reset_peak
 from metagradient_vs_sft import head_sum, make_model, padded, sft, timed
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, make_student
 from tests.unroll import relative_error
-from trl_dpg import InnerLoopConfig, Student, metagradient
+from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.metagradients import trajectory
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metagradients.memory import GraphBudget, free_memory
+from trl_dpg.student.placement import Placement
 from trl_dpg.student_arguments import StudentArguments
 from trl_dpg.toy import word_tokenizer
 
@@ -167,6 +169,32 @@ def offload(setting: Setting):
     yield Row(what, f"{with_it}, without it {without}")
     yield Row("time of the copies", f"{more:.2f} s for {copied / 1e9:.1f} GB", value=more)
     yield Row("a copy to pinned memory alone", f"{copy_rate():.1f} GB/s")
+
+
+def placement(setting: Setting):
+    """`student_offload`: the same scores, what is left on the GPU between two rewards, and the seconds of a move."""
+    kept, moved = (DPGReward(make_student(), METRIC, CONFIG, student_offload=offload) for offload in (False, True))
+    for reward in (kept, moved):
+        reward(PROMPTS, TEXTS)
+    found, expected = moved.last_batch.scores, kept.last_batch.scores
+    yield at_most("relative difference of the scores with `student_offload`", relative_error(found, expected), 1e-5)
+    what = "a student of 1B between two rewards"
+    if not setting.cuda:
+        yield needs(what, "CUDA")
+        return
+    before = torch.cuda.memory_allocated()
+    student = Student(LlamaForCausalLM(LlamaConfig(**shape(setting))).to(setting.device))
+    size, place = torch.cuda.memory_allocated() - before, Placement(offload=True)
+    seconds = []
+    for move in (place.move_out, place.move_in):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        move(student)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        if move == place.move_out:
+            yield at_most(f"{what}: left on the GPU / its size", (torch.cuda.memory_allocated() - before) / size, 0.01)
+    yield Row(f"{what}: moves of {size / 1e9:.1f} GB", f"out {seconds[0]:.2f} s, in {seconds[1]:.2f} s")
 
 
 def copy_rate() -> float:

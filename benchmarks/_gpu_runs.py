@@ -178,6 +178,34 @@ def read(path: Path) -> pandas.DataFrame:
     return pandas.read_json(path, lines=True) if path.suffix == ".jsonl" else pandas.read_parquet(path)
 
 
+def engines(setting: Setting):
+    """Three steps of a recipe with sharded generators, against DDP."""
+    what = "Φ of the student in 3 steps: relative difference to DDP"
+    if not setting.cuda or lacks_gpus(setting):
+        yield needs(what, "two GPUs")
+        return
+    found = {}
+    sharded = ["fsdp2", *(["zero2", "zero3"] if importlib.util.find_spec("deepspeed") else [])]
+    for engine in ("multi_gpu", *sharded):
+        output = setting.folder / engine
+        flags = [
+            "--config",
+            str(ROOT / "recipes/pattern_67/mini.yaml"),
+            "--max_steps",
+            "3",
+            "--output_dir",
+            str(output),
+        ]
+        flags += ["--accelerate_config", engine, "--num_processes", "2", "--per_device_train_batch_size", "128"]
+        checked(run(setting, "trl_dpg.cli", "dpg", *flags))
+        logs = pandas.read_json(output / "dpg_log.jsonl", lines=True)
+        found[engine] = torch.tensor(logs["dpg/metric_after"].dropna().to_numpy())
+    for engine in sharded:
+        yield at_most(f"{engine}: {what}", relative_error(found[engine], found["multi_gpu"]), 1e-3)
+    if len(sharded) == 1:
+        yield needs("zero2, zero3", "deepspeed")
+
+
 def vllm(setting: Setting):
     what = "`generate --use_vllm`"
     if importlib.util.find_spec("vllm") is None:

@@ -103,7 +103,9 @@ CHECKS = [  # the most important first
     Check("quickstart", "_gpu_runs:quickstart_language", 40, 70),
     Check("benchmarks", "_gpu_costs:benchmarks", 30, 60),
     Check("two_ranks", "_gpu_runs:two_ranks", 1, 60),
+    Check("placement", "_gpu_costs:placement", 10, 40),
     Check("commands", "_gpu_runs:commands", 1, 120),
+    Check("engines", "_gpu_runs:engines", 1, 240),
     Check("vllm", "_gpu_runs:vllm", 1, 90),
     Check("tests", "_gpu_runs:tests", 90, 150),
 ]

@@ -75,7 +75,8 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
     settings = yaml.safe_load(recipe.read_text())
     tokenizer = toy.character_tokenizer(bos=True)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    models = {"meta-llama/Llama-3.2-1B-Instruct": tiny_llama(tokenizer), "gpt2": tiny_gpt2(tokenizer)}
+    llamas = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+    models = {"gpt2": tiny_gpt2(tokenizer)} | dict.fromkeys(llamas, tiny_llama(tokenizer))
     for hub_id, model in models.items():
         model.save_pretrained(tmp_path / hub_id)
         tokenizer.save_pretrained(tmp_path / hub_id)
@@ -98,6 +99,7 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "lm_eval", lambda **kwargs: LanguageModelingMetric(["some text"]))
     monkeypatch.setattr("trl_dpg.rewards.LanguageIDReward", FakeLanguageID)
     monkeypatch.setattr("trl_dpg.DPGTrainer.train", train)
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", lambda **kwargs: kwargs)
     arguments = ["--model_name_or_path", str(tmp_path / settings["model_name_or_path"])]
     arguments += ["--student_model_name_or_path", str(tmp_path / settings["student_model_name_or_path"])]
     arguments += [
@@ -120,6 +122,9 @@ def test_a_full_recipe_builds_its_trainer(recipe, tmp_path, monkeypatch):
     assert trainer.args.generation_batch_size % settings["student_batch_size"] == 0
     student = trainer.dpg_reward.student
     assert "4-bit" in student.describe() or not settings.get("student_load_in_4bit")
+    if trainer.use_vllm:
+        assert trainer.vllm_generation["mode"] == "colocate" and trainer.vllm_generation["enable_sleep_mode"]
+        assert trainer.dpg_reward.placement.offload
 
 
 class FakeLanguageID:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -355,12 +356,22 @@ def test_the_student_is_moved_where_an_error_reaches_all_processes(monkeypatch):
         inside.pop()
         return result
 
+    @contextmanager
+    def guard(self, name):
+        inside.append(name)
+        yield
+        inside.pop()
+
     moved = []
     for module in (reuse, reward_module):
         monkeypatch.setattr(module, "from_all_ranks", from_all_ranks)
-    monkeypatch.setattr(DPGReward, "_move_student", lambda self: moved.append(list(inside)))
-    DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))(PROMPTS, TEXTS)
-    assert moved == [["Choosing the inner loop's numbers"], ["The DPG reward"]]
+    monkeypatch.setattr(ranks.Ranks, "guard", guard)
+    monkeypatch.setattr(DPGReward, "_move", lambda self, move: moved.append((move.__name__, *inside)))
+    reward = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))
+    moved.clear()
+    reward(PROMPTS, TEXTS)
+    scored = [("move_in", "The DPG reward"), ("move_out", "The DPG reward")]
+    assert moved == [("move_in", "Choosing the inner loop's numbers"), *scored]
 
 
 def replace_steps(args, max_steps):

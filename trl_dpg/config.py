@@ -7,8 +7,9 @@ import torch
 from trl import GRPOConfig
 
 from .redaction import redacted
-from .sampling import check_sampling
+from .sampling import check_sampling, warn_of_truncation
 from .score_client import MAX_WAIT
+from .student.placement import Placement
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
 
@@ -49,6 +50,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
             environment variable `TRL_DPG_SERVER_TOKEN`.
         student_server_max_wait (`float`, *optional*, defaults to `3600.0`):
             Seconds to wait for a server that does not answer.
+        student_offload (`bool`, *optional*, defaults to `False`):
+            Whether the student's weights are in host memory between reward steps, so that generation and update have
+            the GPU for themselves.
 
         > Parameters that control a restart
 
@@ -91,6 +95,10 @@ class DPGConfig(StudentArguments, GRPOConfig):
         default=0,
         metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
     )
+    student_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the student in host memory between reward steps, while the generator has the GPU."},
+    )
     student_server: str | None = field(
         default=None, metadata={"help": "Address of a `trl-dpg serve`, whose student and inner loop are used."}
     )
@@ -117,6 +125,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         if self.train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {self.train_on!r}. Choose 'completion' or 'prompt_completion'.")
         check_sampling(self.temperature, self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            warn_of_truncation(self.top_p, self.top_k, self.min_p, self.repetition_penalty)
+        Placement(self.student_device, self.student_offload)  # raises if they cannot be combined
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, or -1 for num_train_epochs, got {self.max_steps}.")
         StudentText(self.student_text, self.unfinished_thoughts)  # raises if a choice is unknown

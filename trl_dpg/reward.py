@@ -1,8 +1,10 @@
 """The reward of a completion: its effect on the target metric when a student is trained on it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig
-from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .metrics.base import metric_name
 from .ranks import ALONE, Ranks, from_all_ranks
+from .reward_checks import check_combination, check_given, check_not_given
 from .score_client import MAX_WAIT, ScoreClient
 from .scored_batch import (
     Sample,
@@ -24,10 +26,13 @@ from .scored_batch import (
     as_batch,
     figures,
     from_json,
+    located,
+    place,
     split_prompts,
     unit_scale,
 )
 from .student import FinetunedStudent, Student
+from .student.placement import Placement
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text
 from .token_alignment import TokenBytes, hand_over
@@ -54,7 +59,7 @@ class DPGReward:
 
     Args:
         student (`Student`):
-            The student before fine-tuning. It is moved to the trainer's device at the first call.
+            The student before fine-tuning.
         metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
@@ -88,6 +93,12 @@ class DPGReward:
             asks the server.
         server_max_wait (`float`, *optional*, defaults to `3600.0`):
             Seconds to wait for a server that does not answer, or that has too much to do.
+        student_device (`str`, *optional*, defaults to `"auto"`):
+            Where the student is fine-tuned: on the trainer's device (`"auto"`), on `"cpu"`, or on a device such as
+            `"cuda:1"`. It is moved there by each call.
+        student_offload (`bool`, *optional*, defaults to `False`):
+            Whether the student is in host memory between two calls, so that generation and update have the GPU for
+            themselves.
 
     Attributes:
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
@@ -102,8 +113,9 @@ class DPGReward:
 
     Raises:
         `ValueError`:
-            If an option is unknown, if a student or a metric is missing, or given beside `server`, or if the student's
-            tokenizer is slow and `per_token=True`. With the naive baseline (`attribution="dataset"`), also if
+            If an option is unknown, if a student or a metric is missing, or given beside `server`, if this machine has
+            no such `student_device`, or if the student's tokenizer is slow and `per_token=True`. With the naive
+            baseline (`attribution="dataset"`), also if
             `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
             scores of samples or tokens. Nor can it choose an `"auto"`.
     """
@@ -124,18 +136,20 @@ class DPGReward:
         chat_template_kwargs: dict[str, Any] | None = None,
         server: str | None = None,
         server_max_wait: float = MAX_WAIT,
+        student_device: str = "auto",
+        student_offload: bool = False,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
         self.client = None if server is None else ScoreClient(server, server_max_wait)
         if server is None:
-            _check_given(student, metric)
+            check_given(student, metric)
         else:
-            _check_not_given(
+            check_not_given(
                 student=student, metric=metric, inner_loop_config=inner_loop_config, verify_steps=verify_steps or None
             )
         inner_loop_config = inner_loop_config or InnerLoopConfig()
-        _check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
+        check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
         check_scores(inner_loop_config)
         self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
@@ -148,6 +162,7 @@ class DPGReward:
         self.processing_class = processing_class
         self.verify_steps = verify_steps
         self.choice = Choice(tuning_file)
+        self.placement = Placement(student_device, student_offload).checked()
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._ranks: Ranks | None = None  # that score a single dataset together
@@ -156,6 +171,8 @@ class DPGReward:
         self._num_verifiable = 0  # calls with verify_steps > 0
         # Student, the memory and versions of its weights, and metric; and the metric's value there
         self._start: tuple[tuple, float] | None = None
+        if student is not None:
+            self._move(self.placement.move_out)
 
     def __call__(
         self,
@@ -242,14 +259,17 @@ class DPGReward:
             answers = _from_main(lambda: [score([own.example for own in each]) for each in datasets], "The DPG reward")
             return [from_json(answer) for answer in answers]
         batch = self.student, [sample.example for sample in datasets[0]], self.metric
-        self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, self._move_student)
+        move_in = partial(self._move, self.placement.move_in)
+        self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, prepare=move_in)
         return self._score(datasets)
 
-    def _move_student(self) -> None:
-        """Move the student to the trainer's device."""
-        here, there = self.student.device, PartialState().device
-        if here.type != there.type or (there.type == "cuda" and there.index not in (None, here.index)):
-            self.student.to(there)
+    def _move(self, move: Callable[[Student], None]) -> None:
+        """Move the student. It is the same student afterwards, with the same value of the metric."""
+        start = self._start
+        same = start is not None and start[0] == _identity(self.student, self.metric)
+        move(self.student)
+        if same:
+            self._start = _identity(self.student, self.metric), start[1]  # type: ignore[index]
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -266,14 +286,9 @@ class DPGReward:
         reader = replace(self.student_text, tokenizer=self.processing_class)
         readings = reader.read(prompts, completions, completion_ids)
         return [
-            Sample(prompt, reading, self._example(prompt, reading.completion), own)
+            Sample(prompt, reading, _example(prompt, reading.completion, self.train_on), own)
             for prompt, reading, own in zip(prompts, readings, ids, strict=True)
         ]
-
-    def _example(self, prompt: Text, completion: Text) -> Any:
-        if self.train_on == "prompt_completion":
-            return {"prompt": prompt, "completion": completion}
-        return completion_text(completion)
 
     def _score(self, datasets: list[list[Sample]]) -> list[ScoredDataset]:
         """The results of all datasets: of one by all ranks together, of several by one rank each."""
@@ -281,31 +296,38 @@ class DPGReward:
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
         if len(datasets) == 1:
-            self._ranks = self._ranks or Ranks.of_this_run(state.device)
-            with self._ranks.guard("The DPG reward"):
-                self._move_student()
+            self._ranks = self._ranks or Ranks.of_this_run(self.placement.where())
+            with self._ranks.guard("The DPG reward"), self._in_place():
                 return [self._score_dataset(datasets[0], due, self._ranks)]
 
         def score() -> dict[int, ScoredDataset]:
-            self._move_student()
             mine = range(state.process_index, len(datasets), state.num_processes)
-            return {index: self._score_dataset(datasets[index], due and index == 0, ALONE) for index in mine}
+            with self._in_place():
+                return {index: self._score_dataset(datasets[index], due and index == 0, ALONE) for index in mine}
 
         shares = from_all_ranks(score, "The DPG reward")
         everyones = {index: dataset for share in shares for index, dataset in share.items()}
         return [everyones[index] for index in range(len(datasets))]
 
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Context in which the student is where it works."""
+        self._move(self.placement.move_in)
+        try:
+            yield
+        finally:
+            self._move(self.placement.move_out)
+
     def _score_dataset(self, samples: list[Sample], verify: bool, ranks: Ranks) -> ScoredDataset:
         fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config, ranks)
-        parameters = [(parameter.data_ptr(), parameter._version) for parameter in self.student.model.parameters()]
-        start = (self.student, parameters, self.metric)
+        start = _identity(self.student, self.metric)
         metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
         try:
             output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
         except FloatingPointError as error:
-            raise FloatingPointError(self._locate(error, samples)) from error
+            raise FloatingPointError(located(error, samples, self._step)) from error
         except Exception as error:
-            error.add_note(f"This was in the {self._place()}, with the metric {metric_name(self.metric)}.")
+            error.add_note(f"This was in the {place(self._step)}, with the metric {metric_name(self.metric)}.")
             raise
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
@@ -323,19 +345,6 @@ class DPGReward:
         light = replace(output, token_scores=None, samples=[])
         return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
 
-    def _place(self) -> str:
-        step = "" if self._step is None else f"step {self._step} of the generator, "
-        return f"reward of {step}rank {PartialState().process_index}"
-
-    def _locate(self, error: FloatingPointError, samples: list[Sample]) -> str:
-        """The message of an error, with step, rank and sample."""
-        message = f"{self._place().capitalize()}: {error}"
-        if isinstance(error, NotFiniteError):
-            row = error.rows[0]
-            text = "".join(piece.text for piece in samples[row].reading.pieces)
-            message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
-        return message
-
 
 def _from_main(function: Callable[[], T], name: str) -> T:
     """The result of a function on the main process, on all ranks; or its error."""
@@ -343,52 +352,12 @@ def _from_main(function: Callable[[], T], name: str) -> T:
     return results[0]  # type: ignore[return-value]  # the main process is the first
 
 
-def _check_given(student: Student | None, metric: Callable | None) -> None:
-    if student is None:
-        raise ValueError("A student is required: pass `student`, or the address of a score server as `server`.")
-    if not callable(metric):
-        raise ValueError(
-            f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
-        )
-    if student.processing_class is None:
-        raise ValueError("The student has no tokenizer to read completions with. Pass `processing_class` to Student.")
+def _identity(student: Student, metric: Callable) -> tuple:
+    """What the metric's value before the fine-tuning depends on."""
+    return student, [(parameter.data_ptr(), parameter._version) for parameter in student.model.parameters()], metric
 
 
-def _check_not_given(**arguments: Any) -> None:
-    """Refuse what lives in the server."""
-    given = [f"`{name}`" for name, value in arguments.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"With `server`, student, metric and inner loop are those of the server, so {', '.join(given)} would have "
-            "no effect. Leave out `server`, or give them to `trl-dpg serve`."
-        )
-
-
-def _check_combination(
-    student: Student | None,
-    config: InnerLoopConfig,
-    cross_group_batching: bool,
-    num_generations: int | None,
-    verify_steps: int,
-) -> None:
-    """Refuse settings of a reward that cannot be combined."""
-    if cross_group_batching and config.attribution == "dataset":
-        raise ValueError(
-            "attribution='dataset' rewards every completion of a dataset alike, so the generator learns nothing "
-            "from one dataset of all completions. Set cross_group_batching=False."
-        )
-    if not cross_group_batching and num_generations is None:
-        raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
-    if config.per_token:
-        if config.attribution == "dataset":
-            raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
-        if student is not None and not student.processing_class.is_fast:  # type: ignore[union-attr]  # a server has no per_token
-            raise ValueError(
-                f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
-                "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
-                "tokens. Use a fast tokenizer, or per_token=False."
-            )
-    if verify_steps < 0:
-        raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
-    if verify_steps and config.attribution == "dataset":
-        raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
+def _example(prompt: Text, completion: Text, train_on: str) -> Any:
+    if train_on == "prompt_completion":
+        return {"prompt": prompt, "completion": completion}
+    return completion_text(completion)

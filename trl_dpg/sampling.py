@@ -2,6 +2,11 @@
 
 import math
 
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
 
 def check_sampling(
     temperature: float, top_p: float | None, top_k: int | None, min_p: float | None, repetition_penalty: float | None
@@ -23,4 +28,31 @@ def check_sampling(
     if repetition_penalty is not None and not 0 < repetition_penalty < math.inf:
         raise ValueError(
             f"repetition_penalty must be positive and finite, got {repetition_penalty}. 1 changes nothing."
+        )
+
+
+def warn_of_truncation(
+    top_p: float | None, top_k: int | None, min_p: float | None, repetition_penalty: float | None
+) -> None:
+    """
+    Warn of settings that bias TRL's importance ratio. `None` switches a filter off.
+
+    TRL multiplies a token's loss by its probability under the trained model, divided by that under vLLM. With a
+    filter, vLLM gives the probability among the tokens that are left. The trainer gives that among all tokens.
+    """
+    set_ = [
+        f"{name}={value}"
+        for name, value, neutral in (
+            ("top_p", top_p, (None, 1)),
+            ("top_k", top_k, (None, 0)),
+            ("min_p", min_p, (None, 0)),
+            ("repetition_penalty", repetition_penalty, (None, 1)),
+        )
+        if value not in neutral
+    ]
+    if set_:
+        logger.warning(
+            f"use_vllm with {', '.join(set_)}: vLLM samples from a changed distribution and returns its "
+            "probabilities, while the trainer computes those of the model itself. This biases TRL's importance ratio, "
+            "and with it the update. Set top_p=1, top_k=0, min_p=0 and repetition_penalty=1; temperature is safe."
         )

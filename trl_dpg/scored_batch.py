@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from .metagradients import InnerLoopConfig, MetagradientOutput
+from .metagradients.config import NotFiniteError
 from .student_text import Piece, Reading, Text
 from .text import completion_text, message_text
 
@@ -202,3 +203,19 @@ def _in_order(places: list[list[int]], datasets: list[list[T]]) -> list[T]:
     """One list with the values of all datasets' samples, in the order of the batch."""
     by_place = dict(zip(chain(*places), chain(*datasets), strict=True))
     return [by_place[place] for place in range(len(by_place))]
+
+
+def place(step: int | None) -> str:
+    """Where a reward was computed: at the trainer's step, and on this rank."""
+    before = "" if step is None else f"step {step} of the generator, "
+    return f"reward of {before}rank {PartialState().process_index}"
+
+
+def located(error: FloatingPointError, samples: list[Sample], step: int | None) -> str:
+    """The message of an error in a dataset, with the trainer's step, the rank and the first sample."""
+    message = f"{place(step).capitalize()}: {error}"
+    if isinstance(error, NotFiniteError):
+        row = error.rows[0]
+        text = "".join(piece.text for piece in samples[row].reading.pieces)
+        message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"
+    return message

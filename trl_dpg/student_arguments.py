@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from .metagradients import InnerLoopConfig
 from .student import Student
 from .student.head import head_names
+from .student.placement import Placement
 
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class StudentArguments:
             Path or Hub id of the student, used when the `student` argument of the [`DPGTrainer`] is `None`.
         student_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for the student.
+        student_device (`str`, *optional*, defaults to `"auto"`):
+            Where the student is fine-tuned: on the process's own device (`"auto"`), on `"cpu"`, or on a device such as
+            `"cuda:1"`.
         student_load_in_4bit (`bool`, *optional*, defaults to `False`):
             Load the student's base in 4 bits (bitsandbytes). Needs `student_use_peft`.
         student_bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`):
@@ -128,6 +132,10 @@ class StudentArguments:
     )
     student_model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the student."}
+    )
+    student_device: str = field(
+        default="auto",
+        metadata={"help": "Where the student is fine-tuned: 'auto' (the process's device), 'cpu', or e.g. 'cuda:1'."},
     )
     student_load_in_4bit: bool = field(
         default=False, metadata={"help": "Load the student's base in 4 bits (bitsandbytes). Needs `student_use_peft`."}
@@ -225,6 +233,7 @@ class StudentArguments:
             self.inner_loop_config()
         except ValueError as error:
             raise ValueError(f"The student's fine-tuning (arguments `student_...`): {error}") from error
+        Placement(self.student_device)  # raises if it is no device
         if self.student_lora_r < 1:
             raise ValueError(f"student_lora_r must be at least 1, got {self.student_lora_r}.")
         if self.seed < 0:
@@ -304,12 +313,14 @@ class StudentArguments:
     ) -> Student:
         """Load the student. Arguments that are given override the fields of this configuration."""
         set_seed(self.seed)  # the initial adapters are random
+        model = model or self.student_model_name_or_path
         return Student(
-            model or self.student_model_name_or_path,  # type: ignore[arg-type]
+            model,  # type: ignore[arg-type]
             processing_class=processing_class,
             peft_config=peft_config or self.student_peft_config(),
             quantization_config=quantization_config or self.student_quantization_config(model),
             model_init_kwargs=self.student_model_init_kwargs,  # type: ignore[arg-type]  # a dict once parsed
+            device=Placement(self.student_device).where() if isinstance(model, str) else None,
         )
 
 

@@ -40,6 +40,20 @@ SHORT_RUN = 200
 """Up to this number of steps, GRPO's default learning rate gets a warning."""
 
 
+OF_THE_REWARD = (
+    "cross_group_batching",
+    "num_generations",
+    "train_on",
+    "verify_steps",
+    "student_text",
+    "unfinished_thoughts",
+    "chat_template_kwargs",
+    "student_device",
+    "student_offload",
+)
+"""Fields of [`DPGConfig`] that are arguments of [`DPGReward`]."""
+
+
 class DPGTrainer(GRPOTrainer):
     """
     Trainer for Dataset Policy Gradients (Thrush et al., arXiv 2604.08423).
@@ -142,14 +156,8 @@ class DPGTrainer(GRPOTrainer):
         self.fresh_students: dict[str, dict] = {}
         self.dpg_reward = DPGReward(
             **scorer,
-            cross_group_batching=args.cross_group_batching,
-            num_generations=args.num_generations,
-            train_on=args.train_on,
-            verify_steps=args.verify_steps,
             tuning_file=Path(args.output_dir) / TUNING_NAME,
-            student_text=args.student_text,
-            unfinished_thoughts=args.unfinished_thoughts,
-            chat_template_kwargs=args.chat_template_kwargs,
+            **{name: vars(args)[name] for name in OF_THE_REWARD},
         )
 
         super().__init__(

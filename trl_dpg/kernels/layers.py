@@ -1,6 +1,6 @@
 """
 Replaces RMSNorm layers and rotary embeddings of transformers by one operation each, whose derivatives take fewer
-elementwise passes.
+elementwise passes, and keeps DeepSpeed's linear layer out.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,9 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
     Context in which RMSNorm layers call `rms_norm`, which [`TwiceDifferentiable`] replaces, and in which rotary
     embeddings are one operation. The results are the same up to rounding.
 
+    DeepSpeed ZeRO-3 replaces `torch.nn.functional.linear` in the whole process by its own function, which the sweeps
+    do not know. In the context, it is torch's own.
+
     In transformers, every model family has its own RMSNorm. Most of them compute the same. Those that do not (Gemma's)
     are not changed.
     """
@@ -38,11 +41,14 @@ def lean_layers(model: nn.Module) -> Iterator[None]:
         layer.forward = forwards[layer]
     rotary = lean_rotary(model)
     usual = {code: code.apply_rotary_pos_emb for code in rotary}
+    linear = F.linear
     try:
+        F.linear = torch._C._nn.linear
         for code, function in rotary.items():
             code.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
         yield
     finally:
+        F.linear = linear
         for code, function in usual.items():
             code.apply_rotary_pos_emb = function  # type: ignore[attr-defined]
         for layer in changed:

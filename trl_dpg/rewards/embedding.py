@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..student.loading import loading_whole
 from ..text import completion_text
 from .base import reference_texts
 
@@ -51,7 +52,8 @@ class EmbeddingSimilarityReward:
                 "EmbeddingSimilarityReward needs sentence-transformers: pip install 'trl-dpg[rewards]'"
             ) from error
         references = reference_texts(references)
-        self.model = SentenceTransformer(model) if isinstance(model, str) else model
+        with loading_whole():
+            self.model = SentenceTransformer(model) if isinstance(model, str) else model
         self.batch_size = batch_size
         mean = self._embed(references).mean(axis=0)
         self.direction = mean / np.linalg.norm(mean)  # [D]

@@ -18,6 +18,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         `ValueError`: For the reasons that [`Student`] lists.
     """
+    _check_is_whole(model)
     active = active_dropout(model)
     if active:
         name, value = next(iter(active.items()))
@@ -67,6 +68,16 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"The student is spread over {sorted(map(str, devices))}. It must be on one device: load it without "
             '`device_map="auto"`.'
+        )
+
+
+def _check_is_whole(model: nn.Module) -> None:
+    sharded = next((name for name, parameter in model.named_parameters() if parameter.numel() == 0), None)
+    if sharded is not None:
+        raise ValueError(
+            f"The student's parameter {sharded!r} is empty: DeepSpeed ZeRO-3 has sharded the model while it was "
+            "loaded. Pass its path or Hub id, from which the student is loaded whole, or load it before you create "
+            "the training arguments."
         )
 
 

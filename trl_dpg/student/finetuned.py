@@ -68,6 +68,7 @@ class FinetunedStudent:
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
                     pad_token_id=self.student.pad_token_id,
+                    synced_gpus=False,  # under ZeRO-3, it would wait for the other ranks
                 ),
             )
         return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

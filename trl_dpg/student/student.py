@@ -13,14 +13,13 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..kernels.cross_entropy import linear_cross_entropy
 from .checks import bnb_modules, check_4bit_gradients, check_model, is_packed_for_cpu, switch_off_dropout
 from .effective_weight import effective_weight
 from .head import is_linear_head, linear_factors, standing_aside
-from .loading import load_pretrained
-from .tokenization import Batch, Examples, SampleReader, TokenizedExample, collate
+from .loading import load_pretrained, loading_whole
+from .tokenization import Batch, Examples, SampleReader, TokenizedExample, collate, pad_token_id
 
 
 if TYPE_CHECKING:
@@ -78,12 +77,14 @@ class Student:
             Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for a path or Hub id.
         disable_dropout (`bool`, *optional*, defaults to `False`):
             Whether to set every dropout probability of a loaded model to zero. Otherwise, active dropout is an error.
+        device (`str` or `torch.device`, *optional*):
+            Where a path or Hub id is loaded. The process's own device when `None`.
 
     Raises:
         `ValueError`:
             If nothing is trainable, dropout is active, the tokenizer has neither a pad nor an eos token, the base is
             quantised without adapters or to 8 bits, an adapter is DoRA or merged, gradient checkpointing is
-            reentrant, or the model lies on several devices.
+            reentrant, or the model is sharded or lies on several devices.
     """
 
     def __init__(
@@ -94,23 +95,20 @@ class Student:
         quantization_config: "BitsAndBytesConfig | None" = None,
         model_init_kwargs: dict[str, Any] | None = None,
         disable_dropout: bool = False,
+        device: torch.device | str | None = None,
     ):
         if isinstance(model, str):
-            if is_deepspeed_zero3_enabled():
-                raise ValueError(
-                    f"DeepSpeed ZeRO-3 would shard the student while it is loaded from {model!r}. Use ZeRO-2, or "
-                    "load the model before you create the training arguments, and pass the model."
-                )
-            device = PartialState().device
+            device = PartialState().device if device is None else torch.device(device)
             init_kwargs = {"dtype": torch.float32, "device_map": {"": device}, **(model_init_kwargs or {})}
             if quantization_config is not None:
                 init_kwargs["quantization_config"] = quantization_config
-            model = load_pretrained(AutoModelForCausalLM, model, "the student", **init_kwargs)
+            with loading_whole():
+                model = load_pretrained(AutoModelForCausalLM, model, "the student", **init_kwargs)
             switch_off_dropout(model)
-        elif quantization_config is not None or model_init_kwargs is not None:
+        elif quantization_config is not None or model_init_kwargs is not None or device is not None:
             raise ValueError(
-                f"`quantization_config` and `model_init_kwargs` apply while a model is loaded, but the student is an "
-                f"already loaded {type(model).__name__}. Pass its path or Hub id instead."
+                "`quantization_config`, `model_init_kwargs` and `device` apply while a model is loaded, but the "
+                f"student is an already loaded {type(model).__name__}. Pass its path or Hub id instead."
             )
         if processing_class is None and model.config._name_or_path:
             processing_class = load_pretrained(AutoTokenizer, model.config._name_or_path, "the student's tokenizer")
@@ -121,13 +119,14 @@ class Student:
                     "without adapters, or no `peft_config`."
                 )
             # A copy, because PEFT writes the resolved target modules into the config
-            model = get_peft_model(model, copy.deepcopy(peft_config))
+            with loading_whole():
+                model = get_peft_model(model, copy.deepcopy(peft_config))
         if disable_dropout:
             switch_off_dropout(model)
 
         self.model = model
         self.processing_class = processing_class
-        self.pad_token_id = self._resolve_pad_token_id()
+        self.pad_token_id = pad_token_id(processing_class)
         self._look_at_model()
 
     def _look_at_model(self) -> None:
@@ -141,18 +140,6 @@ class Student:
         """Find the trainable parameters anew, if modules of the model were replaced since. Every sweep begins so."""
         if _layout(self.model) != self._layout:
             self._look_at_model()
-
-    def _resolve_pad_token_id(self) -> int:
-        if self.processing_class is None:
-            return 0
-        if self.processing_class.pad_token_id is not None:
-            return self.processing_class.pad_token_id
-        if self.processing_class.eos_token_id is not None:
-            return self.processing_class.eos_token_id
-        raise ValueError(
-            f"The student's tokenizer ({type(self.processing_class).__name__}) has neither a pad nor an eos token. "
-            "Set `processing_class.pad_token` to any token. Padding is masked."
-        )
 
     @property
     def device(self) -> torch.device:

@@ -279,3 +279,17 @@ def collate(examples: Sequence[TokenizedExample], pad_token_id: int, device: tor
         labels.flatten()[targets].to(device),
         targets.to(device),
     )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The token that fills batches up. It is masked."""
+    if tokenizer is None:
+        return 0
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
+    raise ValueError(
+        f"The student's tokenizer ({type(tokenizer).__name__}) has neither a pad nor an eos token. "
+        "Set `processing_class.pad_token` to any token. Padding is masked."
+    )

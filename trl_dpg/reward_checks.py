@@ -1,0 +1,58 @@
+"""Refuses arguments of a reward that are missing, or that cannot be combined."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .metagradients import InnerLoopConfig
+from .student import Student
+
+
+def check_given(student: Student | None, metric: Callable | None) -> None:
+    if student is None:
+        raise ValueError("A student is required: pass `student`, or the address of a score server as `server`.")
+    if not callable(metric):
+        raise ValueError(
+            f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
+        )
+    if student.processing_class is None:
+        raise ValueError("The student has no tokenizer to read completions with. Pass `processing_class` to Student.")
+
+
+def check_not_given(**arguments: Any) -> None:
+    """Refuse what lives in the server."""
+    given = [f"`{name}`" for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"With `server`, student, metric and inner loop are those of the server, so {', '.join(given)} would have "
+            "no effect. Leave out `server`, or give them to `trl-dpg serve`."
+        )
+
+
+def check_combination(
+    student: Student | None,
+    config: InnerLoopConfig,
+    cross_group_batching: bool,
+    num_generations: int | None,
+    verify_steps: int,
+) -> None:
+    """Refuse settings of a reward that cannot be combined."""
+    if cross_group_batching and config.attribution == "dataset":
+        raise ValueError(
+            "attribution='dataset' rewards every completion of a dataset alike, so the generator learns nothing "
+            "from one dataset of all completions. Set cross_group_batching=False."
+        )
+    if not cross_group_batching and num_generations is None:
+        raise ValueError("cross_group_batching=False needs num_generations, the trainer's completions per prompt.")
+    if config.per_token:
+        if config.attribution == "dataset":
+            raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
+        if student is not None and not student.processing_class.is_fast:  # type: ignore[union-attr]  # a server has no per_token
+            raise ValueError(
+                f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
+                "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
+                "tokens. Use a fast tokenizer, or per_token=False."
+            )
+    if verify_steps < 0:
+        raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
+    if verify_steps and config.attribution == "dataset":
+        raise ValueError("attribution='dataset' computes no scores of samples to verify. Set verify_steps=0.")
