@@ -269,7 +269,8 @@ class DPGReward:
             agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
             verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
-        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
+        counts = output.num_empty, output.num_truncated
+        return ScoredDataset(light, *counts, tokens, token_scores, verified, self.student.micro_batch_size)
 
     def _place(self) -> str:
         step = "" if self._step is None else f"step {self._step} of the generator, "
@@ -325,6 +326,9 @@ class DPGReward:
         for name in outputs[0].part_scores:
             parts = torch.cat([output.part_scores[name] for output in outputs]).double()
             figures[f"score/std/{name}"] = parts.std(correction=0).item()
+        halved = [dataset.micro_batch_size for dataset in scored if dataset.micro_batch_size is not None]
+        if halved:
+            figures["student_micro_batch_size"] = float(min(halved))
         if self.inner_loop_config.attribution != "dataset":
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:

@@ -53,7 +53,8 @@ class ScoredDataset(NamedTuple):
     """
     The results of a dataset, as they are sent to all ranks: scores and figures, without the samples.
 
-    With `per_token=True`, also the generator's tokens and their scores.
+    With `per_token=True`, also the generator's tokens and their scores. After the student was out of memory, also the
+    micro-batch size that fits.
     """
 
     output: MetagradientOutput
@@ -62,6 +63,7 @@ class ScoredDataset(NamedTuple):
     tokens: list[list[str]]
     token_scores: list[Tensor]
     verified: dict[str, float]
+    micro_batch_size: int | None
 
 
 def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import InnerLoopConfig
 from .host_memory import keep_freed_memory
+from .out_of_memory import within_memory
 from .trajectory import Trajectory, forward_sweep
 
 
@@ -47,8 +49,16 @@ class FineTuning:
             keep_freed_memory()
         self.student, self.examples, self.config = student, examples, config
         self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
+        self.plan()
+
+    def plan(self) -> None:
+        """Plan the steps. Micro-batches have at most the size that fitted into memory before."""
+        known = self.student.micro_batch_size
+        if known is not None:
+            size = min(known, self.config.micro_batch_size or self.config.batch_size)
+            self.config = replace(self.config, micro_batch_size=size)
         with modes(self.student):
-            self.steps = plan_steps(student, self.samples, config)
+            self.steps = plan_steps(self.student, self.samples, self.config)
 
     @property
     def samples_are_identical(self) -> bool:
@@ -72,7 +82,7 @@ class FineTuning:
 
     def theta(self, weights: Tensor) -> Tensor:
         """θ_T(w) of shape `[P]`, for w of shape `[N]`."""
-        return self.sweep(weights, keep_states=False).theta
+        return within_memory(self, lambda: self.sweep(weights, keep_states=False).theta)
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""

@@ -17,6 +17,7 @@ from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes
 from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
 from .gradient import check_attention
+from .out_of_memory import within_memory
 from .reverse import reverse_sweep
 from .trajectory import Trajectory
 
@@ -147,6 +148,8 @@ def metagradient(student, examples, metric, config=None, weights=None, metric_be
             derivative, or if its 4-bit layers disagree with their dequantised weights.
         `FloatingPointError`:
             If a loss, the metric or a score is not finite. The message names the likely cause.
+        `NotEnoughMemory`:
+            If a single sample needs too much memory. Until then, micro-batches are halved, see [`within_memory`].
     """
     check_metrics(metric)
     fine_tuning = FineTuning(student, examples, config or InnerLoopConfig())
@@ -165,11 +168,15 @@ def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=N
             raise ValueError(
                 f"`metric_before` must be a dictionary with names of the metrics {list(metric)}, got {before!r}."
             )
-        return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
+        return MetagradientOutputs(
+            within_memory(fine_tuning, lambda: _differentiate(fine_tuning, metric, weights, before, score_parts))
+        )
     if isinstance(metric_before, Mapping):
         raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
     known = {} if metric_before is None else {None: metric_before}
-    return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+    return within_memory(
+        fine_tuning, lambda: _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+    )
 
 
 def _differentiate(
