@@ -14,6 +14,7 @@ COMMANDS = {
     "teach": "Sample a dataset from a strong model behind an OpenAI-compatible API.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "verify": "Test whether the scores of a set-up can be trusted.",
+    "memory": "Predict the memory of a training, and say what to change if it does not fit.",
     "tune": "Choose the student's learning rate and eps_root.",
     "lengths": "Report the lengths of a dataset's reasoning, and fit targets to them.",
     "mix": "Choose samples with the lengths of a target, and mix datasets.",
