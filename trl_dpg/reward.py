@@ -16,6 +16,7 @@ from .metagradients import InnerLoopConfig
 from .metagradients.config import NotFiniteError
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
+from .metagradients.out_of_memory import size_that_fits
 from .metrics.base import metric_name
 from .ranks import from_all_ranks
 from .scored_batch import Sample, ScoredBatch, ScoredDataset, split_prompts
@@ -258,7 +259,7 @@ class DPGReward:
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
-        verified = {}
+        further = size_that_fits(self.student)
         if self.inner_loop_config.per_token:
             if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
                 self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
@@ -267,10 +268,9 @@ class DPGReward:
         if verify:
             directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
             agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
-            verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
+            further |= {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
-        counts = output.num_empty, output.num_truncated
-        return ScoredDataset(light, *counts, tokens, token_scores, verified, self.student.micro_batch_size)
+        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, further)
 
     def _place(self) -> str:
         step = "" if self._step is None else f"step {self._step} of the generator, "
@@ -326,9 +326,6 @@ class DPGReward:
         for name in outputs[0].part_scores:
             parts = torch.cat([output.part_scores[name] for output in outputs]).double()
             figures[f"score/std/{name}"] = parts.std(correction=0).item()
-        halved = [dataset.micro_batch_size for dataset in scored if dataset.micro_batch_size is not None]
-        if halved:
-            figures["student_micro_batch_size"] = float(min(halved))
         if self.inner_loop_config.attribution != "dataset":
             figures["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
         for name in outputs[0].proxies:
@@ -336,7 +333,7 @@ class DPGReward:
         mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
         for name in outputs[0].seconds:
             figures[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
-        return figures | scored[0].verified
+        return figures | scored[0].further
 
 
 def _check_combination(

@@ -53,8 +53,7 @@ class ScoredDataset(NamedTuple):
     """
     The results of a dataset, as they are sent to all ranks: scores and figures, without the samples.
 
-    With `per_token=True`, also the generator's tokens and their scores. After the student was out of memory, also the
-    micro-batch size that fits.
+    With `per_token=True`, also the generator's tokens and their scores. `further` are figures that not every step has.
     """
 
     output: MetagradientOutput
@@ -62,8 +61,7 @@ class ScoredDataset(NamedTuple):
     num_truncated: int
     tokens: list[list[str]]
     token_scores: list[Tensor]
-    verified: dict[str, float]
-    micro_batch_size: int | None
+    further: dict[str, float]
 
 
 def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list[int]]:

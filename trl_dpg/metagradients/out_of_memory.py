@@ -1,15 +1,14 @@
 """Out of memory in a fine-tuning: smaller micro-batches, and the same numbers."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers.utils import logging
 
+from ..student import Student
 
-if TYPE_CHECKING:
-    from .fine_tuning import FineTuning
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -24,7 +23,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def within_memory(fine_tuning: "FineTuning", run: Callable[[], T], agree: Callable[[bool], bool] = bool) -> T:
+def within_memory(fine_tuning: Any, run: Callable[[], T], agree: Callable[[bool], bool] = bool) -> T:
     """
     Call `run`, and again with half of the micro-batch size each time that the memory does not suffice.
 
@@ -68,3 +67,8 @@ def within_memory(fine_tuning: "FineTuning", run: Callable[[], T], agree: Callab
         )
         fine_tuning.student.micro_batch_size = size
         fine_tuning.plan()
+
+
+def size_that_fits(student: Student) -> dict[str, float]:
+    """For logs: the micro-batch size of a student that was out of memory before. Otherwise empty."""
+    return {} if student.micro_batch_size is None else {"student_micro_batch_size": float(student.micro_batch_size)}
