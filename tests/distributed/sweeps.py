@@ -15,9 +15,12 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 import tests.conftest  # noqa: F401  (one thread, offline)
+from tests import test_memory
 from tests.tiny import make_model, make_samples, make_tokenizer
 from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
 from trl_dpg.evaluation import evaluate_dataset
+from trl_dpg.memory import StudentMemory, StudentTraces
+from trl_dpg.memory.live_bytes import LiveBytes
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.ranks import ALONE, Ranks
@@ -72,6 +75,23 @@ def kept_bytes(config, ranks):
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
+def peaks(folder, group):
+    """The predicted peak of a rank's tensors, and the largest that there was."""
+    found = {}
+    number = dist.get_world_size(group)
+    for name, settings in {"one step": dict(batch_size=32), "four steps": dict(batch_size=8, memory_budget=0)}.items():
+        config = InnerLoopConfig(**settings)
+        traces = StudentTraces(test_memory.planned_student("full"), test_memory.LENGTH, False)
+        planned = StudentMemory(traces, config, 32, test_memory.METRIC, test_memory.GIGABYTE, number)
+        own = test_memory.real_student("full", folder / f"peaks-{dist.get_rank()}", test_memory.LLAMA)
+        arguments = dict(metric=test_memory.METRIC, process_group=group)
+        metagradient(own, test_memory.data(number), config=InnerLoopConfig(), **arguments)  # checks that are made once
+        with LiveBytes(own.model.parameters()) as live:
+            metagradient(own, test_memory.data(32), config=config, **arguments)
+        found[name] = [max(phase.total for phase in planned.phases()), live.peak]
+    return found
+
+
 def equal_scores(folder):
     rank, groups = dist.get_rank(), {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     if rank == 0:
@@ -106,6 +126,7 @@ def equal_scores(folder):
     results["attribute"] = [attribute(own, SAMPLES * 2, **chunked).scores.tolist(), shared.scores.tolist()]
     verified = verify(own, SAMPLES, METRIC, FOUR, num_directions=4, try_remedies=False, process_group=groups[4])
     results["verify"] = {check.name: check.value for check in verified.checks}
+    results["peaks"] = peaks(folder, groups[4])
     texts = [" ".join(f"w{k * j % 50}" for j in range(2, 6)) for k in range(8)]
     fine = replace(CONFIG, batch_size=4, learning_rate=1e-2)
     results["evaluate"] = evaluate_dataset(
@@ -136,11 +157,9 @@ def errors():
         model.lm_head.requires_grad_(True)
         metagradient(Student(model, TOKENIZER), SAMPLES, METRIC, FOUR, process_group=group)
 
-    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     calls = dict(
         first=lambda: score(metric=Failing(RuntimeError("no benchmark"), 1)),
         second=lambda: score(metric=Failing(KeyError("no row"), 2)),
-        memory=lambda: score(metric=Failing(memory, 2)),
         text=lambda: score(samples=[*SAMPLES[:-1], {"input_ids": [-1 if rank == 1 else 1, 2]}]),
         samples=lambda: score(samples=SAMPLES[: 12 - rank]),
         settings=lambda: score(config=replace(FOUR, learning_rate=1e-3 * (1 + rank))),
@@ -154,7 +173,9 @@ def errors():
         except Exception as error:
             results[name] = repr(error)
     score()  # nothing is out of step after the errors
-    return results
+    own, memory = Student(make_model(scale=1.0), TOKENIZER), torch.OutOfMemoryError("CUDA out of memory.")
+    out = metagradient(own, SAMPLES, Failing(memory, 2), ONE, process_group=group)
+    return results | {"out of memory": [own.micro_batch_size, out.scores.tolist()]}
 
 
 def killed(folder, phase):
