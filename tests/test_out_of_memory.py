@@ -127,5 +127,5 @@ def test_the_memory_of_a_failed_attempt_is_freed():
         if len(seen) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    within_memory(fine_tuning, run)
+    within_memory(fine_tuning, run, "The test")
     assert seen == [0, 0, 0]

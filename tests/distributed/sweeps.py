@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import tests.conftest  # noqa: F401  (one thread, offline)
 from tests import test_memory
@@ -75,7 +75,7 @@ def kept_bytes(config, ranks):
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def peaks(folder, group):
+def peaks(group):
     """The predicted peak of a rank's tensors, and the largest that there was."""
     found = {}
     number = dist.get_world_size(group)
@@ -83,7 +83,7 @@ def peaks(folder, group):
         config = InnerLoopConfig(**settings)
         traces = StudentTraces(test_memory.planned_student("full"), test_memory.LENGTH, False)
         planned = StudentMemory(traces, config, 32, test_memory.METRIC, test_memory.GIGABYTE, number)
-        own = test_memory.real_student("full", folder / f"peaks-{dist.get_rank()}", test_memory.LLAMA)
+        own = Student(AutoModelForCausalLM.from_config(test_memory.LLAMA), disable_dropout=True)
         arguments = dict(metric=test_memory.METRIC, process_group=group)
         metagradient(own, test_memory.data(number), config=InnerLoopConfig(), **arguments)  # checks that are made once
         with LiveBytes(own.model.parameters()) as live:
@@ -126,7 +126,7 @@ def equal_scores(folder):
     results["attribute"] = [attribute(own, SAMPLES * 2, **chunked).scores.tolist(), shared.scores.tolist()]
     verified = verify(own, SAMPLES, METRIC, FOUR, num_directions=4, try_remedies=False, process_group=groups[4])
     results["verify"] = {check.name: check.value for check in verified.checks}
-    results["peaks"] = peaks(folder, groups[4])
+    results["peaks"] = peaks(groups[4])
     texts = [" ".join(f"w{k * j % 50}" for j in range(2, 6)) for k in range(8)]
     fine = replace(CONFIG, batch_size=4, learning_rate=1e-2)
     results["evaluate"] = evaluate_dataset(

@@ -65,10 +65,10 @@ class FineTuning:
 
     def plan(self) -> None:
         """Plan the steps. Micro-batches have at most the size that fitted into memory before."""
-        known = self.student.micro_batch_size
-        if known is not None:
-            size = min(known, self.config.micro_batch_size or self.config.batch_size)
-            self.config = replace(self.config, micro_batch_size=size)
+        size = self.config.micro_batch_size or self.config.batch_size
+        known = self.ranks.least(self.student.micro_batch_size or size)
+        if known < size:
+            self.config = replace(self.config, micro_batch_size=known)
         with modes(self.student):
             self.steps = plan_steps(self.student, self.samples, self.config, self.ranks)
 
@@ -106,7 +106,7 @@ class FineTuning:
 
     def theta(self, weights: Tensor) -> Tensor:
         """θ_T(w) of shape `[P]`, for w of shape `[N]`."""
-        return within_memory(self, lambda: self.sweep(weights, keep_states=False).theta)
+        return within_memory(self, lambda: self.sweep(weights, keep_states=False).theta, "The student's fine-tuning")
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""

@@ -182,18 +182,16 @@ def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=N
             raise ValueError(
                 f"`metric_before` must be a dictionary with names of the metrics {list(metric)}, got {before!r}."
             )
+        return MetagradientOutputs(_guarded(fine_tuning, metric, weights, before, score_parts))
+    if isinstance(metric_before, Mapping):
+        raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
+    known = {} if metric_before is None else {None: metric_before}
+    return _guarded(fine_tuning, {None: metric}, weights, known, score_parts)[None]
 
-        def run() -> Any:
-            return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
-    else:
-        if isinstance(metric_before, Mapping):
-            raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
-        known = {} if metric_before is None else {None: metric_before}
 
-        def run() -> Any:
-            return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
-
-    return within_memory(fine_tuning, run, "The metagradient")
+def _guarded(fine_tuning: FineTuning, *arguments) -> dict[Any, MetagradientOutput]:
+    """[`_differentiate`], with an error on one rank raised on all, and again if the memory does not suffice."""
+    return within_memory(fine_tuning, lambda: _differentiate(fine_tuning, *arguments), "The metagradient")
 
 
 def _differentiate(

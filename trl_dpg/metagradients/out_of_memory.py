@@ -23,7 +23,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-def within_memory(fine_tuning: Any, run: Callable[[], T], name: str = "The fine-tuning") -> T:
+def within_memory(fine_tuning: Any, run: Callable[[], T], name: str) -> T:
     """
     Call `run`, and again with half of the micro-batch size each time that the memory does not suffice.
 
@@ -39,7 +39,6 @@ def within_memory(fine_tuning: Any, run: Callable[[], T], name: str = "The fine-
         `NotEnoughMemory`: If a micro-batch of one sample is too large.
     """
     while True:
-        failure = None
         try:
             with fine_tuning.ranks.guard(name):
                 return run()
@@ -56,13 +55,14 @@ def within_memory(fine_tuning: Any, run: Callable[[], T], name: str = "The fine-
                 ) from error
             failure = str(error).partition("\n")[0]  # the error itself would hold what has to be freed
         clear_device_cache(garbage_collection=True)
-        size = size // 2
+        size //= 2
         logger.warning(
             f"Out of memory ({failure}). The student's micro-batch size is {size} from now on. This does not change "
             "the scores."
         )
         fine_tuning.student.micro_batch_size = size
-        fine_tuning.plan()
+        with fine_tuning.ranks.guard(name):
+            fine_tuning.plan()
 
 
 def size_that_fits(student: Student) -> dict[str, float]:
