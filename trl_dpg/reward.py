@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .metagradients import InnerLoopConfig
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
+from .metagradients.out_of_memory import size_that_fits
 from .metrics.base import metric_name
 from .ranks import ALONE, Ranks, from_all_ranks
 from .reward_checks import check_combination, check_given, check_not_given
@@ -332,7 +333,7 @@ class DPGReward:
         self._start = (start, output.metric_before)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
-        verified = {}
+        further = size_that_fits(self.student)
         if self.inner_loop_config.per_token:
             if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
                 self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
@@ -341,9 +342,9 @@ class DPGReward:
         if verify:
             directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
             agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
-            verified = {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
+            further |= {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
         light = replace(output, token_scores=None, samples=[])
-        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, verified)
+        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, further)
 
 
 def _from_main(function: Callable[[], T], name: str) -> T:

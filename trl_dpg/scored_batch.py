@@ -63,7 +63,7 @@ class ScoredDataset(NamedTuple):
     """
     The results of a dataset, as they are sent to all ranks: scores and figures, without the samples.
 
-    With `per_token=True`, also the generator's tokens and their scores.
+    With `per_token=True`, also the generator's tokens and their scores. `further` are figures that not every step has.
     """
 
     output: MetagradientOutput
@@ -71,7 +71,7 @@ class ScoredDataset(NamedTuple):
     num_truncated: int
     tokens: list[list[str]]
     token_scores: list[Tensor]
-    verified: dict[str, float]
+    further: dict[str, float]
 
 
 def split_prompts(prompts: list[Text], num_generations: int | None) -> list[list[int]]:
@@ -192,7 +192,7 @@ def figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) -> dict[
     mine = outputs[:: PartialState().num_processes]  # the datasets that the main process scores
     for name in outputs[0].seconds:
         found[f"seconds/{name}"] = sum(output.seconds[name] for output in mine)
-    return found | scored[0].verified
+    return found | scored[0].further
 
 
 def _text(prompt: Text) -> str:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from zlib import crc32
 
 import torch
@@ -15,6 +15,7 @@ from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import MEMORY_ONLY, InnerLoopConfig
 from .host_memory import keep_freed_memory
+from .out_of_memory import within_memory
 from .trajectory import Trajectory, forward_sweep
 
 
@@ -60,8 +61,16 @@ class FineTuning:
             self.samples = student.tokenize(examples, config.max_length, return_ends=config.per_token)
             if not ranks.alone:
                 self._check_ranks()
-            with modes(self.student):
-                self.steps = plan_steps(student, self.samples, config, ranks)
+            self.plan()
+
+    def plan(self) -> None:
+        """Plan the steps. Micro-batches have at most the size that fitted into memory before."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        known = self.ranks.least(self.student.micro_batch_size or size)
+        if known < size:
+            self.config = replace(self.config, micro_batch_size=known)
+        with modes(self.student):
+            self.steps = plan_steps(self.student, self.samples, self.config, self.ranks)
 
     def _check_ranks(self) -> None:
         inner_loop = {name: value for name, value in asdict(self.config).items() if name not in MEMORY_ONLY}
@@ -97,7 +106,7 @@ class FineTuning:
 
     def theta(self, weights: Tensor) -> Tensor:
         """θ_T(w) of shape `[P]`, for w of shape `[N]`."""
-        return self.sweep(weights, keep_states=False).theta
+        return within_memory(self, lambda: self.sweep(weights, keep_states=False).theta, "The student's fine-tuning")
 
     def metric(self, weights: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ_T(w)), for w of shape `[N]`."""

@@ -19,6 +19,7 @@ from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes
 from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
 from .gradient import check_attention
+from .out_of_memory import within_memory
 from .reverse import reverse_sweep
 from .trajectory import Trajectory
 
@@ -160,6 +161,8 @@ def metagradient(student, examples, metric, config=None, weights=None, metric_be
             If a loss, the metric or a score is not finite. The message names the likely cause.
         `RuntimeError`:
             If another process of the group failed. The message names it and its error.
+        `NotEnoughMemory`:
+            If a single sample needs too much memory. Until then, micro-batches are halved, see [`within_memory`].
     """
     check_metrics(metric)
     ranks = ALONE if process_group is None else Ranks(process_group)
@@ -179,13 +182,16 @@ def differentiate(fine_tuning: FineTuning, metric, weights=None, metric_before=N
             raise ValueError(
                 f"`metric_before` must be a dictionary with names of the metrics {list(metric)}, got {before!r}."
             )
-        with fine_tuning.ranks.guard("The metagradient"):
-            return MetagradientOutputs(_differentiate(fine_tuning, metric, weights, before, score_parts))
+        return MetagradientOutputs(_guarded(fine_tuning, metric, weights, before, score_parts))
     if isinstance(metric_before, Mapping):
         raise ValueError(f"`metric_before` of a single metric must be a number, got {metric_before!r}.")
     known = {} if metric_before is None else {None: metric_before}
-    with fine_tuning.ranks.guard("The metagradient"):
-        return _differentiate(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+    return _guarded(fine_tuning, {None: metric}, weights, known, score_parts)[None]
+
+
+def _guarded(fine_tuning: FineTuning, *arguments) -> dict[Any, MetagradientOutput]:
+    """[`_differentiate`], with an error on one rank raised on all, and again if the memory does not suffice."""
+    return within_memory(fine_tuning, lambda: _differentiate(fine_tuning, *arguments), "The metagradient")
 
 
 def _differentiate(

@@ -135,6 +135,7 @@ class Student:
         self._quantization_verified = False
         self._head_comes_last: bool | None = None  # not yet known
         self.tells_samples_apart: bool | None = None  # in a backward pass; not yet known
+        self.micro_batch_size: int | None = None  # that fitted into memory, after larger ones did not
 
     def look_again(self) -> None:
         """Find the trainable parameters anew, if modules of the model were replaced since. Every sweep begins so."""
