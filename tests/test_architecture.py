@@ -24,7 +24,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["tuning"],
     ["attribution", "scored_batch", "reward_checks", "reward"],
     ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
-    ["run_setup", "restart", "serving", "toy", "practice"],
+    ["run_setup", "restart", "serving", "toy", "practice", "memory"],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

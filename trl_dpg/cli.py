@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "serve": "Serve a student over HTTP, for the rewards of any trainer.",
     "verify": "Test whether the scores of a set-up can be trusted.",
+    "memory": "Predict the memory of a training, and say what to change if it does not fit.",
     "tune": "Choose the student's learning rate and eps_root.",
     "lengths": "Report the lengths of a dataset's reasoning, and fit targets to them.",
     "mix": "Choose samples with the lengths of a target, and mix datasets.",

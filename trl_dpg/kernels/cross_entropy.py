@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import blocks
+
 
 def chunk_elements(device: torch.device) -> int:
     """Number of logits in memory at a time: 16 MiB of float32 on the CPU, 256 MiB on an accelerator."""
-    return 1 << 22 if device.type == "cpu" else 1 << 26
+    return blocks.LOGITS["cpu" if device.type == "cpu" else "accelerator"]
 
 
 def linear_cross_entropy(

@@ -58,6 +58,12 @@ FIRST: dict[str, dict[str, list[str]]] = {
         "run": ["output_dir", "dataset_name", "prompt_template", "num_samples", "overwrite", "hub_dataset_id"],
         "generator": [*GENERATOR, "use_vllm"],
     },
+    "memory": {
+        "plan": ["memory", "num_processes", "accelerate_config", "prompt_tokens", "device_type", "json_file"],
+        "generator": ["model_name_or_path", "use_peft", "per_device_train_batch_size", "max_completion_length"],
+        "student": [*STUDENT, "student_micro_batch_size", "student_memory_budget"],
+        "metric": METRIC,
+    },
     "teach": {
         "teacher": ["preset", "base_url", "model", "api_key_env", "request_parameters", "max_completion_length"],
         "prompts": ["dataset_name", "prompt_template", "num_samples", "output_dir"],
