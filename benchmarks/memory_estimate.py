@@ -34,26 +34,27 @@ from trl_dpg.metrics import LanguageModelingMetric
 
 
 MODEL = dict(hidden=384, layers=6, vocab=4096)
+SMALL = dict(steps=8, layers=4, batch=4)
 GIGABYTE = 1_000_000_000
 CONFIGURATIONS = {
     "LoRA, T = 1, recompute": dict(kind="lora", steps=1, memory_budget=0),
     "LoRA, T = 1, retention": dict(kind="lora", steps=1, memory_budget=8 * GIGABYTE),
-    "LoRA, T = 8, recompute": dict(kind="lora", steps=8, memory_budget=0),
-    "LoRA, T = 8, retention": dict(kind="lora", steps=8, memory_budget=8 * GIGABYTE),
+    "LoRA, T = 8, recompute": dict(kind="lora", **SMALL, memory_budget=0),
+    "LoRA, T = 8, retention": dict(kind="lora", **SMALL, memory_budget=8 * GIGABYTE),
     "4-bit LoRA, T = 8, micro-batches of 2, sequence 256": dict(
-        kind="qlora", steps=8, memory_budget=0, micro=2, length=256
+        kind="qlora", **SMALL, memory_budget=0, micro=2, length=256
     ),
     "all parameters, T = 1, retention, vocabulary 32000": dict(
         kind="full", steps=1, memory_budget=8 * GIGABYTE, vocab=32000
     ),
-    "all parameters, T = 8, recompute": dict(kind="full", steps=8, memory_budget=0),
-    "all parameters, T = 8, checkpoint_interval 3": dict(kind="full", steps=8, memory_budget=0, interval=3),
+    "all parameters, T = 8, recompute": dict(kind="full", **SMALL, memory_budget=0),
+    "all parameters, T = 8, checkpoint_interval 3": dict(kind="full", **SMALL, memory_budget=0, interval=3),
     "SmolLM2-135M, 4-bit LoRA, T = 1, 32 x 32, retention": dict(
         kind="qlora", steps=1, memory_budget=8 * GIGABYTE, model="smollm2", batch=32, length=32
     ),
     "SmolLM2-135M, LoRA, T = 4, recompute": dict(kind="lora", steps=4, memory_budget=0, model="smollm2", length=48),
 }
-"""Settings of each row; those that are not given are 8 samples of 128 tokens a step of the small model."""
+"""Settings of each row. Where nothing else is given: 8 samples of 128 tokens a step; with T = 8, 4 samples."""
 
 
 @cache

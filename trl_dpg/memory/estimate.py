@@ -131,32 +131,40 @@ def estimate(setup: Setup) -> MemoryEstimate:
 
     Those that change what is trained (4 bits, adapters, shorter samples) are for the user to decide.
     """
-    found = MemoryEstimate(setup.phases(), setup.memory)
-    now = found
-    for setting, value in _candidates(setup):
-        if now.fits:
+    found = now = MemoryEstimate(setup.phases(), setup.memory)
+    while not now.fits:
+        better = _first_that_helps(setup, now)
+        if better is None:
             break
+        setup, now, change = better
+        if found.changes and found.changes[-1].setting == change.setting:
+            found.changes.pop()
+        found.changes.append(change)
+    return found
+
+
+def _first_that_helps(setup: Setup, now: MemoryEstimate) -> tuple[Setup, MemoryEstimate, Change] | None:
+    for setting, value in _candidates(setup):
         if setting.startswith("student_") != (now.peak.name in STUDENT_PHASES) and not setting.startswith("vllm"):
             continue  # it does not matter to the phase of the peak
         changed = _with(setup, setting, value)
         tried = MemoryEstimate(changed.phases(), setup.memory)
         if tried.peak.total < now.peak.total:
-            setup, now = changed, tried
-            found.changes.append(Change(setting, value, tried.peak.total, tried.fits))
-    return found
+            return changed, tried, Change(setting, value, tried.peak.total, tried.fits)
+    return None
 
 
 def _candidates(setup: Setup):
     """Settings to try, those that cost the least time first."""
     config, generator = setup.config, setup.generator
     if generator is not None and generator.args.use_vllm and generator.args.vllm_mode == "colocate":
-        yield "vllm_enable_sleep_mode", True
+        if not generator.args.vllm_enable_sleep_mode:
+            yield "vllm_enable_sleep_mode", True
     if config.memory_budget != 0:
         yield "student_memory_budget", "0"
     size = config.micro_batch_size or config.batch_size
-    while size > 1:
-        size //= 2
-        yield "student_micro_batch_size", size
+    if size > 1:
+        yield "student_micro_batch_size", size // 2
     if config.checkpoint_interval != "auto":
         yield "student_checkpoint_interval", "auto"
     if not config.offload_trajectory and generator is not None and generator.accelerator:
@@ -164,10 +172,8 @@ def _candidates(setup: Setup):
     if generator is not None:
         if not generator.args.gradient_checkpointing:
             yield "gradient_checkpointing", True
-        size = generator.args.per_device_train_batch_size
-        while size > 1:
-            size //= 2
-            yield "per_device_train_batch_size", size
+        if generator.args.per_device_train_batch_size > 1:
+            yield "per_device_train_batch_size", generator.args.per_device_train_batch_size // 2
 
 
 def _with(setup: Setup, setting: str, value: Any) -> Setup:

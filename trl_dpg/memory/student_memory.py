@@ -10,6 +10,10 @@ from .student_traces import Needs, StudentTraces
 from .trajectory_bytes import interval_length, num_moments, trajectory_bytes
 
 
+VJP_TENSORS = 6
+"""Intermediate results of the optimizer's vector-Jacobian product, each of one block."""
+
+
 @dataclass
 class Phase:
     """
@@ -62,7 +66,8 @@ class StudentMemory:
       M V (λ), and with several steps M σ V (the cotangents of the moments) and, if M > 1 or with clipping, M V (u).
     - graphs and samples' gradients: as many micro-batches as `memory_budget` has room for. What one of them takes is
       measured on the student's own code, with tensors without data, see [`StudentTraces`].
-    - micro-batch: what the micro-batch at hand takes beside this, measured in the same way.
+    - micro-batch: what the micro-batch at hand takes beside this, measured in the same way. If it is more: six blocks
+      of the optimizer's vector-Jacobian product.
     - metric: what its evaluation takes with its gradient, measured in the same way.
 
     Args:
@@ -164,7 +169,7 @@ class StudentMemory:
         forward = max(computing, clipped, self._first_step(samples) - current - samples - graphs)
         phases = [Phase("fine-tuning", {"trajectory": current, **kept, "micro-batch": forward})]
         if config.attribution == "dataset":
-            phases[0].parts["trajectory"] += state + 2 * vector  # before and after a step; g and θ at the start
+            phases[0].parts["trajectory"] += 2 * state + 2 * vector  # θ and s at the start and after a step; two g
             # Before the fine-tuning, the metric's gradient is checked
             return [*phases, Phase("metric", {"trajectory": state, "metric": self._metric()})]
 
@@ -174,7 +179,10 @@ class StudentMemory:
         )
         if plan.num_steps > 1:
             optimizer += rows * moments * vector + clipped + (rows * vector if rows > 1 else 0)
-        computing = last.reverse - (last.kept if last_kept else 0)
+        else:
+            optimizer += clipped
+        block = min(vector * rows, (64 if self.traces.accelerator else 2) << 20)
+        computing = max(last.reverse - (last.kept if last_kept else 0), VJP_TENSORS * block)
         if plan.length < plan.num_steps:  # stretches are run again
             computing = max(computing, last.forward - (last.kept if last_kept else 0))
         phases.append(

@@ -146,8 +146,8 @@ class PlannedConfig(DPGConfig):
         kind = self.launch.get("distributed_type")
         stage = self.launch.get("deepspeed_config", {}).get("zero_stage", 0) if kind == "DEEPSPEED" else 0
         stage = 3 if kind == "FSDP" else stage
-        shared = (stage >= least for least in (1, 2, 3))
-        return Sharding(self.num_processes or 1, *shared, master_weights=kind == "DEEPSPEED")
+        deepspeed = kind == "DEEPSPEED"
+        return Sharding(self.num_processes or 1, stage >= 1, stage >= 2, stage >= 3, master_weights=deepspeed)
 
 
 def main(script_args: MemoryArguments, training_args: PlannedConfig, model_args, dataset_args) -> None:
