@@ -183,8 +183,8 @@ class StudentMemory:
             optimizer += clipped
         block = min(vector * rows, (64 if self.traces.accelerator else 2) << 20)
         computing = max(last.reverse - (last.kept if last_kept else 0), VJP_TENSORS * block)
-        if plan.length < plan.num_steps:  # stretches are run again
-            computing = max(computing, last.forward - (last.kept if last_kept else 0))
+        if plan.length < plan.num_steps:  # a stretch is run again while the last step of the later one is still held
+            computing = max(computing, last.forward + summed + state - (last.kept if last_kept else 0))
         phases.append(
             Phase("attribution", {"trajectory": current, "optimizer": optimizer, **kept, "micro-batch": computing})
         )

@@ -26,9 +26,9 @@ def trajectory_bytes(
     The most that is kept of T steps in stretches of k steps, on one rank of R.
 
     Of each step in the stretch at hand: θ, g and σ moments. Of each earlier stretch: θ and the moments at its start.
-    After the last step: θ and the moments. With P numbers in a vector:
+    After the stretch: θ and the moments, and after an earlier stretch also θ_T. With P numbers in a vector:
 
-        P · max over stretches j of [(2 + σ) · (steps of j) + (1 + σ) · j + (1 + σ)] / R
+        P · max over stretches j of [(2 + σ) · (steps of j) + (1 + σ) · j + (1 + σ) + (1 if j is not the last)] / R
 
     Args:
         config (`InnerLoopConfig`): The inner loop.
@@ -40,7 +40,8 @@ def trajectory_bytes(
     if config.attribution == "dataset":
         return (1 + num_moments(config)) * theta_bytes // num_ranks  # nothing is kept but the current state
     state = 1 + num_moments(config)
-    held = max((state + 1) * steps + state * j + state for j, steps in enumerate(_stretches(num_steps, length)))
+    stretches = list(_stretches(num_steps, length))
+    held = max((state + 1) * steps + state * j + state + (j < len(stretches) - 1) for j, steps in enumerate(stretches))
     return held * theta_bytes // num_ranks
 
 

@@ -163,6 +163,8 @@ def main(script_args: MemoryArguments, training_args: PlannedConfig, model_args,
         found = estimate(make_setup(script_args, training_args, model_args, prompt))
     say(f"One device of {training_args.num_processes}. Prompts of {prompt} tokens, completions at full length.")
     say(found.render())
+    if script_args.on_cpu:
+        say("On a CPU, gaps in the heap can double this, unless MALLOC_MMAP_THRESHOLD_=65536 is in the environment.")
     peak, size = found.peak, found.size
     if script_args.json_file is not None:
         write_json(Path(script_args.json_file), found.figures())
