@@ -162,3 +162,15 @@ def test_the_states_of_the_page_come_from_the_rows(gpu):
         "| four | `d` | open |",
         "| five | `e` | measured (1 x H100) |",
     ]
+
+
+def test_the_benchmark_of_predicted_memory_predicts_and_measures_a_cell(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("memory_estimate")
+    tiny = dict(kind="lora", steps=2, memory_budget=0, hidden=64, layers=1, vocab=512, length=16, batch=2)
+    monkeypatch.setitem(script.CONFIGURATIONS, "tiny", tiny)
+    phases, weights = script.predict(script.settings("tiny"))
+    script.measure("tiny", live=True)
+    peak, tensors = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert peak >= 0 and weights > 0
+    assert max(sum(parts.values()) for parts in phases.values()) * 1e6 == pytest.approx(tensors, rel=0.15)
