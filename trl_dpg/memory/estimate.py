@@ -18,12 +18,14 @@ class Change:
         setting (`str`): The field of the configuration.
         value (`Any`): Its new value.
         peak (`int`): The peak with it, and with the changes before it.
+        phase (`str`): The phase of that peak.
         fits (`bool`): Whether this is enough.
     """
 
     setting: str
     value: Any
     peak: int
+    phase: str
     fits: bool
 
 
@@ -140,6 +142,8 @@ def estimate(setup: Setup) -> MemoryEstimate:
         if found.changes and found.changes[-1].setting == change.setting:
             found.changes.pop()
         found.changes.append(change)
+    if found.changes and found.changes[-1].peak == found.peak.total:
+        found.changes.clear()  # no graphs were kept, and nothing else helps
     return found
 
 
@@ -149,8 +153,9 @@ def _first_that_helps(setup: Setup, now: MemoryEstimate) -> tuple[Setup, MemoryE
             continue  # it does not matter to the phase of the peak
         changed = _with(setup, setting, value)
         tried = MemoryEstimate(changed.phases(), setup.memory)
-        if tried.peak.total < now.peak.total:
-            return changed, tried, Change(setting, value, tried.peak.total, tried.fits)
+        # Without graphs, smaller micro-batches help. Otherwise graphs may take the place that these leave
+        if tried.peak.total < now.peak.total + (setting == "student_memory_budget"):
+            return changed, tried, Change(setting, value, tried.peak.total, tried.peak.name, tried.fits)
     return None
 
 

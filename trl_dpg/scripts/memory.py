@@ -11,6 +11,7 @@ which settings to change, and the exit status is 1. `docs/memory.md` has the ari
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
 from trl_dpg.config import DPGConfig
 from trl_dpg.files import write_json
+from trl_dpg.memory.estimate import STUDENT_PHASES
 
 from .arguments import DPGScriptArguments, UsageError, at_least
 from .data import check_model, check_student
@@ -177,18 +179,19 @@ def main(script_args: MemoryArguments, training_args: PlannedConfig, model_args,
         end = "then it fits" if change.fits else "not enough yet"
         say(f"  --{change.setting} {str(change.value).lower()}{also}: {size(change.peak)}, {end}")
     if not any(change.fits for change in found.changes):
-        say(f"  {further(training_args, peak.name)}")
+        say(f"  {further(training_args, model_args, found.changes[-1].phase if found.changes else peak.name)}")
     sys.exit(1)
 
 
-def further(training_args: PlannedConfig, phase: str) -> str:
+def further(training_args: PlannedConfig, model_args, phase: str) -> str:
     """What changes the training, too."""
-    mine = "student_" if phase in ("fine-tuning", "metric", "attribution") else ""
-    adapters = f"--{mine}load_in_4bit with --{mine}use_peft, a smaller model"
-    metric = ", smaller batches of the metric" * (phase == "metric")
-    shard = ", --accelerate_config fsdp2 with more processes" * (not mine)
-    lengths = f"shorter texts (--{'student_max_length' if mine else 'max_completion_length'})"
-    return f"What is left changes the training: {adapters}, {lengths}{metric}{shard}."
+    mine = "student_" if phase in STUDENT_PHASES else ""
+    ways = [] if vars(training_args if mine else model_args)[f"{mine}load_in_4bit"] else [f"--{mine}load_in_4bit"]
+    ways += [] if vars(training_args if mine else model_args)[f"{mine}use_peft"] else [f"--{mine}use_peft"]
+    ways += ["a smaller batch_size or max_length in --metric_kwargs"] if phase == "metric" else []
+    ways += [] if mine else ["--accelerate_config fsdp2 with more processes"]
+    ways += [f"shorter texts (--{'student_max_length' if mine else 'max_completion_length'})", "a smaller model"]
+    return f"What is left changes the training or the metric: {', '.join(ways)}. The phase {phase!r} needs the most."
 
 
 def prompt_tokens(script_args: MemoryArguments, training_args: PlannedConfig, model_args, dataset_args) -> int:
@@ -203,10 +206,9 @@ def prompt_tokens(script_args: MemoryArguments, training_args: PlannedConfig, mo
     tokenizer: Any = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     prompts = load_prompts(script_args, training_args, dataset_args, tokenizer)["train"]
     first = [row["prompt"] for row in islice(prompts, NUM_PROMPTS)]
-    return max(
-        len(tokenizer(prompt).input_ids if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt))
-        for prompt in first
-    )
+    chat = partial(tokenizer.apply_chat_template, add_generation_prompt=True, return_dict=True)
+    encoded = (tokenizer(prompt) if isinstance(prompt, str) else chat(prompt) for prompt in first)
+    return max(len(row["input_ids"]) for row in encoded)
 
 
 def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model_args, prompt: int):
