@@ -107,20 +107,6 @@ def test_changed_data_weights_find_the_size_as_well():
     assert fine_tuning.config.micro_batch_size == 2
 
 
-def test_ranks_that_share_a_sweep_halve_together():
-    student, _ = student_with(8)
-    fine_tuning = FineTuning(student, SAMPLES, InnerLoopConfig())
-    asked = []
-
-    def another_rank_fails_once(own):
-        asked.append(own)
-        return len(asked) == 1
-
-    assert within_memory(fine_tuning, lambda: "done", another_rank_fails_once) == "done"
-    assert asked == [False, False] and student.micro_batch_size == 4
-    assert max(len(micro_batch.samples) for step in fine_tuning.steps for micro_batch in step) == 4
-
-
 def test_the_memory_of_a_failed_attempt_is_freed():
     class Held:
         alive = 0
@@ -141,5 +127,5 @@ def test_the_memory_of_a_failed_attempt_is_freed():
         if len(seen) < 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    within_memory(fine_tuning, run)
+    within_memory(fine_tuning, run, "The test")
     assert seen == [0, 0, 0]
