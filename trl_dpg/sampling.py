@@ -2,11 +2,6 @@
 
 import math
 
-from transformers.utils import logging
-
-
-logger = logging.get_logger(__name__)
-
 
 def check_sampling(
     temperature: float, top_p: float | None, top_k: int | None, min_p: float | None, repetition_penalty: float | None
@@ -51,7 +46,9 @@ def warn_of_truncation(
         if value not in neutral
     ]
     if set_:
-        logger.warning(
+        from transformers.utils import logging  # here, because some commands do without it
+
+        logging.get_logger(__name__).warning(
             f"use_vllm with {', '.join(set_)}: vLLM samples from a changed distribution and returns its "
             "probabilities, while the trainer computes those of the model itself. This biases TRL's importance ratio, "
             "and with it the update. Set top_p=1, top_k=0, min_p=0 and repetition_penalty=1; temperature is safe."

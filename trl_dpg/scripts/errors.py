@@ -23,7 +23,10 @@ from .usage import UsageError
 PACKAGE = str(Path(__file__).parents[1])
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GONE = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
-FULL_TEXTS = ("No space left on device", "StorageFull", "File too large", "FileTooLarge", "inline_container")
+FULL_TEXTS = (
+    *("No space left on device", "StorageFull", "File too large", "FileTooLarge"),
+    *("inline_container", "iostream error"),  # torch.save
+)
 """What the libraries that write weights and tables say when they cannot write on."""
 
 
