@@ -1,4 +1,4 @@
-"""Three steps under each engine of a generator, over gloo on a CPU; started on two ranks by tests/test_engines.py."""
+"""A run and its restart under each engine, over gloo on a CPU; started on two ranks by tests/test_engines.py."""
 
 import json
 import os
@@ -22,37 +22,51 @@ def main(folder: Path, engine: str) -> None:
     """Run under an accelerate config of TRL. The launcher's environment is used, but no further process is started."""
     flags = ["--num_processes", "2", "--mixed_precision", "no"]
     arguments = resolve_accelerate_config_argument(["--accelerate_config", engine, *flags, str(folder)])
-    with patch("torch.distributed.run.run", lambda _: three_steps(folder, engine)):
+    with patch("torch.distributed.run.run", lambda _: train_and_restart(folder, engine)):
         launch_command(launch_command_parser().parse_args(arguments))
 
 
-def three_steps(folder: Path, engine: str) -> None:
+def train_and_restart(folder: Path, engine: str) -> None:
+    """Three steps, of which the third is made again from the checkpoint of the second."""
     rank = int(os.environ["RANK"])
     with ExitStack() as stack:
         if engine != "multi_gpu":
             for mocked in as_if_on_gpus():
                 stack.enter_context(mocked)
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        args = dpg_config(
-            folder / engine,
-            max_steps=3,
-            per_device_train_batch_size=8,
-            learning_rate=1e-3,
-            use_cpu=engine == "multi_gpu",
-        )
-        names = dict(model=str(folder / "generator"), student=str(folder / "student"))
-        trainer = make_trainer(args, student_peft_config=lora, **names)
-        trainer.train()
+
+        def train(checkpoint=None):
+            args = dpg_config(
+                folder / engine,
+                max_steps=3,
+                per_device_train_batch_size=8,
+                learning_rate=1e-3,
+                use_cpu=engine == "multi_gpu",
+                save_strategy="steps",
+                save_steps=2,
+            )
+            names = dict(model=str(folder / "generator"), student=str(folder / "student"))
+            trainer = make_trainer(args, student_peft_config=lora, **names)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return trainer
+
+        trainer = train()
+        kind = trainer.accelerator.distributed_type.name  # the next training resets it
         parameters = list(trainer.model.parameters())
         results = {
-            "kind": trainer.accelerator.distributed_type.name,
+            "kind": kind,
             "sharded": sum(isinstance(own, DTensor) or hasattr(own, "ds_id") for own in parameters) / len(parameters),
             "student": digest(trainer.dpg_reward.student.model.named_parameters()),
             "buffers": [float(own.double().sum()) for own in trainer.dpg_reward.student.model.buffers()],
-            "logs": [log for log in trainer.state.log_history if "dpg/metric_after" in log],
+            "logs": logs(trainer),
+            "restarted": logs(train(str(folder / engine / "checkpoint-2"))),
             "scores": trainer.dpg_reward.last_batch.scores.tolist(),
         }
     (folder / f"{engine}-{rank}.json").write_text(json.dumps(results))
+
+
+def logs(trainer) -> list[dict]:
+    return [log for log in trainer.state.log_history if "dpg/metric_after" in log]
 
 
 def as_if_on_gpus():

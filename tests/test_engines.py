@@ -39,6 +39,7 @@ def runs(tmp_path_factory):
     }
 
 
+@pytest.mark.first
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)])
 def test_a_generator_that_is_sharded_has_the_rewards_of_one_that_is_not(engine, runs):
     (whole, _), (first, second) = runs["multi_gpu"], runs[engine]
@@ -50,6 +51,10 @@ def test_a_generator_that_is_sharded_has_the_rewards_of_one_that_is_not(engine, 
     for ours, theirs in zip(first["logs"], whole["logs"], strict=True):
         for name in ("dpg/metric_after", "dpg/score/std", "loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    for then, again in zip(first["logs"], first["restarted"], strict=True):
+        assert [again[name] for name in ("dpg/metric_after", "grad_norm")] == [
+            then[name] for name in ("dpg/metric_after", "grad_norm")
+        ]
 
 
 def launch(monkeypatch, *arguments):
