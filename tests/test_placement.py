@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.integrations import deepspeed
+from transformers.utils import logging
 
 from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, TOKENIZER, dpg_config, make_student, make_trainer
 from tests.tiny import make_model
@@ -283,6 +284,6 @@ def test_zero3s_linear_layer_stays_out_of_the_sweeps(monkeypatch):
 )
 def test_filters_that_bias_trls_importance_ratio_are_warned_of(settings, named, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("trl_dpg.sampling.logger.warning", said.append)
+    monkeypatch.setattr(logging.get_logger("trl_dpg.sampling"), "warning", said.append)
     dpg_config(tmp_path, **dict(use_vllm=True) | settings)
     assert [named is not None and f"use_vllm with {named}: " in text for text in said] == [True] * (named is not None)
