@@ -10,6 +10,7 @@ in docs/scaling.md, with the figures of the hardware below.
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,6 @@ SHAPES = {
 VOCABULARY, KEY_VALUE_HEADS = 128256, 8
 SAMPLES, LENGTH = 256, 128
 """Of the dataset, and of the metric's texts."""
-METRIC_BATCH = 8
 
 
 class Card(NamedTuple):
@@ -50,10 +50,13 @@ CARDS = {
     "RTX 4090": Card({"float32": 82.6e12, "TF32": 82.6e12, "bfloat16": 165e12}, 1.01e12),
     "H100": Card({"float32": 67e12, "TF32": 494.5e12, "bfloat16": 989e12}, 3.35e12),
 }
+PRODUCTS = "TF32", "float32"
 ACHIEVED = 0.4
 """The part of the peak that is reached."""
-LINKS = {"": float("inf"), "NVLink": 450e9 / 2, "InfiniBand": 50e9 / 2}
+LINKS = {"NVLink": 450e9 / 2, "InfiniBand": 50e9 / 2}
 """Bytes a second in one direction, half of the data sheet's."""
+EXCHANGED = 5 + 2
+"""Numbers for each trained parameter, see the table in docs/distributed.md. A sum that all ranks get counts twice."""
 VECTOR_BYTES = 65 * 4
 """That AdamW and its derivative read and write for each number and step."""
 UNPACKED_BYTES = 0.5625 + 4
@@ -72,6 +75,7 @@ class Case(NamedTuple):
     memory: str
     recipe: str
     flags: str = ""
+    metric_batch: int = 4  # texts; each rank takes whole batches of the metric
 
 
 ONE_NODE = "--num_processes 8 --per_device_train_batch_size 4 --gradient_accumulation_steps 1"
@@ -88,7 +92,7 @@ CASES = [
     Case("8B, LoRA", "8B", "4-bit LoRA", *NODE, "8b.yaml", f"{DDP} {ONE_NODE}"),
     Case("8B, all", "8B", "4-bit LoRA", *NODE, "8b.yaml", f"{FSDP2} --use_peft false {ONE_NODE}"),
     Case("70B, LoRA", "8B", "4-bit LoRA", *NODE, "8b.yaml", f"{FSDP2} {ONE_NODE}"),
-    Case("70B, all", "70B", "4-bit LoRA", *NODES, "8b.yaml", f"{FSDP2} --use_peft false {EIGHT_NODES} {LEAST}"),
+    Case("70B, all", "70B", "4-bit LoRA", *NODES, "8b.yaml", f"{FSDP2} --use_peft false {EIGHT_NODES} {LEAST}", 1),
 ]
 """Recipes are those of `recipes/new_language/`."""
 
@@ -103,18 +107,24 @@ def save_models(folder: Path) -> None:
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / name)
 
 
-def predicted_memory(case: Case, folder: Path):
-    """The [`MemoryEstimate`](trl_dpg.memory.MemoryEstimate) of `trl-dpg memory`, and the configuration it is of."""
-    texts = [" ".join(["w"] * LENGTH)] * METRIC_BATCH
+def settings(case: Case, folder: Path):
+    """The arguments of `trl-dpg memory` for a row."""
+    texts = [" ".join(["w"] * LENGTH)] * 8
     metric = ["--metric", "language_modeling"]
-    metric += ["--metric_kwargs", json.dumps({"texts": texts, "batch_size": METRIC_BATCH})]
+    metric += ["--metric_kwargs", json.dumps({"texts": texts, "batch_size": case.metric_batch})]
     paths = ["--model_name_or_path", str(folder / case.generator.split(",")[0])]
     paths += ["--student_model_name_or_path", str(folder / case.student)]
     argv = ["--config", str(RECIPES / case.recipe), *paths, *metric, "--memory", case.memory, *case.flags.split()]
-    script, training, model, dataset = memory.make_parser().parse_args_and_config(args=argv)
+    script, training, *others = memory.make_parser().parse_args_and_config(args=argv)
     training.output_dir = str(folder / "run")
+    return script, training, *others
+
+
+def predicted_memory(arguments):
+    """The [`MemoryEstimate`](trl_dpg.memory.MemoryEstimate) of `trl-dpg memory` with these arguments."""
+    script, training, model, dataset = arguments
     prompt = memory.prompt_tokens(script, training, model, dataset)
-    return estimate(memory.make_setup(script, training, model, prompt)), training
+    return estimate(memory.make_setup(script, training, model, prompt))
 
 
 class Counts(NamedTuple):
@@ -166,17 +176,38 @@ def predicted_seconds(case: Case, products: str, kept: bool, micro_batch: int, c
     own, card, adapters = counts(case.student), CARDS[case.card], "LoRA" in case.trained
     trained = own.lora if adapters else own.blocks + own.head + own.norms
     training = (2 if adapters else 4) + (0 if kept else 2) + checkpointing * (1 if kept else 2)
-    metric = (2 if adapters else 3) + checkpointing
-    flops = 2 * (own.blocks + own.head) * SAMPLES * LENGTH / case.cards
-    share = SAMPLES / case.cards
-    passes = training * max(1, share / micro_batch) + metric * max(1, share / METRIC_BATCH)
-    unpacked = UNPACKED_BYTES * own.blocks * passes if "4-bit" in case.trained else 0.0
+    metric = 2 if adapters else 3
+    flops = 2 * (own.blocks + own.head) * LENGTH  # F of a sample
+    samples, batches = SAMPLES / case.cards, math.ceil(SAMPLES / case.metric_batch / case.cards)
+    passes = training * samples / micro_batch + metric * batches
     return Seconds(
-        flops * (training + metric) / (ACHIEVED * card.peak[products]),
-        unpacked / card.bandwidth,
+        flops * (training * samples + metric * batches * case.metric_batch) / (ACHIEVED * card.peak[products]),
+        UNPACKED_BYTES * own.blocks * passes / card.bandwidth if "4-bit" in case.trained else 0.0,
         VECTOR_BYTES * trained / case.cards / card.bandwidth,
-        0.0 if case.cards == 1 else 5 * 4 * trained / LINKS[case.link],
+        EXCHANGED * 4 * trained / LINKS[case.link] if case.link else 0.0,
     )
+
+
+def time_row(case: Case, training, products: str) -> str:
+    """A row of the table of times. The first of two figures is for gradients of samples that are all kept."""
+    size = training.student_micro_batch_size or training.student_batch_size
+    checkpointing = training.student_gradient_checkpointing
+    both = [predicted_seconds(case, products, kept, size, checkpointing) for kept in (True, False)]
+    cells = [case.student, case.trained, f"{case.cards} x {case.card}", products]
+    cells += [
+        f"{both[0].arithmetic:.2f}, {both[1].arithmetic:.2f}",
+        f"{both[0].unpacking:.2f}, {both[1].unpacking:.2f}",
+    ]
+    cells += [f"{both[0].vectors * 1e3:.1f}", f"{both[0].exchange * 1e3:.1f}"]
+    return f"| {' | '.join([*cells, ', '.join(f'{sum(seconds):.1f}' for seconds in both)])} |"
+
+
+def memory_row(case: Case, found) -> str:
+    cells = [f"{case.cards} x {case.memory}", case.generator, f"{case.student}, {case.trained}"]
+    cells += [f"{phase.total / 1e9:.1f}" for phase in found.phases]
+    changes = ", ".join(f"{change.setting} {change.value}" for change in found.changes)
+    fits = "yes" if found.fits else f"with {changes}" if any(c.fits for c in found.changes) else "no"
+    return f"| {' | '.join([*cells, fits])} |"
 
 
 def main() -> None:
@@ -184,37 +215,19 @@ def main() -> None:
         "| student | trained | GPUs | products | arithmetic, s | unpacking, s | vectors, ms | exchange, ms | sum, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    planned = []
     with tempfile.TemporaryDirectory() as folder:
         save_models(Path(folder))
-        for case in CASES:
-            found, training = predicted_memory(case, Path(folder))
-            planned.append((case, found))
-            size = training.student_micro_batch_size or training.student_batch_size
-            for products in ("TF32", "float32"):
-                rows = [
-                    predicted_seconds(case, products, kept, size, training.student_gradient_checkpointing)
-                    for kept in (True, False)
-                ]
-                cells = [case.student, case.trained, f"{case.cards} x {case.card}", products]
-                cells += [" to ".join(f"{row.arithmetic:.2f}" for row in rows)]
-                cells += [" to ".join(f"{row.unpacking:.2f}" for row in rows)]
-                cells += [f"{rows[0].vectors * 1e3:.1f}", f"{rows[0].exchange * 1e3:.1f}"]
-                cells += [" to ".join(f"{sum(row):.1f}" for row in rows)]
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    print("\n| GPUs | generator | student | generation | fine-tuning | metric | attribution | update | fits |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for case, found in planned:
-        cells = [f"{case.cards} x {case.memory}", case.generator, f"{case.student}, {case.trained}"]
-        cells += [f"{phase.total / 1e9:.1f}" for phase in found.phases]
-        changes = ", ".join(f"{change.setting} {change.value}" for change in found.changes)
-        cells += [
-            "yes" if found.fits else f"with {changes}" if any(c.fits for c in found.changes) else f"no ({changes})"
-        ]
-        print(f"| {' | '.join(map(str, cells))} |")
-    for case, found in planned:
-        print(f"\n{case.cards} x {case.memory}, generator {case.generator}, student {case.student}, {case.trained}:")
-        print(found.render())
+        planned = [(case, settings(case, Path(folder))) for case in CASES]
+        rows = [time_row(case, arguments[1], products) for case, arguments in planned for products in PRODUCTS]
+        print(*dict.fromkeys(rows), sep="\n", flush=True)  # the time does not depend on the generator
+        print("\n| GPUs | generator | student | generation | fine-tuning | metric | attribution | update | fits |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        parts = []
+        for case, arguments in planned:
+            found = predicted_memory(arguments)
+            print(memory_row(case, found), flush=True)
+            parts.append(f"\n{case.cards} x {case.memory}, {case.generator}, {case.student}:\n{found.render()}")
+    print(*parts, sep="\n")
 
 
 if __name__ == "__main__":
