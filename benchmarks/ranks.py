@@ -55,14 +55,19 @@ def state_bytes(fine_tuning: FineTuning) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def join(args):
+    """This rank's process group; `None` for a single rank."""
+    torch.set_num_threads(1)
+    if args.of == 1:
+        return None
+    address = f"tcp://127.0.0.1:{args.port}"
+    dist.init_process_group("gloo", init_method=address, rank=args.index, world_size=args.of)
+    return dist.group.WORLD
+
+
 def work(args, kind: str, steps: int, budget: str) -> dict:
     """Seconds, bytes and scores of one rank."""
-    torch.set_num_threads(1)
-    alone = args.of == 1
-    if not alone:
-        address = f"tcp://127.0.0.1:{args.port}"
-        dist.init_process_group("gloo", init_method=address, rank=args.index, world_size=args.of)
-    group = None if alone else dist.group.WORLD
+    group = join(args)
     generator = torch.Generator().manual_seed(0)
     samples = [
         {"input_ids": torch.randint(0, args.vocab, (args.length,), generator=generator).tolist()}
@@ -86,25 +91,35 @@ def work(args, kind: str, steps: int, budget: str) -> dict:
     return {"seconds": statistics.median(times[1:]), "bytes": kept, "scores": out.scores.tolist()}
 
 
-def measure(args, kind: str, steps: str, budget: str, number: int) -> dict:
-    """The first rank's figures. Every rank is a process of its own."""
+def launch(script: str, number: int, flags: list[str]) -> list:
+    """What each rank of a script has written. Every rank is a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *sys.argv[1:], "--cell", kind, steps, budget, "--port", str(port)]
-        command += ["--of", str(number), "--out", folder]
+        command = [sys.executable, script, *flags, "--port", str(port), "--of", str(number), "--out", folder]
         processes = [subprocess.Popen([*command, "--index", str(k)]) for k in range(number)]
         codes = [process.wait() for process in processes]
         if any(codes):
             raise SystemExit(f"A rank of {number} failed, see above.")
-        return json.loads((Path(folder) / "0.json").read_text())
+        return [json.loads((Path(folder) / f"{k}.json").read_text()) for k in range(number)]
+
+
+def write(args, found) -> None:
+    (Path(args.out) / f"{args.index}.json").write_text(json.dumps(found))
+
+
+def add_rank_arguments(parser) -> None:
+    """What `launch` tells each rank."""
+    for name in ("--of", "--index", "--port"):
+        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
 
 
 def main(args) -> None:
     if args.cell:
         kind, steps, budget = args.cell
-        (Path(args.out) / f"{args.index}.json").write_text(json.dumps(work(args, kind, int(steps), budget)))
+        write(args, work(args, kind, int(steps), budget))
         return
     print(HEADER, flush=True)
     for kind in args.kinds.split(","):
@@ -112,7 +127,7 @@ def main(args) -> None:
             for budget in args.budgets:
                 first = None
                 for number in args.numbers:
-                    found = measure(args, kind, steps, budget, number)
+                    found, *_ = launch(__file__, number, [*sys.argv[1:], "--cell", kind, steps, budget])
                     first = first or found
                     scores, expected = torch.tensor(found["scores"]), torch.tensor(first["scores"])
                     print(
@@ -129,8 +144,6 @@ if __name__ == "__main__":
     parser.add_argument("--numbers", type=int, nargs="+", default=[1, 2], help="of ranks; the first is compared with")
     parser.add_argument("--budgets", nargs="+", default=["recomputed", "kept"], choices=("recomputed", "kept"))
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    for name in ("--of", "--index", "--port"):
-        parser.add_argument(name, type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
+    add_rank_arguments(parser)
     add_arguments(parser, steps="1,4")
     main(parser.parse_args())

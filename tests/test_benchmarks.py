@@ -1,5 +1,6 @@
 """The benchmarks that need nothing else run at a tiny size."""
 
+import argparse
 import importlib
 import json
 import re
@@ -10,11 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from trl_dpg import Student
+from trl_dpg.memory import empty_model
 from trl_dpg.scripts import dpg
 
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = "--threads 1 --kinds lora --repeat 1 --hidden 8 --layers 1 --heads 1 --vocab 64 --length 8".split()
+
+TINY_SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8)
 
 
 @pytest.mark.parametrize(
@@ -174,3 +179,55 @@ def test_the_benchmark_of_predicted_memory_predicts_and_measures_a_cell(monkeypa
     peak, tensors = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert peak >= 0 and weights > 0
     assert max(sum(parts.values()) for parts in phases.values()) * 1e6 == pytest.approx(tensors, rel=0.15)
+
+
+# -- docs/scaling.md -------------------------------------------------------------------------------------------------
+
+
+def test_several_ranks_are_predicted_from_the_first_row_of_one(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = importlib.import_module("ranks_predicted")
+    flags = dict(hidden=8, heads=1, layers=1, vocab=64, length=8, batch=2, steps="2", rank=2, repeat=1)
+    flags |= dict(learning_rate=1e-4, betas=(0.9, 0.95), eps=1e-8, eps_root=1e-6)
+    args = argparse.Namespace(**flags)
+    first, wide = (script.measure(args, None, "full", factors) for factors in ((1, 1), (2, 2)))
+    assert script.vector_seconds(args, 100) > 0
+    assert script.exchange_seconds(script.Ranks(), 100) == [0.0, 0.0]
+    assert wide["N"] == 2 * first["N"] and wide["work"] > 4 * first["work"]
+    alone = script.predict(first, first, 1e-9, [0.0, 0.0], 1, 2)
+    assert (alone.cpu, alone.wall, alone.states) == pytest.approx([first[name] for name in ("cpu", "wall", "states")])
+    four = script.predict(wide, first, 0.0, [1e-9, 2e-9], 4, 2)
+    each = first["cpu"] / first["work"]
+    assert four.cpu == pytest.approx(each * wide["work"] / 4 + 1e-9 * 5 * 2 * wide["P"])
+    assert four.states * 4 == pytest.approx(wide["states"]) and four.exchanged == 40 * wide["P"]
+    assert script.line("full", "P", 1, first, alone).count("|") == script.HEADER.splitlines()[0].count("|")
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("sizes")
+
+
+def test_the_times_on_the_page_are_those_of_the_script(sizes, tmp_path):
+    page = (BENCHMARKS.parent / "docs/scaling.md").read_text()
+    sizes.save_models(tmp_path)
+    for case in sizes.CASES:
+        _, training, *_ = sizes.settings(case, tmp_path)
+        for products in sizes.PRODUCTS:
+            assert sizes.time_row(case, training, products) in page
+        assert f"| {case.cards} x {case.memory} | {case.generator} | {case.student}, {case.trained} |" in page
+
+
+def test_the_numbers_of_a_shape_are_those_of_the_model(sizes, monkeypatch, tmp_path):
+    monkeypatch.setitem(sizes.SHAPES, "1B", TINY_SHAPE)
+    monkeypatch.setattr(sizes, "VOCABULARY", 96)
+    sizes.save_models(tmp_path)
+    arguments = sizes.settings(sizes.CASES[0], tmp_path)
+    student = empty_model(str(tmp_path / "1B"), peft_config=arguments[1].student_peft_config())
+    own = sizes.counts("1B")
+    assert own.lora == Student(student).num_trainable
+    plain = empty_model(str(tmp_path / "1B"))
+    assert own.blocks + own.head + own.norms == sum(p.numel() for p in plain.parameters())
+    found = sizes.predicted_memory(arguments)
+    assert found.fits and sizes.memory_row(sizes.CASES[0], found).endswith("| yes |")

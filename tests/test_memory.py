@@ -168,6 +168,15 @@ def test_the_command_says_that_it_fits_and_writes_all_figures(recipe, tmp_path, 
     assert figures["peak"] == max(phase["total"] for phase in figures["phases"].values())
 
 
+def test_a_student_in_host_memory_is_on_the_device_during_the_reward_only(recipe, tmp_path):
+    path = tmp_path / "memory.json"
+    run(recipe, "--memory", "1GB", "--student_offload", "true", "--json_file", str(path))
+    sizes = {name: parts["student's weights"] for name, parts in json.loads(path.read_text())["phases"].items()}
+    weights = sizes["metric"]
+    assert weights > 0
+    assert sizes == dict.fromkeys(("fine-tuning", "metric", "attribution"), weights) | {"generation": 0, "update": 0}
+
+
 def test_the_command_names_the_setting_and_ends_with_1_if_it_does_not_fit(recipe, capsys):
     with pytest.raises(SystemExit) as ended:
         run(recipe, "--memory", "10MB", "--device_type", "cpu")

@@ -98,6 +98,7 @@ class Setup(NamedTuple):
         config (`InnerLoopConfig`): The inner loop.
         generator (`GeneratorMemory` or `None`): The generator; `None`: only the student is on the device.
         memory (`int`): Bytes of the device.
+        student_offload (`bool`): Whether the student is on the device in its own phases only.
     """
 
     student_weights: int
@@ -105,6 +106,7 @@ class Setup(NamedTuple):
     config: InnerLoopConfig
     generator: GeneratorMemory | None
     memory: int
+    student_offload: bool = False
 
     def phases(self) -> list[Phase]:
         """All phases with all that is in memory in them."""
@@ -118,6 +120,8 @@ class Setup(NamedTuple):
         found = []
         for phase in phases:
             together = dict(resident)
+            if self.student_offload and phase.name not in STUDENT_PHASES:
+                together["student's weights"] = 0
             for name, size in phase.parts.items():
                 together[name] = together.get(name, 0) + size
             found.append(Phase(phase.name, together))

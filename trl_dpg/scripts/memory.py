@@ -259,6 +259,7 @@ def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model
         training_args.inner_loop_config(),
         generator,
         script_args.device_bytes,
+        training_args.student_offload and not script_args.on_cpu,
     )
 
 
