@@ -105,6 +105,7 @@ def evaluate_dataset(
     dataset = without_empty(dataset)
     if len(dataset) == 0:
         raise ValueError("All texts are empty, so a student cannot be fine-tuned on them.")
+    check_shares(config, len(dataset))
     start, trained = load_student(), load_student()
     with TemporaryDirectory() as folder:
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
@@ -125,7 +126,7 @@ def evaluate_dataset(
     ranks = Ranks.of_this_run(start.device)
     finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
     value = _value(finetuned, metric)
-    with torch.no_grad(), start.train_mode():
+    with ranks.guard("The metric's proxies"), torch.no_grad(), start.train_mode():
         proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
     return Evaluation(value, proxies, finetuned)
 
@@ -136,6 +137,28 @@ def without_empty(dataset: Dataset) -> Dataset:
     if column is None:
         return dataset
     return dataset.select([k for k, value in enumerate(dataset[column]) if completion_text(value)])
+
+
+def check_shares(config: InnerLoopConfig, num_samples: int) -> None:
+    """
+    Refuse batches that the processes of a distributed run cannot share equally: samples would be trained on twice.
+
+    Raises:
+        `ValueError`: If there are such batches.
+    """
+    number = PartialState().num_processes
+    if config.batch_size % number:
+        raise SettingsError(
+            f"{number} processes cannot share a `batch_size` of {config.batch_size} samples equally. Use a number of "
+            "processes that divides it."
+        )
+    left = num_samples % config.batch_size
+    if number > 1 and left:
+        raise SettingsError(
+            f"{num_samples} samples in batches of {config.batch_size} leave {left} for the last batch, which {number} "
+            "processes would fill up with others. Use one process, or a number of samples that is a multiple of "
+            f"`batch_size`: set `num_samples`, e.g. to {num_samples - left}."
+        )
 
 
 def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any) -> SFTConfig:
@@ -150,16 +173,8 @@ def sft_config(config: InnerLoopConfig, output_dir: str | Path, **overrides: Any
         }
     else:
         optimizer = {"optim": "sgd", "optim_args": f"momentum={config.momentum}"}
-    number = PartialState().num_processes
-    if config.batch_size % number:
-        raise SettingsError(
-            f"{number} processes cannot share a `batch_size` of {config.batch_size} samples equally. Use a number of "
-            "processes that divides it."
-        )
-    share = config.batch_size // number
-    micro_batch_size = config.micro_batch_size or share
-    if share % micro_batch_size:
-        micro_batch_size = share
+    share = config.batch_size // PartialState().num_processes
+    micro_batch_size = math.gcd(share, config.micro_batch_size or share)
     settings = dict(
         output_dir=str(output_dir),
         learning_rate=config.learning_rate,
@@ -238,6 +253,8 @@ def compare_datasets(
             raise SettingsError(
                 f"`num_samples` is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
             )
+        if max_tokens is None:
+            check_shares(config, num_samples or len(dataset))
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
     draw: Draw = partial(_draw_samples, num_samples)
     if max_tokens is not None:
@@ -356,7 +373,7 @@ def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor]
 
 
 def _value(student: FinetunedStudent, metric: Callable[[FinetunedStudent], Tensor]) -> float:
-    with torch.no_grad(), student.student.train_mode():
+    with student.ranks.guard("The metric"), torch.no_grad(), student.student.train_mode():
         return metric(student).item()
 
 

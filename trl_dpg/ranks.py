@@ -64,6 +64,8 @@ class Ranks:
         self.index = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._name = ""  # of the outermost guard
+        self._known: list[BaseException] = []  # errors inside of it that all ranks know
+        self._checksums: dict[tuple, int] = {}
 
     @classmethod
     def of_this_run(cls, device: torch.device) -> "Ranks":
@@ -99,11 +101,21 @@ class Ranks:
             yield
             self._tell(None)
         except Exception as error:
-            if not _is_known(error):
+            if not self._is_known(error):
                 self._tell(error)
             raise
         finally:
             self._name = outer
+            if not outer:
+                self._known.clear()
+
+    def _is_known(self, error: BaseException | None) -> bool:
+        """Whether all ranks know the error, or the one that it was made of."""
+        while error is not None:
+            if any(error is known for known in self._known):
+                return True
+            error = error.__cause__ or error.__context__
+        return False
 
     def _tell(self, error: Exception | None) -> None:
         """Exchange whether a rank has failed. If so, an error is raised on all."""
@@ -113,24 +125,28 @@ class Ranks:
         try:
             dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group)
         except RuntimeError as lost:
-            raise RuntimeError(
-                f"{self._name}: the other ranks cannot be reached. The process of one of them has probably ended; its "
-                f"own output says why. ({error or lost})"
-            ) from lost
+            out_of_reach = RuntimeError(
+                f"{self._name}: the other ranks cannot be reached. The process of one of them has probably ended, or "
+                f"it took longer than the time limit; its own output says more. ({error or lost})"
+            )
+            self._known.append(out_of_reach)
+            raise out_of_reach from lost
         if not failed.item():
             return
-        memory = error is not None and should_reduce_batch_size(error)
+        memory = error is not None and is_out_of_memory(error)
         answers: list[Any] = [None] * self.size
         dist.all_gather_object(answers, None if error is None else (memory, _message(error)), group=self.group)
         # Out of memory counts only if it is the only reason, because all ranks may then try again with smaller batches
         first = min(
             (rank for rank in range(self.size) if answers[rank] is not None), key=lambda rank: (answers[rank][0], rank)
         )
+        kind = torch.OutOfMemoryError if answers[first][0] else RuntimeError
         shown = error
         if shown is None or memory != answers[first][0]:
-            kind = torch.OutOfMemoryError if answers[first][0] else RuntimeError
             shown = kind(f"{self._name} failed on rank {first}: {answers[first][1]}")
-        vars(shown)[_KNOWN] = True
+        elif memory and not isinstance(shown, kind):  # all ranks have the same kind of error
+            shown = kind(str(error))
+        self._known.append(shown)
         raise shown
 
     def check_same(self, **values: Any) -> None:
@@ -153,6 +169,17 @@ class Ranks:
                         "Load the same model and the same data on every rank, and seed what is random equally."
                     )
 
+    def checksums(self, tensors: Iterable[Tensor]) -> list[int]:
+        """
+        A number for each tensor that is the same for the same values, and hardly ever for others. That of a tensor
+        which has not changed since is remembered.
+        """
+        keys = [(x.data_ptr(), x._version, x.shape, x) for x in tensors]
+        self._checksums = {
+            key[:3]: self._checksums.get(key[:3]) or int(torch.hash_tensor(key[3].detach()).item()) for key in keys
+        }
+        return [self._checksums[key[:3]] for key in keys]
+
     @property
     def _device(self) -> torch.device:
         on_gpu = dist.get_backend(self.group) == "nccl"
@@ -174,26 +201,24 @@ class Ranks:
         """This rank's part `[*, S]` of the sum of `x` `[*, P]` over all ranks (reduce-scatter). `x` is used up."""
         if self.alone:
             return x
+        own = x[..., slice(*self._range(self.index, x.size(-1)))]
+        shard = torch.empty_like(own, memory_format=torch.contiguous_format)  # before the exchange: it may not fit
         self._tell(None)
-        parts = [x[..., slice(*self._range(rank, x.size(-1)))].contiguous() for rank in range(self.size)]
-        for rank, part in enumerate(parts):
-            if part.numel():
-                dist.reduce(part, group=self.group, group_dst=rank)
-        return parts[self.index].clone()
+        for row in x.view(-1, x.size(-1)):
+            for rank in range(self.size):
+                dist.reduce(row[slice(*self._range(rank, len(row)))], group=self.group, group_dst=rank)
+        return shard.copy_(own)
 
     def gather(self, shard: Tensor, size: int) -> Tensor:
         """The whole `[*, P]` of the ranks' shards `[*, S]`, with P = `size` (all-gather)."""
         if self.alone:
             return shard
-        self._tell(None)
-        whole = shard.new_empty(*shard.shape[:-1], size)
+        whole = shard.new_empty(*shard.shape[:-1], size)  # before the exchange: it may not fit
         whole[..., slice(*self._range(self.index, size))] = shard
-        for rank in range(self.size):
-            part = whole[..., slice(*self._range(rank, size))]
-            if part.numel():
-                buffer = part.contiguous()  # a single row's part is contiguous: no copy
-                dist.broadcast(buffer, group=self.group, group_src=rank)
-                part.copy_(buffer)
+        self._tell(None)
+        for row in whole.view(-1, size):
+            for rank in range(self.size):
+                dist.broadcast(row[slice(*self._range(rank, size))], group=self.group, group_src=rank)
         return whole
 
     def sum(self, x: Tensor) -> Tensor:
@@ -225,23 +250,12 @@ class Ranks:
 
 
 ALONE = Ranks()
-_KNOWN = "known_to_all_ranks"
 
 
-def _is_known(error: BaseException | None) -> bool:
-    """Whether all ranks know the error, or the one that it was made of."""
-    while error is not None:
-        if _KNOWN in vars(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, or the host, had too little memory."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def _message(error: Exception) -> str:
     return " ".join([repr(error), *getattr(error, "__notes__", [])])
-
-
-def checksum(tensors: Iterable[Tensor]) -> list[int]:
-    """A number for each tensor that is the same for the same values, and hardly ever for others."""
-    sums = [x.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64) for x in tensors]
-    return torch.stack(sums).tolist() if sums else []

@@ -5,8 +5,10 @@ import json
 import os
 import signal
 import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -95,7 +97,7 @@ def peaks(group):
 def equal_scores(folder):
     rank, groups = dist.get_rank(), {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     if rank == 0:
-        make_model(scale=1.0).save_pretrained(folder / "model")
+        make_model(scale=1.0).save_pretrained(folder / "model")  # makes the folder as well
     dist.barrier()
     results = {}
     for kind in ("full", "lora", "4-bit"):
@@ -132,7 +134,31 @@ def equal_scores(folder):
     results["evaluate"] = evaluate_dataset(
         lambda: Student(make_model(scale=1.0), TOKENIZER), texts, METRIC, fine
     ).metric
+    try:
+        evaluate_dataset(lambda: None, texts[:6], METRIC, fine)
+    except ValueError as error:
+        results["uneven"] = str(error)
     return results | {"errors": errors(), "texts": texts}
+
+
+@contextmanager
+def fails_once(size, fails):
+    """Context in which the memory does not suffice for the first vector `[P]` that is gathered."""
+    gather, new_empty, calls = Ranks.gather, torch.Tensor.new_empty, []
+
+    def gathering(self, shard, whole):
+        with patch.object(torch.Tensor, "new_empty", failing):
+            return gather(self, shard, whole)
+
+    def failing(self, *sizes, **kwargs):
+        if sizes[-1] == size and not calls:
+            calls.append(sizes)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return new_empty(self, *sizes, **kwargs)
+
+    with patch.object(Ranks, "gather", gathering) if fails else nullcontext():
+        yield
+    assert bool(calls) == fails
 
 
 def errors():
@@ -164,8 +190,11 @@ def errors():
         samples=lambda: score(samples=SAMPLES[: 12 - rank]),
         settings=lambda: score(config=replace(FOUR, learning_rate=1e-3 * (1 + rank))),
         frozen=frozen,
+        interval=lambda: score(config=replace(FOUR, checkpoint_interval=1 + rank % 2)),
         diverged=lambda: score(config=replace(FOUR, learning_rate=1e30, optimizer="sgd")),
     )
+    saved = KeyError("saved")  # an error object may be raised again
+    calls |= {name: lambda: score(metric=Failing(saved, 1)) for name in ("saved", "saved again")}
     results = {}
     for name, call in calls.items():
         try:
@@ -173,9 +202,16 @@ def errors():
         except Exception as error:
             results[name] = repr(error)
     score()  # nothing is out of step after the errors
-    own, memory = Student(make_model(scale=1.0), TOKENIZER), torch.OutOfMemoryError("CUDA out of memory.")
-    out = metagradient(own, SAMPLES, Failing(memory, 2), ONE, process_group=group)
-    return results | {"out of memory": [own.micro_batch_size, out.scores.tolist()]}
+    for name, error in {
+        "in the metric": torch.OutOfMemoryError("Allocation would exceed the allowed memory."),
+        "on the host": RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        "in an exchange": None,
+    }.items():
+        own, metric = Student(make_model(scale=1.0), TOKENIZER), METRIC if error is None else Failing(error, 2)
+        with fails_once(own.num_trainable, error is None and rank == 1):
+            out = metagradient(own, SAMPLES, metric, ONE, process_group=group)
+        results[f"out of memory {name}"] = [own.micro_batch_size, out.scores.tolist()]
+    return results
 
 
 def killed(folder, phase):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.distributed import sweeps
 from tests.tiny import make_model, on_processes
@@ -17,10 +18,13 @@ from trl_dpg.evaluation import evaluate_dataset
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    """What the first of four processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    process = on_processes(4, "tests.distributed.sweeps", "equal_scores", str(folder))
-    assert process.returncode == 0, process.stderr[-3000:]
+    """What each of four processes found. The workers of a test run share it."""
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    folder = (tmp_path_factory.getbasetemp().parent if parallel else tmp_path_factory.mktemp("four")) / "ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            process = on_processes(4, "tests.distributed.sweeps", "equal_scores", str(folder))
+            assert process.returncode == 0, process.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 
@@ -92,20 +96,25 @@ def test_fresh_students_are_those_of_one_process(four):
         lambda: Student(make_model(scale=1.0), sweeps.TOKENIZER), four[0]["texts"], sweeps.METRIC, config
     )
     assert all(rank["evaluate"] == pytest.approx(alone.metric, rel=1e-5) for rank in four)
+    assert all("6 samples in batches of 4 leave 2" in rank["uneven"] for rank in four)
 
 
 def test_an_error_on_one_rank_is_raised_on_all(four):
     first, second, *others = (rank["errors"] for rank in four)
-    for name in ("first", "second", "text"):
+    for name in ("first", "second", "text", "saved", "saved again"):
         assert "failed on rank 1: " in first[name] and all(other[name] == first[name] for other in others), name
     assert "no benchmark" in second["first"] and "no benchmark" in first["first"]
-    for name, word in dict(samples="samples", settings="inner loop", frozen="student", diverged="rate").items():
+    words = dict(samples="samples", settings="inner loop", interval="inner loop", frozen="student", diverged="rate")
+    for name, word in words.items():
+        samples="samples", settings="inner loop", interval="inner loop", frozen="student", diverged="rate"
+    ).items():
         assert all(other[name] == first[name] for other in (second, *others)) and word in first[name], name
 
 
-def test_all_ranks_halve_the_micro_batch_if_one_is_out_of_memory(four):
+@pytest.mark.parametrize("where", ["in the metric", "on the host", "in an exchange"])
+def test_all_ranks_halve_the_micro_batch_if_one_is_out_of_memory(where, four):
     for rank in four:
-        size, scores = rank["errors"]["out of memory"]
+        size, scores = rank["errors"][f"out of memory {where}"]
         assert size == 1  # of 3 samples
         assert difference(scores, four[0]["full, one step, 1"]["scores"]) <= 1e-5
 

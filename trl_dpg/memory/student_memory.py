@@ -71,7 +71,7 @@ class StudentMemory:
     - metric: what its evaluation takes with its gradient, measured in the same way.
 
     Of R ranks, each has a share of a step's samples, and V / R bytes of each vector of the trajectory and of the
-    cotangents. It gathers θ and u whole, and has the sums before they are shared out: up to V (1 + 2 M).
+    cotangents. It has θ_0, θ and u whole, and the sums before they are shared out: up to V (2 + 2 M).
 
     Args:
         traces (`StudentTraces`): The student, and the length of its samples.
@@ -163,7 +163,8 @@ class StudentMemory:
         state = (1 + moments) * self.shard
         several = self.num_ranks > 1
         current = state + self.shard if config.offload_trajectory else trajectory
-        current += vector * several  # θ, gathered
+        current += vector * several  # θ at the start
+        gathered = vector * (several and plan.num_steps > 1)  # θ in a later step
         kept = {"samples' gradients": samples, "graphs": graphs}
         last = self._needs(not plan.twice and bool(plan.by_sample), last_kept)
 
@@ -172,28 +173,30 @@ class StudentMemory:
         # At the last micro-batch, θ and s after the step are not there yet, and what it keeps is a part of its peak
         computing = last.forward + summed - (last.kept if last_kept else 0) - (state + vector)
         forward = max(computing, clipped, self._first_step(samples) - current - samples - graphs)
-        phases = [Phase("fine-tuning", {"trajectory": current, **kept, "micro-batch": forward})]
+        phases = [Phase("fine-tuning", {"trajectory": current + gathered, **kept, "micro-batch": forward})]
         if config.attribution == "dataset":
             phases[0].parts["trajectory"] += 2 * state + 2 * vector  # θ and s at the start and after a step; two g
             # Before the fine-tuning, the metric's gradient is checked
             return [*phases, Phase("metric", {"trajectory": state, "metric": self._metric()})]
 
         optimizer = rows * vector
-        phases.append(
-            Phase("metric", {"trajectory": current, "optimizer": optimizer, **kept, "metric": self._metric()})
-        )
+        after = current + vector * several  # with θ after the last step
+        phases.append(Phase("metric", {"trajectory": after, "optimizer": optimizer, **kept, "metric": self._metric()}))
         if plan.num_steps > 1:
             optimizer += rows * moments * self.shard + clipped + (rows * self.shard if rows > 1 else 0)
         else:
             optimizer += clipped
-        if several:  # λ as a shard, u gathered, and with several steps the Hessian products before they are summed
-            optimizer += rows * (self.shard + vector * (1 + (plan.num_steps > 1)))
+        if several:  # λ is a shard, u is gathered, and with several steps there are sums of Hessian products
+            optimizer += rows * (self.shard + vector * (plan.num_steps > 1))
         block = min(vector * rows, (64 if self.traces.accelerator else 2) << 20)
         computing = max(last.reverse - (last.kept if last_kept else 0), VJP_TENSORS * block)
         if plan.length < plan.num_steps:  # a stretch is run again while the last step of the later one is still held
             computing = max(computing, last.forward + summed + state - (last.kept if last_kept else 0))
         phases.append(
-            Phase("attribution", {"trajectory": current, "optimizer": optimizer, **kept, "micro-batch": computing})
+            Phase(
+                "attribution",
+                {"trajectory": current + gathered, "optimizer": optimizer, **kept, "micro-batch": computing},
+            )
         )
         return phases
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layers import lean_layers
-from ..ranks import ALONE, Ranks, checksum
+from ..ranks import ALONE, Ranks
 from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import MEMORY_ONLY, InnerLoopConfig
@@ -73,10 +73,15 @@ class FineTuning:
             self.steps = plan_steps(self.student, self.samples, self.config, self.ranks)
 
     def _check_ranks(self) -> None:
-        inner_loop = {name: value for name, value in asdict(self.config).items() if name not in MEMORY_ONLY}
+        own = {*MEMORY_ONLY} - {"checkpoint_interval"}  # on which the exchanges depend
+        inner_loop = {name: value for name, value in asdict(self.config).items() if name not in own}
         samples = crc32(json.dumps([(sample.input_ids, sample.labels) for sample in self.samples]).encode())
         frozen = [parameter for parameter in self.student.model.parameters() if not parameter.requires_grad]
-        student = (self.student.num_trainable, checksum(frozen))
+        if self.student.num_trainable < self.ranks.size:
+            raise ValueError(
+                f"{self.ranks.size} ranks cannot share a student with {self.student.num_trainable} trained numbers."
+            )
+        student = (self.student.num_trainable, self.ranks.checksums(frozen))
         self.ranks.check_same(**{"inner loop": inner_loop, "samples": samples, "student": student})
 
     def initial_theta(self) -> Tensor:
@@ -116,7 +121,7 @@ class FineTuning:
         """Φ(θ), for θ of shape `[P]`."""
         finetuned = FinetunedStudent(self.student, theta, self.initial_theta(), self.ranks)
         with modes(self.student), torch.no_grad():
-            return self.ranks.first(finetuned.evaluate(metric)[0].detach().clone()).item()
+            return self.ranks.first(finetuned.evaluate(metric)[0].detach().clone().to(theta.device)).item()
 
     def losses(self, theta: Tensor) -> Tensor:
         """The training loss of each step's samples for one θ of shape `[P]`. Shape `[T]`, in nats, on the CPU."""
@@ -127,4 +132,5 @@ class FineTuning:
             return self.student.run(parameters, lambda model: self.student.loss(model, batch, weights)[0]).item()
 
         with self.sweeping(), torch.no_grad():
-            return self.ranks.sum(torch.tensor([float(sum(map(loss, step))) for step in self.steps]))
+            losses = [float(sum(map(loss, step))) for step in self.steps]
+            return self.ranks.sum(torch.tensor(losses, device=theta.device)).cpu()

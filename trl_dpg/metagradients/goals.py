@@ -55,8 +55,9 @@ class Goal:
         values, found = [], False
         for metric, row in zip(self.parts.values() or [self.metric], theta_bar[self.rows], strict=True):
             value, gradient = finetuned.evaluate(metric)
-            values.append(finetuned.ranks.first(value))
-            if gradient is not None:
+            values.append(finetuned.ranks.first(value.to(row.device)))
+            depends = finetuned.ranks.least(gradient is not None)  # on all ranks
+            if gradient is not None and depends:
                 row.copy_(finetuned.ranks.first(gradient))
                 found = True
         with torch.no_grad():
@@ -161,4 +162,4 @@ def metric_at_start(metric: MetricFunction, student: Student, name: str | None =
             f"The metric{own} of the student before fine-tuning has a gradient that is not finite. The usual cause is "
             "a square root or logarithm of zero. Add a small constant inside it."
         )
-    return ranks.first(value.clone()).item()
+    return ranks.first(value.clone().to(theta.device)).item()

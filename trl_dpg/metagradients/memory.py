@@ -1,6 +1,7 @@
 """Memory of the sweeps: the size of graphs, the budget for them, and copies of states in host memory."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,11 @@ from .batches import MicroBatch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
+    """Bytes that can still be allocated on a device. Processes of one machine have equal shares of its memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class GraphSize(torch.autograd.graph.saved_tensors_hooks):

@@ -230,6 +230,8 @@ def _differentiate(
                 goal.evaluate(finetuned, theta_bar, config)
             figures.append(goal.figures(finetuned))
         del finetuned
+        trajectory.theta = trajectory.theta.new_empty(0)  # it has served
+        theta_bar = ranks.shard(theta_bar)
 
         times.append(time.perf_counter())
         scores, token_scores = _reverse(fine_tuning, trajectory, theta_bar) if attribute else (None, None)

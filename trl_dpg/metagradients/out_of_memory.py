@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from transformers.utils import logging
 
+from ..ranks import is_out_of_memory
 from ..student import Student
 
 
@@ -14,13 +15,8 @@ logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
 
-class NotEnoughMemory(RuntimeError):
+class NotEnoughMemory(torch.OutOfMemoryError):
     """A single sample of the student's fine-tuning needs more memory than there is."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, or the host, had too little memory. Also if the error of another rank says so."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 def within_memory(fine_tuning: Any, run: Callable[[], T], name: str) -> T:

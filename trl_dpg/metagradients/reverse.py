@@ -33,15 +33,14 @@ def reverse_sweep(trajectory: Trajectory, theta_bar: Tensor, scores: Tensor, tok
 
     Args:
         trajectory (`Trajectory`): The forward sweep.
-        theta_bar (`torch.Tensor` of shape `[M, P]`): λ_T, the metrics' gradients ∇Φ(θ_T), the same on all ranks. They
+        theta_bar (`torch.Tensor` of shape `[M, S]`): This rank's shards of λ_T, the metrics' gradients ∇Φ(θ_T). They
             are overwritten.
         scores (`torch.Tensor` of shape `[M, N]`): τ_i = ∂Φ/∂w_i is added for this rank's samples that are not scored
             token by token.
         token_scores (`torch.Tensor` of shape `[M, N, L]`): τ_{i,k} = ∂Φ/∂w_{i,k} of the others is added to this.
     """
-    loop, size = trajectory.loop, theta_bar.size(-1)
+    loop, size = trajectory.loop, trajectory.loop.initial_theta.numel()
     config, optimizer, ranks = loop.config, loop.optimizer, loop.ranks
-    theta_bar = ranks.shard(theta_bar)
     state_bar = optimizer.init(theta_bar) if len(loop.steps) > 1 else None  # zeros
     several = theta_bar if state_bar is None else torch.empty_like(theta_bar) if len(theta_bar) > 1 else None
     for stretch in trajectory.stretches_backwards():
@@ -65,6 +64,7 @@ def reverse_sweep(trajectory: Trajectory, theta_bar: Tensor, scores: Tensor, tok
             _add_step(loop, step, theta, u, scores, token_scores, totals)
             if exact and not ranks.alone:
                 theta_bar += ranks.sum_shards(total)
+            del u, theta, total, totals  # before those of the next step are there
             next_state = state
 
 

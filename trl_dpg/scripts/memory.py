@@ -82,7 +82,7 @@ class MemoryArguments(DPGScriptArguments):
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of one device."""
+        """Bytes of one device. The processes on a machine without GPU have equal shares of its memory."""
         import psutil
         import torch
         from accelerate.utils import convert_file_size_to_int
@@ -94,7 +94,7 @@ class MemoryArguments(DPGScriptArguments):
                 raise UsageError(f"--memory must be a size such as 24GB or 80GiB, got {self.memory!r}.") from error
         if not self.on_cpu and torch.cuda.is_available():
             return torch.cuda.get_device_properties(0).total_memory
-        return psutil.virtual_memory().total
+        return psutil.virtual_memory().total // (self.num_processes or 1)
 
 
 @dataclass

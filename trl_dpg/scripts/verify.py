@@ -73,9 +73,8 @@ class Report:
 
 
 def main(script_args: VerifyArguments, student_args) -> None:
-    import torch
-
     from trl_dpg.metagradients.config import SettingsError
+    from trl_dpg.ranks import Ranks
     from trl_dpg.verification import quantization_check, verify
 
     state = process_state()
@@ -102,7 +101,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
             seed=student_args.seed,
             progress=state.is_main_process,
             on_figure=report if state.is_main_process else None,
-            process_group=torch.distributed.group.WORLD if state.num_processes > 1 else None,
+            process_group=Ranks.of_this_run(student.device).group,
         )
     except SettingsError as error:
         raise UsageError(in_flags(str(error))) from error

@@ -45,7 +45,7 @@ class Dataset:
         self.held = 0
 
     def end(self, now: float, scored: ScoredDataset | None = None, refused: Refused | None = None) -> None:
-        self.scored, self.refused = scored, refused
+        self.scored, self.refused, self.job = scored, refused, None  # an error's traceback holds the student's states
         self.state, self.changed, self.examples, self.held = "done" if refused is None else "failed", now, {}, 0
         self.ended.set()
 

@@ -13,6 +13,7 @@ from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.gradient import micro_batch_gradient
 from ..metagradients.memory import free_memory
 from ..metagradients.optimizers import clip, clip_vjp
+from ..metagradients.out_of_memory import within_memory
 from ..metagradients.per_sample import sample_gradients
 from ..student import FinetunedStudent
 
@@ -80,6 +81,10 @@ def one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
         fine_tuning (`FineTuning`): A fine-tuning with T = 1 on N samples.
         directions (`torch.Tensor` of shape `[K, N]`): The directions d.
     """
+    return within_memory(fine_tuning, lambda: _one_step(fine_tuning, directions), "The changed data weights")
+
+
+def _one_step(fine_tuning: FineTuning, directions: Tensor) -> OneStep:
     student, config, (step,) = fine_tuning.student, fine_tuning.config, fine_tuning.steps
     theta, ranks = fine_tuning.initial_theta(), fine_tuning.ranks
     rows = torch.cat([torch.ones_like(directions[:1]), directions]).to(theta)
