@@ -106,8 +106,6 @@ def test_an_error_on_one_rank_is_raised_on_all(four):
     assert "no benchmark" in second["first"] and "no benchmark" in first["first"]
     words = dict(samples="samples", settings="inner loop", interval="inner loop", frozen="student", diverged="rate")
     for name, word in words.items():
-        samples="samples", settings="inner loop", interval="inner loop", frozen="student", diverged="rate"
-    ).items():
         assert all(other[name] == first[name] for other in (second, *others)) and word in first[name], name
 
 
