@@ -253,6 +253,18 @@ def test_with_several_steps_metasmoothness_comes_from_the_same_fine_tunings():
     assert result["metasmoothness"].value == pytest.approx(metasmoothness(fine_tuning, directions), abs=1e-9)
 
 
+def test_a_copy_that_does_not_fit_into_memory_is_not_compared():
+    def metric(student):
+        if student.parameters["model.norm.weight"].dtype == torch.bfloat16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return METRIC(student)
+
+    one = InnerLoopConfig(learning_rate=1e-3, eps_root=1e-4, batch_size=16)
+    result = verify(Student(make_model()), SAMPLES, metric, one, num_directions=6, try_remedies=False)
+    check = result["bf16_agreement"]
+    assert check.status == "skip" and "not enough memory for a copy" in check.meaning and result.complete
+
+
 def test_each_figure_is_told_as_soon_as_it_is_known():
     told = []
 
