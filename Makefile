@@ -41,7 +41,7 @@ trl-suite: setup
 
 # Runs that are killed at random moments and go on; `make test` runs some of it. It goes on where it was stopped.
 faults: setup
-	$(BIN)/python -m pytest tests/faults -m ""
+	$(BIN)/python -m pytest tests -m faults
 	$(BIN)/python -m tests.faults.kills --kills 40 --output_dir runs/faults
 
 clean:

@@ -39,7 +39,7 @@ def runs(tmp_path_factory):
     }
 
 
-@pytest.mark.first
+@pytest.mark.faults
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)])
 def test_a_generator_that_is_sharded_has_the_rewards_of_one_that_is_not(engine, runs):
     (whole, _), (first, second) = runs["multi_gpu"], runs[engine]

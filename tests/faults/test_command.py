@@ -109,6 +109,7 @@ def test_a_signal_after_the_last_step_saves_what_was_not_saved(tmp_path, monkeyp
     assert run(UUID, tmp_path, "--max_steps", "2", "--evaluate", "false", *AUTO)["steps"] == 2
 
 
+@pytest.mark.faults
 def test_a_signal_to_the_launcher_reaches_the_run(tmp_path):
     command = [sys.executable, "-m", "trl_dpg.cli", "dpg", "--num_processes", "1", "--config", str(UUID)]
     command += ["--output_dir", str(tmp_path), "--max_steps", "500", "--evaluate", "false"]
