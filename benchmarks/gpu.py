@@ -257,7 +257,7 @@ def states(page: str, rows: list[dict]) -> str:
             state = f"failed: {'; '.join(failed)} ({machine})"
         elif still_open:
             state = f"open: {'; '.join(dict.fromkeys(still_open))}"
-        elif {row["check"] for row in own} == set(wanted):
+        elif wanted and {row["check"] for row in own} == set(wanted):
             passed = any(row["state"] == "pass" for row in own)
             state = f"{'passed' if passed else 'measured'} ({machine})"
         lines.append(f"| {what} | {names} | {state} |")

@@ -7,6 +7,8 @@ OpenRLHF with the scores of a student behind `trl-dpg serve`. Copy this file; it
 DPG_SIZE is the number of completions of a step: `rollout_batch_size` times `n_samples_per_prompt`. The server waits
 until it has all of them, so all must be asked for at once. Set OPENRLHF_ASYNC_NUM_TASKS to at least DPG_SIZE. Versions
 that call the function in chunks, as Ray tasks, need a CPU for each chunk: set `micro_rollout_batch_size` accordingly.
+Newer versions call these arguments `--reward.remote_url`, `--rollout.batch_size`, `--rollout.n_samples_per_prompt`.
+Train without evaluation (`eval_steps`) and without `dynamic_filtering`: they would call this function as well.
 """
 
 import asyncio
@@ -44,9 +46,13 @@ def reward_func(queries, prompts, labels, **kwargs):
 def completion(query, prompt):
     """What the generator wrote, without the tokens that end it."""
     place = query.find(prompt)
-    if place < 0:
-        raise ValueError(f"The query does not have its prompt in it: {query!r:.200}")
-    text = query[place + len(prompt) :]
+    if place >= 0:
+        text = query[place + len(prompt) :]
+    else:  # a prompt that was too long is cut off on the left
+        begin = next((k for k in range(len(prompt)) if query.startswith(prompt[k:])), len(prompt))
+        if begin == len(prompt):
+            raise ValueError(f"The query does not have its prompt in it: {query!r:.200}")
+        text = query[len(prompt) - begin :]
     while text.rstrip().endswith(ENDS):
         for end in ENDS:
             text = text.rstrip().removesuffix(end)

@@ -14,12 +14,13 @@
 #SBATCH --signal=USR1@600
 #SBATCH --requeue
 
-export ENGINE=${ENGINE:-fsdp2}
+export ENGINE=${ENGINE:-multi_gpu}
 export GPUS=$((8 * SLURM_NNODES))
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# One task a node. Each starts the 8 processes of its node, and is told its own number.
-srun --kill-on-bad-exit=1 bash -c 'trl-dpg dpg --accelerate_config "$ENGINE" \
+# One task a node. Each starts the 8 processes of its node, and is told its own number. When a node has ended, the others
+# have two minutes.
+srun --kill-on-bad-exit=0 --wait=120 bash -c 'exec trl-dpg dpg --accelerate_config "$ENGINE" \
     --num_machines "$SLURM_NNODES" --num_processes "$GPUS" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$HEAD" --main_process_port 29500 --resume_from_checkpoint auto "$@"' dpg "$@"
 status=$?

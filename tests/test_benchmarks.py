@@ -73,7 +73,7 @@ def test_every_open_check_of_the_page_has_one_in_the_script(gpu):
     checks = {check.name for check in gpu.CHECKS}
     for what, names, _ in rows:
         named = re.findall(r"`(\w+)`", names)
-        assert named and set(named) <= checks, what
+        assert set(named) <= checks and (named or names == "by hand"), what
 
 
 def test_the_checks_fit_into_nine_minutes(gpu):

@@ -112,7 +112,7 @@ def test_one_process_with_a_second_gpu_for_the_student_is_started_by_the_launche
 def test_the_slurm_script_starts_every_node_with_its_number(tmp_path, monkeypatch):
     commands = {
         "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "$@" >> "$LOG"; fi',
-        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || status=$?; done; exit $status',
+        "srun": 'shift 2; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@" || status=$?; done; exit $status',
         "trl-dpg": 'printf "%s\\n" "$*" >> "$LOG"; exit 75',  # stopped by a signal
     }
     for name, body in commands.items():

@@ -57,6 +57,23 @@ def test_the_answer_is_that_of_the_library_to_the_bit(form, server):
         assert answer["rewards"] == DPGReward(make_student(), METRIC, CONFIG)(PROMPTS, TEXTS)
 
 
+def test_a_dataset_without_a_name_that_fails_says_so_to_a_client_that_polls():
+    calls = []
+
+    def metric(student):
+        calls.append(student)
+        raise RuntimeError("no benchmark")
+
+    with ScoreServer(DPGReward(make_student(), metric, CONFIG)) as running:
+        answers = []
+        while not answers or answers[-1][0] == 202:
+            answers.append(running.post(TEXTS, wait=0))
+            time.sleep(0.2)
+        assert answers[-1][0] == 500 and "no benchmark" in answers[-1][1]["detail"] and len(calls) == 1
+        running.post(TEXTS)
+    assert len(calls) == 2  # it was tried again after the client had the message
+
+
 def test_samples_that_come_one_by_one_in_any_order_are_one_dataset(server):
     places = list(range(8))
     random.Random(0).shuffle(places)

@@ -209,6 +209,16 @@ def test_the_wait_is_a_number_of_seconds():
             DPGReward(server="http://127.0.0.1:8000", server_max_wait=wait)
 
 
+@pytest.mark.parametrize("wrong", [False, True], ids=["too large", "wrong token"])
+def test_what_a_server_refuses_before_it_has_read_it_is_not_taken_for_a_server_that_is_away(wrong, monkeypatch):
+    monkeypatch.setenv("TRL_DPG_SERVER_TOKEN", "another" if wrong else "right")
+    limits = Limits(max_request_bytes=10**6)
+    with ScoreServer(limits=limits, token="right") as running:
+        with pytest.raises(RuntimeError, match="401" if wrong else "1000000. Start it with|answers 413") as raised:
+            ScoreClient(running.url, max_wait=20).score(["w1 " * 10**7])
+        assert "did not answer" not in str(raised.value)
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://host", "http://", "", "http://user:secret@host"])
 def test_a_server_is_an_address_without_a_password(address):
     with pytest.raises(ValueError, match="must be an address such as") as raised:
@@ -438,5 +448,8 @@ def test_a_recipe_serves_and_trains_if_its_inner_loop_is_the_servers(tmp_path, c
         cli.main(run)
         with pytest.raises(SystemExit) as stopped:
             cli.main([*run, "--student_learning_rate", "0.5"])
-    assert stopped.value.code == 2 and "learning_rate is 0.001 there, 0.5 here" in capsys.readouterr().err
+        assert stopped.value.code == 2 and "learning_rate is 0.001 there, 0.5 here" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*run, "--metric_kwargs", '{"texts": ["w4 w3"]}'])
+    assert stopped.value.code == 2 and "the server's metric is LanguageModelingMetric, " in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from .callbacks import run_config
 from .metagradients.config import MEMORY_ONLY
-from .metrics.base import Metric
+from .metrics.base import Metric, metric_name
 from .redaction import as_stored
 from .reward import DPGReward
 
@@ -85,11 +85,16 @@ def reward_setup(reward: DPGReward) -> dict[str, Any]:
         return {name: reward.client.known[name] for name in ("metric", "student", "weights", "inner_loop")}
     inner_loop = asdict(reward.inner_loop_config)
     return {
-        "metric": f"{described['metric']}, {_short(json.dumps(_content(reward.metric), default=str))}",
+        "metric": metric_setup(reward.metric),
         "student": described["student"],
         "weights": digest(reward.student.model.named_parameters()),
         "inner_loop": {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY},
     }
+
+
+def metric_setup(metric: Any) -> str:
+    """The name of a metric, and a short name of its settings and data."""
+    return f"{metric_name(metric)}, {_short(json.dumps(_content(metric), default=str))}"
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

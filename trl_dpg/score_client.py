@@ -114,6 +114,7 @@ class ScoreClient:
                 pause = max(pause, float(asked)) if asked.isdecimal() else pause
             except (OSError, HTTPException) as error:  # not there, or the connection is lost
                 reason = str(error) or repr(error)
+                self._check_welcome(content)
             else:
                 if told:
                     logger.warning(f"The server at {self.url} answers again, after {time.monotonic() - since:.0f} s.")
@@ -132,6 +133,27 @@ class ScoreClient:
                 told = True
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _check_welcome(self, content: bytes | None) -> None:
+        """
+        Raise if a server that is there would refuse this content. It may have closed the connection before it has read
+        all of it, so that its answer was lost.
+        """
+        if content is None:
+            return
+        try:
+            limit = self._send("/health", None)[1]["limits"]["max_request_bytes"]
+        except HTTPError as error:
+            if error.code in AWAY:
+                return
+            raise RuntimeError(f"The server at {self.url} answers {error.code}: {_reason(error)}") from None
+        except (OSError, HTTPException):
+            return
+        if len(content) > limit:
+            raise RuntimeError(
+                f"The dataset has {len(content)} bytes as JSON, but the server at {self.url} takes {limit}. Start it "
+                "with a larger --max_request_bytes."
+            )
 
     def _send(self, path: str, content: bytes | None) -> tuple[int, dict[str, Any]]:
         request = Request(self.url + path, data=content)

@@ -86,7 +86,7 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
     last = checkpoint(training_args)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
     trainer.restart.further = fixed_settings(script_args, model_args)
-    check_server(trainer)
+    check_server(trainer, metric)
     student = [] if trainer.dpg_reward.client is not None else [trainer.dpg_reward.student.model]
     script_args.set_threads(trainer.model, *student)
     if not training_args.log_completions:
@@ -198,14 +198,21 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
         raise UsageError(str(error)) from error
 
 
-def check_server(trainer) -> None:
-    """Refuse a server with another inner loop than that of the arguments, with which fresh students are tested."""
+def check_server(trainer, metric) -> None:
+    """Refuse a server with another metric or inner loop than the arguments, with which fresh students are tested."""
     from dataclasses import asdict
+
+    from trl_dpg.run_setup import metric_setup
 
     reward, own = trainer.dpg_reward, asdict(trainer.args.inner_loop_config())
     if reward.client is None:
         return
     reward.described()  # waits for the server
+    if reward.client.known["metric"] != metric_setup(metric):
+        raise UsageError(
+            f"--student_server: the server's metric is {reward.client.known['metric']}, that of these arguments is "
+            f"{metric_setup(metric)}. Start it with the same recipe, or change the arguments."
+        )
     there = asdict(reward.inner_loop_config)
     changed = [name for name in reward.client.known["inner_loop"] if there[name] != own[name]]
     if changed:

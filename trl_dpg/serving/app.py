@@ -74,6 +74,7 @@ def make_app(
             waiting = {"dataset": dataset.name, "state": dataset.state, "size": dataset.size}
             return _json(waiting | {"received": len(dataset.digests)}, 202, {"Retry-After": "1"})
         if dataset.refused is not None:
+            datasets.forget(dataset)
             raise dataset.refused
         ids = [place if own.id is None else own.id for place, own in enumerate(asked.samples)]
         return _json({"set_up": described["set_up"]} | _answer(dataset, ids))
@@ -139,5 +140,5 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 
 def _json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    text = json.dumps(finite(value))
+    text = json.dumps(finite(value), default=lambda number: finite(number.tolist()))  # of numpy, or a tensor
     return Response(text, status, headers, media_type="application/json")

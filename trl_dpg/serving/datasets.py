@@ -142,6 +142,11 @@ class Datasets:
         self._cuts += 1
         return Dataset(f"{request.stream}#{self._cuts}", size, request.stream, now)
 
+    def forget(self, dataset: Dataset) -> None:
+        """Forget a dataset without a name that has failed: its only client has the message, and may try again."""
+        if dataset.name.startswith("#"):
+            self._datasets.pop(dataset.name, None)
+
     def _check_room(self, characters: int, complete: bool) -> None:
         held = sum(dataset.held for dataset in self.in_state("collecting", "waiting", "running"))
         if characters and held + characters > self._limits.max_held_bytes:
@@ -164,8 +169,6 @@ class Datasets:
                 text = " ".join([str(error), *getattr(error, "__notes__", [])])
                 reason = redacted_text(f"Dataset {dataset.name!r} could not be scored. {text}")
                 dataset.end(now, refused=Refused(500, reason))
-                if dataset.name.startswith("#"):  # its only client has the message, and may try again
-                    self._datasets.pop(dataset.name, None)
 
         dataset.job.add_done_callback(lambda job: loop.call_soon_threadsafe(finish, job))
 

@@ -4,6 +4,7 @@ import queue
 from concurrent.futures import Future
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -57,6 +58,8 @@ class Engine:
             except Exception as error:
                 if future is not None:
                     future.set_exception(error)
+                if isinstance(error, torch.AcceleratorError):  # nothing works on this device any more
+                    raise
                 continue
             if future is not None:
                 future.set_result(scored)
