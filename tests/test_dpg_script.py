@@ -203,6 +203,17 @@ def test_switches_of_accelerate_may_stand_in_a_recipe(tmp_path, monkeypatch):
     assert arguments.training_script_args == ["--config", str(own)]
 
 
+def test_batches_are_checked_as_those_of_the_processes_that_will_run(monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    half = ["dpg", "--config", str(RECIPES / "new_language" / "mini.yaml"), "--per_device_train_batch_size", "64"]
+    cli.main([*half, "--num_processes", "2"])
+    assert launched[0].num_processes == 2
+    with pytest.raises(SystemExit):
+        cli.main(half)
+    assert "must divide the 64 samples" in capsys.readouterr().err
+
+
 def test_what_accelerate_runs_ends_with_its_own_status(monkeypatch):
     def fail(arguments):
         raise subprocess.CalledProcessError(2, "python")

@@ -140,24 +140,17 @@ def without_empty(dataset: Dataset) -> Dataset:
 
 
 def check_shares(config: InnerLoopConfig, num_samples: int) -> None:
-    """
-    Refuse batches that the processes of a distributed run cannot share equally: samples would be trained on twice.
-
-    Raises:
-        `ValueError`: If there are such batches.
-    """
+    """Refuse batches that processes cannot share equally, so that samples would be trained on twice."""
     number = PartialState().num_processes
     if config.batch_size % number:
         raise SettingsError(
-            f"{number} processes cannot share a `batch_size` of {config.batch_size} samples equally. Use a number of "
-            "processes that divides it."
+            f"{number} processes cannot share a `batch_size` of {config.batch_size} equally. Use a divisor of it."
         )
     left = num_samples % config.batch_size
     if number > 1 and left:
         raise SettingsError(
             f"{num_samples} samples in batches of {config.batch_size} leave {left} for the last batch, which {number} "
-            "processes would fill up with others. Use one process, or a number of samples that is a multiple of "
-            f"`batch_size`: set `num_samples`, e.g. to {num_samples - left}."
+            f"processes would fill up with others. Use one process, or `num_samples` {num_samples - left}."
         )
 
 
@@ -247,20 +240,24 @@ def compare_datasets(
         raise SettingsError("`num_samples` and `max_tokens` both say how much is drawn. Give one of them.")
     kept = {name: without_empty(dataset) for name, dataset in datasets.items()}
     for name, dataset in kept.items():
-        if len(dataset) == 0:
-            raise SettingsError(f"`datasets`: all {len(datasets[name])} samples of {name!r} are empty.")
-        if num_samples is not None and len(dataset) < num_samples:
-            raise SettingsError(
-                f"`num_samples` is {num_samples}, but {name!r} has {len(dataset)} samples that are not empty."
-            )
-        if max_tokens is None:
-            check_shares(config, num_samples or len(dataset))
+        _check_size(name, len(datasets[name]), len(dataset), config, num_samples, max_tokens)
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
     draw: Draw = partial(_draw_samples, num_samples)
     if max_tokens is not None:
         draw = _token_budget(load_student(seeds[0]), kept, seeds, config.max_length, max_tokens)
     bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress, delay=0)
     return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, draw, bar)
+
+
+def _check_size(
+    name: str, whole: int, size: int, config: InnerLoopConfig, num_samples: int | None, max_tokens: int | None
+) -> None:
+    if size == 0:
+        raise SettingsError(f"`datasets`: all {whole} samples of {name!r} are empty.")
+    if num_samples is not None and size < num_samples:
+        raise SettingsError(f"`num_samples` is {num_samples}, but {name!r} has {size} samples that are not empty.")
+    if max_tokens is None:
+        check_shares(config, num_samples or size)
 
 
 Draw = Callable[[str, Dataset, int], tuple[Dataset, int | None]]

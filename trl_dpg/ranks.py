@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class Ranks:
         self.size = 1 if group is None else dist.get_world_size(group)
         self._name = ""  # of the outermost guard
         self._known: list[BaseException] = []  # errors inside of it that all ranks know
-        self._checksums: dict[tuple, int] = {}
+        self._models: WeakSet[torch.nn.Module] = WeakSet()  # that were compared
 
     @classmethod
     def of_this_run(cls, device: torch.device) -> "Ranks":
@@ -169,16 +170,11 @@ class Ranks:
                         "Load the same model and the same data on every rank, and seed what is random equally."
                     )
 
-    def checksums(self, tensors: Iterable[Tensor]) -> list[int]:
-        """
-        A number for each tensor that is the same for the same values, and hardly ever for others. That of a tensor
-        which has not changed since is remembered.
-        """
-        keys = [(x.data_ptr(), x._version, x.shape, x) for x in tensors]
-        self._checksums = {
-            key[:3]: self._checksums.get(key[:3]) or int(torch.hash_tensor(key[3].detach()).item()) for key in keys
-        }
-        return [self._checksums[key[:3]] for key in keys]
+    def is_new(self, model: torch.nn.Module) -> bool:
+        """Whether this is the first time that the ranks compute with a model."""
+        new = model not in self._models
+        self._models.add(model)
+        return new
 
     @property
     def _device(self) -> torch.device:
@@ -259,3 +255,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _message(error: Exception) -> str:
     return " ".join([repr(error), *getattr(error, "__notes__", [])])
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[int]:
+    """A number for each tensor that is the same for the same values, and hardly ever for others."""
+    return [int(torch.hash_tensor(x.detach()).item()) for x in tensors]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.layers import lean_layers
-from ..ranks import ALONE, Ranks
+from ..ranks import ALONE, Ranks, checksums
 from ..student import Examples, FinetunedStudent, Student
 from .batches import MicroBatch, plan_steps
 from .config import MEMORY_ONLY, InnerLoopConfig
@@ -76,12 +76,13 @@ class FineTuning:
         own = {*MEMORY_ONLY} - {"checkpoint_interval"}  # on which the exchanges depend
         inner_loop = {name: value for name, value in asdict(self.config).items() if name not in own}
         samples = crc32(json.dumps([(sample.input_ids, sample.labels) for sample in self.samples]).encode())
-        frozen = [parameter for parameter in self.student.model.parameters() if not parameter.requires_grad]
+        new = self.ranks.is_new(self.student.model)
+        frozen = [p for p in self.student.model.parameters() if new and not p.requires_grad]
         if self.student.num_trainable < self.ranks.size:
             raise ValueError(
                 f"{self.ranks.size} ranks cannot share a student with {self.student.num_trainable} trained numbers."
             )
-        student = (self.student.num_trainable, self.ranks.checksums(frozen))
+        student = (self.student.num_trainable, checksums(frozen))
         self.ranks.check_same(**{"inner loop": inner_loop, "samples": samples, "student": student})
 
     def initial_theta(self) -> Tensor:

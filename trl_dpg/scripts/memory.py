@@ -82,7 +82,7 @@ class MemoryArguments(DPGScriptArguments):
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of one device. The processes on a machine without GPU have equal shares of its memory."""
+        """Bytes of one device."""
         import psutil
         import torch
         from accelerate.utils import convert_file_size_to_int
@@ -94,7 +94,7 @@ class MemoryArguments(DPGScriptArguments):
                 raise UsageError(f"--memory must be a size such as 24GB or 80GiB, got {self.memory!r}.") from error
         if not self.on_cpu and torch.cuda.is_available():
             return torch.cuda.get_device_properties(0).total_memory
-        return psutil.virtual_memory().total // (self.num_processes or 1)
+        return psutil.virtual_memory().total
 
 
 @dataclass
@@ -236,6 +236,9 @@ def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model
     number, num_ranks = training_args.generation_batch_size, training_args.num_processes or 1
     if not training_args.cross_group_batching:  # every dataset is scored by one rank
         number, num_ranks = number // training_args.num_generations, 1
+    device_bytes = script_args.device_bytes
+    if script_args.on_cpu and script_args.memory is None:  # of which the processes have equal shares
+        device_bytes //= training_args.num_processes or 1
     traces = StudentTraces(student, length, accelerator=not script_args.on_cpu)
     metric = make_metric(script_args)
     generator = GeneratorMemory(
@@ -251,14 +254,14 @@ def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model
         prompt,
         training_args.sharding(),
         accelerator=not script_args.on_cpu,
-        device_bytes=script_args.device_bytes,
+        device_bytes=device_bytes,
     )
     return Setup(
         weight_bytes(student.model),
         lambda config, free: StudentMemory(traces, config, number, metric, free, num_ranks),
         training_args.inner_loop_config(),
         generator,
-        script_args.device_bytes,
+        device_bytes,
         training_args.student_offload and not script_args.on_cpu,
     )
 
