@@ -183,26 +183,25 @@ class Ranks:
 
     # -- vectors ----------------------------------------------------------------------------------------------------
 
-    def _range(self, rank: int, size: int) -> tuple[int, int]:
-        return size * rank // self.size, size * (rank + 1) // self.size
+    def _range(self, rank: int, size: int) -> slice:
+        return slice(size * rank // self.size, size * (rank + 1) // self.size)
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's part `[*, S]` of `x` `[*, P]`, with S = P / R up to one. A copy, if there are several ranks."""
         if self.alone:
             return x
-        start, end = self._range(self.index, x.size(-1))
-        return x[..., start:end].clone()
+        return x[..., self._range(self.index, x.size(-1))].clone()
 
     def sum_shards(self, x: Tensor) -> Tensor:
         """This rank's part `[*, S]` of the sum of `x` `[*, P]` over all ranks (reduce-scatter). `x` is used up."""
         if self.alone:
             return x
-        own = x[..., slice(*self._range(self.index, x.size(-1)))]
+        own = x[..., self._range(self.index, x.size(-1))]
         shard = torch.empty_like(own, memory_format=torch.contiguous_format)  # before the exchange: it may not fit
         self._tell(None)
         for row in x.view(-1, x.size(-1)):
             for rank in range(self.size):
-                dist.reduce(row[slice(*self._range(rank, len(row)))], group=self.group, group_dst=rank)
+                dist.reduce(row[self._range(rank, len(row))], group=self.group, group_dst=rank)
         return shard.copy_(own)
 
     def gather(self, shard: Tensor, size: int) -> Tensor:
@@ -210,11 +209,11 @@ class Ranks:
         if self.alone:
             return shard
         whole = shard.new_empty(*shard.shape[:-1], size)  # before the exchange: it may not fit
-        whole[..., slice(*self._range(self.index, size))] = shard
+        whole[..., self._range(self.index, size)] = shard
         self._tell(None)
         for row in whole.view(-1, size):
             for rank in range(self.size):
-                dist.broadcast(row[slice(*self._range(rank, size))], group=self.group, group_src=rank)
+                dist.broadcast(row[self._range(rank, size)], group=self.group, group_src=rank)
         return whole
 
     def sum(self, x: Tensor) -> Tensor:
