@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from trl_dpg import metagradient
+from trl_dpg.metagradients.fine_tuning import FineTuning
 
 
 def exact(study, rate, **changes):
@@ -42,18 +43,6 @@ def averaged(study, rate, num_points):
     total = np.zeros(len(study.texts))
     for _ in range(num_points // 2):
         w = rng.random(len(study.texts))
-        for point in (w, 1 - w):
-            weights = torch.tensor(point, dtype=torch.float32)
-            total += metagradient(study.student, study.texts, study.metric, study.config(rate), weights).scores.numpy()
-    return total / num_points
-
-
-def averaged_masks(study, rate, num_points):
-    """The same with weights of 0 and 1: a random half and the other half."""
-    rng = np.random.default_rng(0)
-    total = np.zeros(len(study.texts))
-    for _ in range(num_points // 2):
-        w = (rng.permutation(len(study.texts)) < len(study.texts) // 2).astype(float)
         for point in (w, 1 - w):
             weights = torch.tensor(point, dtype=torch.float32)
             total += metagradient(study.student, study.texts, study.metric, study.config(rate), weights).scores.numpy()
@@ -126,26 +115,21 @@ def random_scores(study, rate):
 
 
 def bergson(method):
-    """A method of bergson, computed in its own virtual environment."""
+    """
+    A method of bergson, computed in its own virtual environment.
+
+    MAGIC starts at the adapters that our student starts at. The others read the gradients of the fine-tuned ones.
+    """
 
     def scores(study, rate):
-        root = Path(__file__).parents[1]
-        python = root / ".venv-bergson" / "bin" / "python"
-        folder = study.folder / "bergson"
+        python = Path(__file__).parents[1] / ".venv-bergson" / "bin" / "python"
+        folder = (study.folder / "bergson").resolve()
         folder.mkdir(exist_ok=True)
-        tokenizer = study.student.processing_class
-        for name, texts in (("samples", study.texts), ("queries", study.queries)):
-            ids = [tokenizer(text).input_ids[: study.length] for text in texts]
-            (folder / f"{name}.json").write_text(json.dumps(ids))
-        if not (folder / "model").exists():
-            study.student.model.save_pretrained(folder / "model")
-        settings = {
-            "folder": str(folder.resolve()),
-            "base": str((study.folder / "world" / "student").resolve()),
-            "method": method,
-            "learning_rate": rate,
-            "batch": len(study.texts) // study.num_steps,
-        }
+        save_for_bergson(study, rate, folder)
+        batch = len(study.texts) // study.num_steps
+        settings = {"folder": str(folder), "method": method, "kind": "lora", "end": f"end_{rate:g}", "device": "cpu"}
+        settings |= {"learning_rate": rate, "batch": batch, "save_mode": "sqrt", "betas": (0.9, 0.95), "eps": 1e-8}
+        settings |= {"loss_reduction": "sum_of_means", "eps_root": 1e-7 * batch**2}  # its loss is ours times the batch
         worker = Path(__file__).with_name("_bergson_methods.py")
         subprocess.run([python, worker, json.dumps(settings)], check=True)
         return json.loads((folder / f"{method}.json").read_text())
@@ -153,18 +137,37 @@ def bergson(method):
     return scores
 
 
+def save_for_bergson(study, rate, folder):
+    tokenizer, model = study.student.processing_class, study.student.model
+    base = str((study.folder / "world" / "student").resolve())
+    for name, own, texts in (("samples", "data", study.texts), ("queries", "held_out", study.queries)):
+        ids = [tokenizer(text).input_ids[: study.length] for text in texts]
+        (folder / f"{own}.json").write_text(json.dumps(ids))
+        cut = [{"text": tokenizer.decode(some)} for some in ids]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in cut))
+    model.peft_config["default"].base_model_name_or_path = base
+    start = study.student.initial_theta()
+    model.save_pretrained(folder / "lora")
+    theta = FineTuning(study.student, study.texts, study.config(rate)).theta(torch.ones(len(study.texts)))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for vector, where in ((theta, folder / f"end_{rate:g}"), (start, None)):
+            for parameter, values in zip(trained, vector.split([p.numel() for p in trained]), strict=True):
+                parameter.copy_(values.view_as(parameter))
+            if where is not None:
+                model.save_pretrained(where)
+                tokenizer.save_pretrained(where)
+
+
 METHODS = {
     "exact": exact,
     "exact, 4 points": lambda study, rate: averaged(study, rate, 4),
-    "exact, 8 points": lambda study, rate: averaged(study, rate, 8),
-    "exact, 4 halves": lambda study, rate: averaged_masks(study, rate, 4),
     "first order": first_order,
     "one step": one_step,
     "gradient dot product": gradient_dot,
     "bergson magic": bergson("magic"),
     "bergson trackstar": bergson("trackstar"),
     "bergson ekfac": bergson("ekfac"),
-    "bergson dot": bergson("dot"),
     "embedding": embedding,
     "BM25": bm25,
     "DSIR": dsir,
