@@ -183,7 +183,8 @@ def placement(setting: Setting):
         yield needs(what, "CUDA")
         return
     before = torch.cuda.memory_allocated()
-    student = Student(LlamaForCausalLM(LlamaConfig(**shape(setting))).to(setting.device))
+    with torch.device(setting.device):
+        student = Student(LlamaForCausalLM(LlamaConfig(**shape(setting))))
     size, place = torch.cuda.memory_allocated() - before, Placement(offload=True)
     seconds = []
     for move in (place.move_out, place.move_in):

@@ -343,6 +343,7 @@ def test_two_processes_share_the_chunks_out(student_path, tmp_path):
         (["--dataset_chunk", "6"], "--dataset_chunk (6) must be a multiple of --student_batch_size (4)"),
         (["--keep_top", "30"], "--keep_top is a share"),
         (["--num_repeats", "0"], "--num_repeats must be at least 1"),
+        (["--path_points", "1"], "--path_points must be at least 2"),
         (["--num_shown", "-1"], "--num_shown must be at least 0"),
         (["--num_threads", "0"], "--num_threads must be at least 1"),
         (["--seed", "-1"], "seed must not be negative"),

@@ -17,6 +17,7 @@ from datasets import Dataset, load_dataset
 from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
 from trl_dpg.attribution import Journal, plan_chunks
+from trl_dpg.attribution.path import path_weights
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
@@ -157,11 +158,28 @@ def test_token_scores_sum_to_the_scores_and_are_written(student, tmp_path):
         (dict(size=6), r"`chunk_size` \(6\) must be a multiple of `batch_size` \(4\)"),
         (dict(num_repeats=0), "num_repeats must be at least 1, got 0"),
         (dict(dataset=[]), "The dataset has no samples"),
+        (dict(path_points=1), "`path_points` must be an integer of at least 2, got 1"),
+        (dict(path_points=2, config=replace(CONFIG, attribution="dataset")), "averages derivatives"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, student):
     with pytest.raises(ValueError, match=message):
         attribute(**dict(student=student, dataset=TEXTS, metric=METRIC, config=CONFIG) | arguments)
+
+
+def test_path_points_are_the_mean_of_metagradients_at_random_data_weights(student):
+    config, texts = replace(CONFIG, per_token=True), TEXTS[:8]
+    weights = path_weights(3, 8, CONFIG.seed)
+    thirds = (weights * 3).floor().sort(dim=0).values
+    assert thirds.tolist() == [[0] * 8, [1] * 8, [2] * 8]  # one weight of each sample in each third of [0, 1]
+    points = [metagradient(student, texts, METRIC, config, w) for w in weights]
+    metrics = {"text": METRIC, "norm": WeightNormMetric("model.embed_tokens.weight")}
+    result = attribute(student, texts, metrics, config, path_points=3)["text"]
+    np.testing.assert_allclose(result.scores, sum(p.scores for p in points) / 3, rtol=1e-4, atol=1e-9)
+    of_tokens = sum(p.token_scores for p in points) / 3
+    np.testing.assert_allclose(result.token_scores, of_tokens.flatten(), rtol=1e-4, atol=1e-9)
+    whole = metagradient(student, texts, METRIC, config)
+    assert result.metric_after == pytest.approx(whole.metric_after) and result.metric_before == whole.metric_before
 
 
 def test_empty_samples_score_zero_and_rank_nothing(student):

@@ -14,8 +14,8 @@ from tests.score_server import ScoreServer
 from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, make_student
 from trl_dpg import DPGReward, metagradient
 from trl_dpg.serving import Engine, Limits, make_app
-from trl_dpg.serving.datasets import Datasets
-from trl_dpg.serving.requests import Refused, ScoreRequest
+from trl_dpg.serving.datasets import OVERHEAD, Datasets
+from trl_dpg.serving.requests import Refused, ScoreRequest, bytes_of
 
 
 HALVES = (slice(0, 4), slice(4, 8))
@@ -323,6 +323,12 @@ def test_a_request_that_waits_hears_that_its_dataset_is_given_up():
         assert status == 410 and "'late' was given up: 1 of its 2 samples came" in answer["detail"]
 
 
+@pytest.mark.parametrize(("character", "each"), [("w", 1), ("я", 2), ("言", 2), ("🙂", 4)])
+def test_wide_characters_count_as_the_memory_that_they_take(character, each):
+    for example in (character * 1000, {"prompt": "", "completion": character * 1000}):
+        assert 0 <= bytes_of(example) - 1000 * each < 400
+
+
 def test_datasets_that_are_never_finished_do_not_fill_the_memory():
     datasets = Datasets(None, Limits(max_request_bytes=300), Clock())
 
@@ -333,4 +339,4 @@ def test_datasets_that_are_never_finished_do_not_fill_the_memory():
 
     with pytest.raises(Refused, match="fill the server's memory"):
         in_a_loop(fill)
-    assert len(datasets.in_state("collecting")) == 16
+    assert len(datasets.in_state("collecting")) == 16 * 300 // (bytes_of("w" * 100) + OVERHEAD) == 13

@@ -33,7 +33,7 @@ from tests.small_runs import (
     make_trainer,
 )
 from tests.tiny import QUIET, make_model
-from trl_dpg import DPGReward, InnerLoopConfig, Student, cli
+from trl_dpg import DPGConfig, DPGReward, InnerLoopConfig, Student, cli
 from trl_dpg.live_table import work_of_a_step
 from trl_dpg.restart import RestartCallback
 from trl_dpg.score_client import TOKEN_VARIABLE, ScoreClient
@@ -418,6 +418,15 @@ def test_dpg_trainer_takes_scores_from_a_server(tmp_path):
     assert "scored by http://127.0.0.1:" in work_of_a_step(there.args, there.dpg_reward)
     with pytest.raises(ValueError, match="so `metric` would have no effect"):
         make_trainer(there.args, student=None)
+
+
+def test_a_wait_for_the_server_that_other_processes_do_not_wait_for_is_warned_of(tmp_path, monkeypatch, caplog):
+    for processes, wait, warned in ((1, 3600.0, False), (2, 900.0, False), (2, 3600.0, True)):
+        monkeypatch.setattr(DPGConfig, "world_size", processes)
+        caplog.clear()
+        settings = dict(student_server="http://127.0.0.1:8000", student_server_max_wait=wait)
+        DPGConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, **settings)
+        assert ("Raise `ddp_timeout` above it" in caplog.text) == warned
 
 
 def test_a_recipe_serves_and_trains_if_its_inner_loop_is_the_servers(tmp_path, capsys):

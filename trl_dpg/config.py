@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from .redaction import redacted
@@ -12,6 +13,9 @@ from .score_client import MAX_WAIT
 from .student.placement import Placement
 from .student_arguments import StudentArguments as StudentArguments
 from .student_text import StudentText
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -134,6 +138,12 @@ class DPGConfig(StudentArguments, GRPOConfig):
         for name in ("verify_steps", "num_logged_samples"):
             if vars(self)[name] < 0:
                 raise ValueError(f"{name} must not be negative, got {vars(self)[name]}.")
+        if self.student_server is not None and self.world_size > 1 and self.student_server_max_wait > self.ddp_timeout:
+            logger.warning(
+                f"The first process waits for the server up to {self.student_server_max_wait:g} s "
+                f"(`student_server_max_wait`), but the other processes wait for the first only {self.ddp_timeout} s "
+                "(`ddp_timeout`). Raise `ddp_timeout` above it."
+            )
         size = self.generation_batch_size
         if not self.cross_group_batching:
             size //= self.num_generations

@@ -24,6 +24,7 @@ from ..ranks import ALONE, Ranks, from_all_ranks
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
+from .path import differentiate_path
 from .result import Attribution, collect
 
 
@@ -43,6 +44,7 @@ def attribute(
     progress: bool = False,
     *,
     share_chunks: bool = False,
+    path_points: int | None = None,
 ) -> Attribution: ...
 
 
@@ -58,6 +60,7 @@ def attribute(
     progress: bool = False,
     contrast: Sequence[str] | None = None,
     share_chunks: bool = False,
+    path_points: int | None = None,
 ) -> dict[str, Attribution]: ...
 
 
@@ -72,6 +75,7 @@ def attribute(
     progress=False,
     contrast=None,
     share_chunks=False,
+    path_points=None,
 ):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
@@ -109,18 +113,40 @@ def attribute(
         share_chunks (`bool`, *optional*, defaults to `False`):
             In a distributed run, whether all processes score each chunk together. This divides the memory of the inner
             loop by their number. Chunks of their own exchange less.
+        path_points (`int`, *optional*):
+            Number of random vectors of data weights over which a score is the mean, see [`differentiate_path`]. At
+            least 2. When `None`, a score is the derivative at w = 1.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
-        student, if `contrast` names no two metrics, or in the cases of [`metagradient`]. If all samples are empty,
-        their scores are 0 without an error.
+        student, if `contrast` names no two metrics, if `path_points` is below 2, or in the cases of [`metagradient`].
+        If all samples are empty, their scores are 0 without an error.
     """
     check_metrics(metric)
     wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
-    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, progress, share_chunks)
+    check_path_points(path_points, config)
+    how = {"progress": progress, "share_chunks": share_chunks, "path_points": path_points}
+    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, how)
     return found if isinstance(metric, Mapping) else found[None]
+
+
+def check_path_points(path_points: int | None, config: InnerLoopConfig) -> None:
+    """
+    Refuse a number of random data weights that is none.
+
+    Raises:
+        `ValueError`: If it is below 2, or if the scores are no derivatives.
+    """
+    if path_points is None:
+        return
+    if not isinstance(path_points, int) or path_points < 2:
+        raise SettingsError(f"`path_points` must be an integer of at least 2, got {path_points!r}.")
+    if config.attribution == "dataset":
+        raise SettingsError(
+            "`path_points` averages derivatives, but `attribution` 'dataset' has none. Use 'metagradient'."
+        )
 
 
 def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
@@ -144,15 +170,16 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
 
 
 def _attribute(
-    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, progress: bool, share_chunks: bool
+    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, how: dict[str, Any]
 ) -> dict[Any, Attribution]:
     chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
-        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
+            settings = _settings(student, dataset, metric, config, size, how["path_points"])
+            opened = stack.enter_context(Journal(path, settings))
+        _score(student, dataset, metric, config, chunks, opened, **how)
         return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
 
 
@@ -176,12 +203,15 @@ def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attrib
     return results
 
 
-def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
+def _settings(
+    student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, path_points: int | None
+) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
+        **({} if path_points is None else {"path_points": path_points}),
         "num_samples": len(dataset),
         "dataset_digest": digest(dataset),
         **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},
@@ -195,7 +225,15 @@ def _shared_folder(stack: ExitStack) -> Path:
 
 
 def _score(
-    student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool, share_chunks: bool
+    student,
+    dataset,
+    metric,
+    config,
+    chunks: list[Chunk],
+    journal: Journal,
+    progress: bool,
+    share_chunks: bool,
+    path_points: int | None,
 ) -> None:
     """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
     state = PartialState()
@@ -214,7 +252,8 @@ def _score(
         journal.check_start(metric_before)  # the same on all ranks
 
     def score(mine: list[int], before) -> list[dict[str, Any]]:
-        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before, ranks)} for k in mine]
+        fixed = metric, config, before, ranks, path_points
+        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], *fixed)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
         for start in range(0, len(todo), num_teams):
@@ -244,7 +283,9 @@ def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
     return function(None, metric)
 
 
-def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before, ranks: Ranks) -> dict[str, Any]:
+def _score_chunk(
+    student, dataset, chunk: Chunk, metric, config, metric_before, ranks: Ranks, path_points: int | None
+) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
     fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config, ranks)
@@ -261,8 +302,13 @@ def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before, 
     lengths = record["num_tokens"]
     token_scores = _each(metric, lambda *_: [[0.0] * length for length in lengths])
     if any(sample.num_supervised or sample.truncated for sample in fine_tuning.samples):  # none after a cut: an error
-        out = differentiate(fine_tuning, metric, metric_before=metric_before)
-        outputs = out if isinstance(metric, Mapping) else {None: out}
+        metrics = metric if isinstance(metric, Mapping) else {None: metric}
+        before = metric_before if isinstance(metric, Mapping) else {None: metric_before}
+        befores = {} if metric_before is None else before
+        if path_points is None:
+            outputs = differentiate(fine_tuning, metrics, metric_before=befores)
+        else:
+            outputs = differentiate_path(fine_tuning, metrics, befores, path_points)
         record["metric_before"] = _each(metric, lambda name, _: outputs[name].metric_before)
         record["metric_after"] = _each(metric, lambda name, _: outputs[name].metric_after)
         record["scores"] = _each(metric, lambda name, _: outputs[name].scores[chunk.scored].tolist())

@@ -8,9 +8,8 @@ The library side is [`trl_dpg.attribute`]. With `--num_processes`, several proce
 
 Files in `output_dir`:
 
-- `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. If the command was stopped, the
-  same command continues. If it was finished, the same command writes the files again, e.g. with another `keep_top`, or
-  adds repeats.
+- `attribution.jsonl`, the journal: the settings, then a line for each finished chunk. The same command continues, or
+  writes the files again, e.g. with another `keep_top`, or adds repeats.
 - `scored.parquet` (or `.jsonl`): the dataset, in its order, with all its columns and `dpg_score` (float32). With
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
   `student_max_length`. With `metrics`, there are such columns for each metric: `dpg_score_<name>`, and for their
@@ -60,7 +59,7 @@ from .usage import metric_entries
 
 MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
-FLAGS = {name: name for name in ("overwrite", "num_repeats", "contrast")} | {"chunk_size": "dataset_chunk"}
+FLAGS = {n: n for n in ("overwrite", "num_repeats", "contrast", "path_points")} | {"chunk_size": "dataset_chunk"}
 """What the library's arguments are called here, beside those of the student."""
 
 
@@ -83,19 +82,19 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split, e.g. `"train[:10000]"`. Not a recipe's `dataset_train_split`, which is of its prompts.
         dataset_text_field (`str`, *optional*):
-            The column with the text. By default the first of these that the dataset has: `input_ids` (with `labels`,
-            if it has them), `messages`, `prompt` and `completion`, or `text`.
+            The column with the text; by default the first of `input_ids`, `messages`, `prompt` and `completion`, `text`.
         student_text (`str`, *optional*, defaults to `"all"`):
             What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
         unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
             What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         dataset_chunk (`int`, *optional*):
-            Number of samples that the student is fine-tuned on together, a multiple of `student_batch_size`. By
-            default the smallest multiple that is at least 256.
+            Samples that the student is fine-tuned on together. By default the smallest multiple of the batch from 256.
         num_repeats (`int`, *optional*, defaults to `1`):
             Number of random orders in which all samples are scored. The score is the mean.
         share_chunks (`bool`, *optional*, defaults to `False`):
-            Whether several processes score each chunk together, which divides the memory of the inner loop.
+            Whether several processes score each chunk together.
+        path_points (`int`, *optional*):
+            Number of random vectors of data weights over which a score is the mean; for large shares left out.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -147,6 +146,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         default=1, metadata={"help": "Number of random orders in which all samples are scored; the score is the mean."}
     )
     share_chunks: bool = field(default=False, metadata={"help": "Several processes score each chunk together."})
+    path_points: int | None = field(default=None, metadata={"help": "Random data weights that scores are means over."})
     output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
@@ -175,6 +175,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
         at_least(1, num_repeats=self.num_repeats)
+        at_least(2, path_points=self.path_points)
         at_least(0, num_shown=self.num_shown)
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
@@ -256,6 +257,7 @@ def run_settings(script_args: AttributeArguments, student_args: AttributeStudent
         "metric_kwargs": script_args.metric_kwargs,
         **({} if script_args.metrics is None else {"metrics": script_args.metrics}),
         "dataset_chunk": size,
+        **({} if script_args.path_points is None else {"path_points": script_args.path_points}),
         **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
         "dataset_columns": samples.column_names,
         "dataset_rows": len(samples),
@@ -292,7 +294,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
             config, repeats = student_args.inner_loop_config(), script_args.num_repeats
             settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks")}
+            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", "path_points")}
             found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
             if state.is_main_process:
                 results = {None: found} if several is None else found

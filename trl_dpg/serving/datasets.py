@@ -8,12 +8,12 @@ from typing import Any
 
 from ..redaction import redacted_text
 from ..scored_batch import ScoredDataset
-from .requests import Limits, Refused, ScoreRequest, digest, size_of
+from .requests import Limits, Refused, ScoreRequest, bytes_of, digest
 
 
 Id = int | str
 OVERHEAD = 200
-"""Characters that a sample counts beside those of its text."""
+"""Bytes that a sample counts beside those of its text."""
 
 
 class Dataset:
@@ -25,7 +25,7 @@ class Dataset:
         size (`int`): Samples that it has when it is complete.
         stream (`str` or `None`): The stream of which it is a part.
         state (`str`): `"collecting"`, `"waiting"` (with all samples), `"running"`, `"done"` or `"failed"`.
-        held (`int`): Characters of its samples, and some more for what each of them needs beside its text.
+        held (`int`): Bytes of its samples, and some more for what each of them needs beside its text.
         digests (`dict`): Short names of the samples that have arrived, by their ids.
         scored (`ScoredDataset` or `None`): The result.
         refused (`Refused` or `None`): Why there is no result.
@@ -106,7 +106,7 @@ class Datasets:
                 "parts must add up to its size.",
             )
         complete = bool(new) and len(new) == room
-        held = sum(size_of(examples[name]) + OVERHEAD for name in new)
+        held = sum(bytes_of(examples[name]) + OVERHEAD for name in new)
         self._check_room(held, complete)
         self._datasets[dataset.name] = dataset
         dataset.examples |= {name: examples[name] for name in new}
@@ -147,9 +147,9 @@ class Datasets:
         if dataset.name.startswith("#"):
             self._datasets.pop(dataset.name, None)
 
-    def _check_room(self, characters: int, complete: bool) -> None:
+    def _check_room(self, size: int, complete: bool) -> None:
         held = sum(dataset.held for dataset in self.in_state("collecting", "waiting", "running"))
-        if characters and held + characters > self._limits.max_held_bytes:
+        if size and held + size > self._limits.max_held_bytes:
             raise Refused(503, "The datasets that are not finished fill the server's memory.", retry_after=5)
         if complete and len(self.in_state("waiting", "running")) > self._limits.max_waiting:
             raise Refused(503, f"{self._limits.max_waiting} datasets wait for their turn already.", retry_after=5)

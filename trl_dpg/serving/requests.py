@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ class Limits:
 
     @property
     def max_held_bytes(self) -> int:
-        """Characters of all datasets that are not finished."""
+        """Bytes of all datasets that are not finished."""
         return 16 * self.max_request_bytes
 
 
@@ -154,6 +155,11 @@ class ScoreRequest(BaseModel):
 def size_of(example: Any) -> int:
     """Characters of a sample."""
     return len(example) if isinstance(example, str) else len(json.dumps(example, ensure_ascii=False))
+
+
+def bytes_of(example: Any) -> int:
+    """Bytes of a sample in memory: 1, 2 or 4 for a character, as the widest one of the text needs."""
+    return sys.getsizeof(example if isinstance(example, str) else json.dumps(example, ensure_ascii=False))
 
 
 def digest(example: Any) -> str:
