@@ -82,7 +82,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Split, e.g. `"train[:10000]"`. Not a recipe's `dataset_train_split`, which is of its prompts.
         dataset_text_field (`str`, *optional*):
-            The column with the text; by default the first of `input_ids`, `messages`, `prompt` and `completion`, `text`.
+            The column with the text; by default the first of `input_ids`, `messages`, `prompt`, `text` that there is.
         student_text (`str`, *optional*, defaults to `"all"`):
             What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
         unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
