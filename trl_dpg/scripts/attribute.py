@@ -48,6 +48,7 @@ from .data import check_no_training, check_student, make_folder, process_state
 from .distill import FLAGS as DISTILL_FLAGS
 from .distill import DistillArguments, distill
 from .flags import in_flags
+from .manifest import leave_manifest
 from .registry import make_metric, make_metrics
 from .samples import choose_numbers, tuning_file
 from .scored_samples import best_and_worst, load_samples, ranking_lines
@@ -318,6 +319,7 @@ def finish(
             (output_dir / name).unlink(missing_ok=True)  # of an earlier command; it would contradict the summary
     summary = output_dir / "summary.json"
     write_json(summary, figures)
+    leave_manifest(output_dir, "attribute", asdict(script_args) | settings, dataset=settings["dataset_digest"])
     print(render(figures, in_flags(result.chance(), FLAGS), [*files, summary]))
 
 

@@ -32,6 +32,7 @@ from trl_dpg.run_setup import dataset_digest
 
 from .arguments import CommandArguments, UsageError, at_least
 from .data import process_state
+from .manifest import leave_manifest
 from .output import say
 from .scored_samples import best_and_worst, ranking_lines
 
@@ -252,6 +253,8 @@ def finish(script_args, distilled: Distilled, shards: Shards, dataset, samples, 
         files += write(results, dataset.select(kept), folder, script_args.output_format, file_name="top")
     figures |= best_and_worst(scores[leading], samples, student, script_args.num_shown)
     write_json(folder / "summary.json", figures)
+    settings, corpus = asdict(script_args) | distilled.settings, distilled.settings["corpus"]
+    leave_manifest(folder, "attribute", settings, dataset=corpus, sample=settings["dataset_digest"])
     lines = [
         f"{len(dataset)} samples in {seconds:.0f} s, {own_rate:.3g} a second: {figures['times_as_fast_as_exact']:.3g} "
         f"times as fast as exact scores ({exact['samples_per_second']:.3g} a second)"
