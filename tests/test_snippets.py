@@ -44,12 +44,14 @@ LANGUAGES = {"python", "yaml", "bash", "diff", "bibtex", "text"}
 
 MODELS = ("gpt2", "HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen3-0.6B", "runs/spanish")
 FILES = ("samples.jsonl", "samples.parquet", "texts.jsonl", "benchmark.jsonl", "spanish.jsonl", "articles.jsonl")
-FILES += ("other.jsonl",)
+FILES += ("other.jsonl", "corpus.parquet")
 TEXTS = [f"w{k} w{k + 1} w{k + 2} w5" for k in range(16)]
+MANY = [f"w{k % 9} w{k % 7} w{k % 5} w{k % 11}" for k in range(120)]
 PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3"] * 8, "solution": ["w1"] * 16})
 ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
+    "distill.md": {"dataset": Dataset.from_dict({"text": MANY}), "benchmark": TEXTS[:2]},
     "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "serve.md": {"dataset": PROMPTS},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
@@ -114,7 +116,7 @@ def make_place(folder):
         make_model(seed=number, scale=1.0).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     for name in FILES:
-        dataset = Dataset.from_dict({"text": TEXTS})
+        dataset = Dataset.from_dict({"text": MANY if name.startswith("corpus") else TEXTS})
         dataset.to_parquet(folder / name) if name.endswith("parquet") else dataset.to_json(folder / name)
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     first, *_ = blocks("training.md", "yaml")
@@ -211,6 +213,8 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].reward_func_names == ["dpg"]
     elif page == "attribution.md":
         assert len(scope["best"]) == 5 and scope["result"].scores.shape == (len(TEXTS),)
+    elif page == "distill.md":
+        assert scope["scores"].shape == (len(MANY),) and scope["regressor"].described.num_held_out == 15
     elif page == "concepts.md":
         assert scope["out"].scores["spanish"].shape == scope["out"].scores["english"].shape == (len(TEXTS),)
     elif page == "teach.md":
@@ -344,6 +348,8 @@ def runnable(page):
             if words[1] in SMALL:
                 prompts = PROMPTS_HERE if "my_recipe.yaml" in words and words[1] in ("generate", "verify") else []
                 small = SMALL[words[1]]
+                if "--distill" in words:
+                    small += " --distill_samples 80 --distill_floor -1"
                 if "--max_tokens" in words:  # which takes the place of a number of samples
                     small = small.replace("--num_samples 8", "")
                 yield [*words[1:], *small.split(), *prompts]
@@ -352,7 +358,8 @@ def runnable(page):
 
 
 def marked(page):
-    return pytest.param(page, marks=[pytest.mark.faults] if page == "cot_length.md" else [])  # half a minute
+    slow = page in ("cot_length.md", "distill.md")  # many regressors, or half a minute
+    return pytest.param(page, marks=[pytest.mark.faults] if slow else [])
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in pages_with("bash") if list(runnable(page))])

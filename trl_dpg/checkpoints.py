@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST = "dpg_checkpoint.json"
 LOG, SETTINGS = "dpg_log.jsonl", "dpg_config.json"
-OF_A_RUN = (LOG, SETTINGS, "summary.json", "rollouts")
+OF_A_RUN = (LOG, SETTINGS, "summary.json", "rollouts", "manifest.json", "manifest_rows.npz")
 """Files that belong to one training. Its checkpoints do, too."""
 
 

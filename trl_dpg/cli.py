@@ -20,6 +20,7 @@ COMMANDS = {
     "lengths": "Report the lengths of a dataset's reasoning, and fit targets to them.",
     "mix": "Choose samples with the lengths of a target, and mix datasets.",
     "report": "Make an HTML report of a run.",
+    "check": "Compare the files of a folder with their manifest, row by row.",
     "quickstart": "Try the method on tiny models, without a network; with --real, on SmolLM2.",
     "metrics": "List the metrics and their arguments.",
     "rewards": "List the further rewards and their arguments.",

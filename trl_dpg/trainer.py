@@ -23,6 +23,7 @@ from .config import DPGConfig
 from .files import check_links
 from .generation import keep_one_input_hook
 from .guards import GuardCallback
+from .provenance import show_in_card
 from .restart import RestartCallback
 from .reward import DPGReward
 from .rollouts import RolloutWriter
@@ -257,6 +258,7 @@ class DPGTrainer(GRPOTrainer):
             table += [["---"] * (1 + len(states)), *rows]
             card.text += "\n" + "".join(f"| {' | '.join(row)} |\n" for row in table)
         card.save(path)
+        show_in_card(self.args.output_dir)
 
 
 def _is_on_the_hub(dataset_name: str | None) -> bool:

@@ -64,7 +64,7 @@ class Attribution:
     @property
     def ranking(self) -> np.ndarray:
         """Rows of the dataset, `[N]`, from the highest score to the lowest."""
-        return np.argsort(-self.scores, kind="stable")
+        return ranking(self.scores)
 
     def top(self, share: float) -> np.ndarray:
         """
@@ -76,14 +76,7 @@ class Attribution:
         Raises:
             `ValueError`: If the share is out of range, or if all scores are equal.
         """
-        if not 0 < share <= 1:
-            raise ValueError(f"The share of samples to keep must be above 0 and at most 1, got {share}. E.g. 0.3.")
-        if len(self.scores) > 1 and self.scores.min() == self.scores.max():
-            raise SettingsError(
-                f"all {len(self.scores)} scores are equal, so no sample is better than another. Does the student "
-                "learn (`learning_rate`)?"
-            )
-        return np.sort(self.ranking[: max(1, round(share * len(self.scores)))])
+        return top_rows(self.scores, share)
 
     def chance(self) -> str:
         """A text that says how much of the ranking is chance, and what to change. Names of fields are in backticks."""
@@ -104,7 +97,6 @@ class Attribution:
 
     def figures(self) -> dict[str, Any]:
         """Counts, metric and quantiles of the scores, as values that JSON can hold."""
-        quantiles = np.quantile(self.scores, list(QUANTILES.values())).tolist()
         return {
             "num_samples": len(self.scores),
             "num_chunks": self.num_chunks,
@@ -117,9 +109,7 @@ class Attribution:
             "metric_before": self.metric_before,
             "metric_after": self.metric_after,
             "score": {
-                "mean": float(self.scores.mean()),
-                "std": float(self.scores.std()),
-                **dict(zip(QUANTILES, quantiles, strict=True)),
+                **quantiles(self.scores),
                 "rank_correlation": self.rank_correlation,
                 "num_compared": self.num_compared,
             },
@@ -152,6 +142,41 @@ class Attribution:
         return columns
 
 
+def ranking(scores: np.ndarray) -> np.ndarray:
+    """Rows `[N]` from the highest score to the lowest."""
+    return np.argsort(-scores, kind="stable")
+
+
+def top_rows(scores: np.ndarray, share: float) -> np.ndarray:
+    """The rows with the highest scores, see [`Attribution.top`]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"The share of samples to keep must be above 0 and at most 1, got {share}. E.g. 0.3.")
+    if len(scores) > 1 and scores.min() == scores.max():
+        raise SettingsError(
+            f"all {len(scores)} scores are equal, so no sample is better than another. Does the student learn "
+            "(`learning_rate`)?"
+        )
+    return np.sort(ranking(scores)[: max(1, round(share * len(scores)))])
+
+
+def quantiles(scores: np.ndarray) -> dict[str, float]:
+    """Mean, standard deviation and quantiles of scores."""
+    values = np.quantile(scores, list(QUANTILES.values())).tolist()
+    return {"mean": float(scores.mean()), "std": float(scores.std()), **dict(zip(QUANTILES, values, strict=True))}
+
+
+@dataclass
+class Estimates:
+    """Scores of some rows that are written as those of an [`Attribution`] are. `scores` `[N]`: NaN for no score."""
+
+    scores: np.ndarray
+    token_scores: None = None
+
+    def columns(self, rows: slice) -> list[pa.Array]:
+        """The new column of some rows."""
+        return [pa.array(self.scores[rows], pa.float32(), from_pandas=True)]
+
+
 def score_columns(name: str | None) -> list[str]:
     """The columns for the scores of samples and tokens by the metric with this name, or by the only metric."""
     suffix = "" if name is None else f"_{name}"
@@ -159,11 +184,12 @@ def score_columns(name: str | None) -> list[str]:
 
 
 def write(
-    results: Mapping[Any, Attribution],
+    results: Mapping[Any, Attribution | Estimates],
     dataset: Dataset,
     output_dir: str | Path,
     output_format: str = "parquet",
     rows: np.ndarray | None = None,
+    file_name: str = "scored",
 ) -> list[Path]:
     """
     Write the dataset with the scores by several metrics: `dpg_score_<name>` (and `dpg_token_scores_<name>`).
@@ -173,6 +199,8 @@ def write(
             The scores by name, as [`attribute`] returns them. Values of a metric per unit of data weight.
         dataset ([`~datasets.Dataset`]), output_dir (`str` or `Path`), output_format (`str`), rows (`np.ndarray`):
             See [`Attribution.write`].
+        file_name (`str`, *optional*, defaults to `"scored"`):
+            The name of the file with all rows, without its ending.
 
     Returns:
         `list[Path]`: The files.
@@ -183,7 +211,7 @@ def write(
         kinds = [Value("float32")] + ([] if result.token_scores is None else [List(Value("float32"))])
         added |= dict(zip(score_columns(name), kinds, strict=False))
     schema = Features(dict(dataset.features) | added).arrow_schema
-    masks = {"scored": np.ones(len(dataset), dtype=bool)}
+    masks = {file_name: np.ones(len(dataset), dtype=bool)}
     if rows is not None:
         masks["top"] = np.isin(np.arange(len(dataset)), rows)
     files = [output_dir / f"{name}.{output_format}" for name in masks]

@@ -21,7 +21,10 @@ Files in `output_dir`:
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +34,24 @@ from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.attribute import CONTRAST, plan_results
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.attribution.journal import JournalError, digest
-from trl_dpg.attribution.result import score_columns
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
 from trl_dpg.metagradients import InnerLoopConfig
 from trl_dpg.metagradients.config import AUTO, SettingsError
 from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
+from trl_dpg.student import Student
 from trl_dpg.tuning import check_scores
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import (
-    FORMATS,
-    as_the_student_reads,
-    check_no_training,
-    check_student,
-    held_by,
-    load_data,
-    make_folder,
-    process_state,
-)
+from .data import check_no_training, check_student, make_folder, process_state
+from .distill import FLAGS as DISTILL_FLAGS
+from .distill import DistillArguments, distill
 from .flags import in_flags
+from .manifest import leave_manifest
 from .registry import make_metric, make_metrics
 from .samples import choose_numbers, tuning_file
+from .scored_samples import best_and_worst, load_samples, ranking_lines
+from .scored_samples import preview as preview
 from .toy_world import toy_world
 from .usage import metric_entries
 
@@ -60,11 +59,12 @@ from .usage import metric_entries
 MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
 FLAGS = {n: n for n in ("overwrite", "num_repeats", "contrast", "path_points")} | {"chunk_size": "dataset_chunk"}
+FLAGS |= DISTILL_FLAGS
 """What the library's arguments are called here, beside those of the student."""
 
 
 @dataclass
-class AttributeArguments(MetricArguments, ToyWorldArguments):
+class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
     """
     Script arguments of `trl-dpg attribute`.
 
@@ -196,51 +196,6 @@ class AttributeStudentArguments(StudentArguments):
             raise UsageError("--per_token: the naive baseline, --attribution dataset, has no scores of tokens.")
 
 
-def load_samples(script_args: AttributeArguments):
-    """The dataset as it is, and the view of it that the student reads."""
-    name = str(script_args.dataset_name)
-    dataset = load_data(name, script_args.dataset_config, script_args.dataset_split)
-    new = [column for name in script_args.names for column in score_columns(name)]
-    taken = [column for column in new if column in dataset.column_names]
-    if taken:
-        raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
-
-    text = script_args.dataset_text_field
-    formats = FORMATS if text is None else ((text,),)
-    columns = next((list(columns) for columns in formats if set(columns) <= set(dataset.column_names)), None)
-    if columns is None:
-        raise UsageError(
-            f"--dataset_name {name!r} has the columns {dataset.column_names}; expected "
-            + (f"{text!r}." if text else "`text`, `prompt` and `completion`, `messages`, or `input_ids`.")
-            + " Name the column with the text by --dataset_text_field."
-        )
-    if text is not None or columns == ["text"]:
-        held = held_by(dataset.features[columns[0]])
-        if held not in ("texts", "null"):
-            raise UsageError(
-                f"The column {columns[0]!r} holds no text but {held}. Name the one that does by --dataset_text_field."
-            )
-    if columns == ["input_ids"] and "labels" in dataset.column_names:
-        columns.append("labels")
-    samples = dataset.select_columns([*columns, *({"reasoning"} & set(dataset.column_names))])
-    samples = samples if text in (None, "text") else samples.rename_column(text, "text")
-    samples = as_the_student_reads(samples, script_args, "dataset_name", name)
-    return dataset, samples.select_columns(["text"] if text else columns)
-
-
-def preview(row: dict[str, Any], student, width: int = 90) -> str:
-    """A sample on one line."""
-    if "input_ids" in row:
-        decoded = student.processing_class is not None
-        text = student.processing_class.decode(row["input_ids"]) if decoded else str(row["input_ids"])
-    else:
-        parts = [row[name] for name in ("messages", "prompt", "completion", "text") if name in row]
-        messages = [part if isinstance(part, list) else [{"content": part}] for part in parts]
-        text = " | ".join(str(message["content"]) for part in messages for message in part)
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def check_folder(output_dir: Path) -> None:
     """Refuse the folder of another command."""
     check_no_training(output_dir)
@@ -279,30 +234,47 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
         check_scores(config)
-        settings = run_settings(script_args, student_args, samples, size)
-        with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
-            check_choice(config, output_dir, journal)
-            if state.is_main_process and journal.is_new:
-                for name in (*RESULTS, "summary.json"):  # of other settings
-                    (output_dir / name).unlink(missing_ok=True)
-            if state.is_main_process and journal.done:
-                print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
-            student = student_args.load_student()
-            script_args.set_threads(student.model)
-            first = samples.select(range(min(size, len(samples))))
-            leader = metric if several is None else next(iter(metric.values()))
-            choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
-            config, repeats = student_args.inner_loop_config(), script_args.num_repeats
-            settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", "path_points")}
-            found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
-            if state.is_main_process:
-                results = {None: found} if several is None else found
-                finish(script_args, results, dataset, samples, student, settings)
+        scored = partial(exact_scores, script_args, student_args, metric, size)
+        if script_args.distill:
+            dependent = partial(run_settings, script_args, student_args, size=size)
+            distill(script_args, student_args, dataset, samples, dependent, scored)
+        else:
+            with scored(samples) as (results, student, settings):
+                if state.is_main_process:
+                    finish(script_args, results, dataset, samples, student, settings)
     except JournalError as error:
         raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
     except SettingsError as error:
         raise UsageError(in_flags(str(error), FLAGS)) from error
+
+
+@contextmanager
+def exact_scores(
+    script_args, student_args, metric, size: int, samples, check: Callable[[Student], Any] | None = None
+) -> Iterator[tuple[dict, Student, dict]]:
+    """Score samples. Yields the results by name, the student and the settings, while the journal is locked."""
+    output_dir, several = Path(script_args.output_dir), script_args.metrics
+    config, main_process = student_args.inner_loop_config(), process_state().is_main_process
+    settings = run_settings(script_args, student_args, samples, size)
+    with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
+        check_choice(config, output_dir, journal)
+        if main_process and journal.is_new:
+            for name in (*RESULTS, "summary.json"):  # of other settings
+                (output_dir / name).unlink(missing_ok=True)
+        if main_process and journal.done:
+            print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
+        student = student_args.load_student()
+        script_args.set_threads(student.model)
+        if check is not None:
+            check(student)
+        first = samples.select(range(min(size, len(samples))))
+        leader = metric if several is None else next(iter(metric.values()))
+        choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
+        config, repeats = student_args.inner_loop_config(), script_args.num_repeats
+        settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
+        further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", "path_points")}
+        found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
+        yield {None: found} if several is None else found, student, settings
 
 
 def check_choice(config: InnerLoopConfig, output_dir: Path, journal: Journal) -> None:
@@ -342,18 +314,14 @@ def finish(
         except SettingsError as error:
             raise UsageError(in_flags(f"--keep_top: {error}", FLAGS)) from error
         figures["num_kept"] = len(kept)
-    shown = min(script_args.num_shown, len(samples))
-    for name, rows in (("best", result.ranking[:shown]), ("worst", result.ranking[::-1][:shown])):
-        figures[name] = [
-            {"row": row, "dpg_score": float(result.scores[row]), "sample": preview(samples[row], student)}
-            for row in rows.tolist()
-        ]
+    figures |= best_and_worst(result.scores, samples, student, script_args.num_shown)
     files = write(results, dataset, output_dir, script_args.output_format, kept)
     for name in RESULTS:
         if output_dir / name not in files:
             (output_dir / name).unlink(missing_ok=True)  # of an earlier command; it would contradict the summary
     summary = output_dir / "summary.json"
     write_json(summary, figures)
+    leave_manifest(output_dir, "attribute", asdict(script_args) | settings, dataset=settings["dataset_digest"])
     print(render(figures, in_flags(result.chance(), FLAGS), [*files, summary]))
 
 
@@ -370,10 +338,7 @@ def render(figures: dict[str, Any], chance: str, files: list[Path]) -> str:
         lines.append(f"{name}: {before:.6g} before, {after:.6g} after; rank correlation {known}")
     if "ranked_by" in figures:
         lines.append(f"Samples are ranked by {figures['ranked_by']!r}.")
-    for name in ("best", "worst"):
-        lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
-        lines += [f"{'':5}  {row['row']:>8}  {row['dpg_score']:>11.4g}  {row['sample']}" for row in figures[name]]
-    return "\n".join([*lines, "", f"Written: {', '.join(map(str, files))}"])
+    return "\n".join([*lines, *ranking_lines(figures), "", f"Written: {', '.join(map(str, files))}"])
 
 
 def make_parser(prog: str | None = None):

@@ -24,6 +24,7 @@ from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
 from .data import check_model, check_student, load_data, make_folder, make_prompts
 from .flags import in_flags
 from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
+from .manifest import leave_manifest
 from .registry import make_held_out_metrics, make_metric, make_rewards
 from .resuming import checkpoint, one_run, train
 from .toy_world import make_world, world_folder
@@ -133,7 +134,13 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
 
 
 def publish(trainer, dataset_name: str | None) -> None:
-    """Write the model card, and push the generator to the Hub if that was asked for."""
+    """Write the manifest and the model card, and push the generator to the Hub if that was asked for."""
+    from trl_dpg.run_setup import run_setup
+
+    if trainer.is_world_process_zero():
+        setup = run_setup(trainer, trainer.dpg_reward, trainer.restart.further)
+        settings = setup.pop("settings") | setup.pop("further") | setup
+        leave_manifest(trainer.args.output_dir, "dpg", settings, prompts=setup["run"]["data"])
     trainer.create_model_card(dataset_name=dataset_name)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)

@@ -26,10 +26,11 @@ from ..redaction import redacted
 from .arguments import SAMPLING, GeneratorArguments, ToyWorldArguments, UsageError, at_least
 from .data import completion_reader, make_completer, make_folder, one_process, process_state, read_prompts
 from .generate_journal import SampleJournal
+from .manifest import leave_manifest
 from .toy_world import toy_world
 
 
-FILES = ["README.md", "train.parquet"]
+FILES = ["README.md", "train.parquet", "manifest.json", "manifest_rows.npz"]
 
 
 @dataclass
@@ -103,6 +104,8 @@ def main(script_args: GenerateArguments) -> None:
                 if state.is_main_process:
                     write(script_args, output_dir, rows, texts)
                     journal.remove()
+        if state.is_main_process:
+            leave_manifest(output_dir, "generate", asdict(script_args), prompts=rows)
     if script_args.hub_dataset_id is not None and state.is_main_process:
         push(script_args, output_dir)
 

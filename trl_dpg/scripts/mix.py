@@ -30,6 +30,7 @@ from .data import FILE_FORMATS, check_no_training, load_data, make_folder, one_p
 from .flags import in_flags
 from .lengths import FLAGS as LENGTH_FLAGS
 from .lengths import load_tokenizer, measure_data
+from .manifest import leave_manifest
 from .rewrites import RewriteArguments, make_rewriter
 
 
@@ -212,6 +213,7 @@ def main(script_args: MixArguments) -> None:
     write_dataset(mixture.dataset, files[0])
     write_json(files[1], figures | {"settings": asdict(script_args)})
     card(script_args, figures).save(files[2])
+    leave_manifest(output_dir, "mix", asdict(script_args), dataset=dataset)
     print(render(figures))
     print(f"Written: {', '.join(map(str, files))}")
 

@@ -41,6 +41,7 @@ from trl_dpg.practice.teaching.display import count, duration
 from .arguments import PromptArguments, UsageError, at_least, from_json
 from .data import check_no_training, fits, load_data, make_folder, make_prompts, one_process
 from .flags import in_flags
+from .manifest import leave_manifest
 from .registry import resolve
 
 
@@ -336,6 +337,8 @@ def main(script_args: TeachArguments) -> None:
         if isinstance(error, UsageError):
             raise
         raise UsageError(in_flags(str(error), FLAGS)) from error
+    settings = vars(script_args) | {"model": teacher.model}
+    leave_manifest(output_dir, "teach", settings, prompts=[{"prompt": row["prompt"]} for row in rows])
     print(render(taught, script_args))
     if taught.stopped is not None:
         line = f"Stopped: {taught.stopped}. The {taught.there} samples are kept, and the same command goes on."
