@@ -20,6 +20,7 @@ from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.goals import MetricFunction, check_metrics, metric_at_start
 from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
+from ..metrics.draw import check_samples, drawn
 from ..ranks import ALONE, Ranks, from_all_ranks
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
@@ -43,6 +44,7 @@ def attribute(
     progress: bool = False,
     *,
     share_chunks: bool = False,
+    metric_samples: int | None = None,
 ) -> Attribution: ...
 
 
@@ -58,6 +60,7 @@ def attribute(
     progress: bool = False,
     contrast: Sequence[str] | None = None,
     share_chunks: bool = False,
+    metric_samples: int | None = None,
 ) -> dict[str, Attribution]: ...
 
 
@@ -72,6 +75,7 @@ def attribute(
     progress=False,
     contrast=None,
     share_chunks=False,
+    metric_samples=None,
 ):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
@@ -109,17 +113,23 @@ def attribute(
         share_chunks (`bool`, *optional*, defaults to `False`):
             In a distributed run, whether all processes score each chunk together. This divides the memory of the inner
             loop by their number. Chunks of their own exchange less.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random, by `config.seed`, once for all chunks and repeats. So the
+            scores of all chunks are those of one metric and can be compared. All texts when `None`.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
-        student, if `contrast` names no two metrics, or in the cases of [`metagradient`]. If all samples are empty,
-        their scores are 0 without an error.
+        student, if `contrast` names no two metrics, if `metric_samples` cannot be drawn, or in the cases of
+        [`metagradient`]. If all samples are empty, their scores are 0 without an error.
     """
     check_metrics(metric)
     wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
-    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, progress, share_chunks)
+    check_samples(metric, metric_samples)
+    with drawn(metric, metric_samples, [config.seed]):
+        how = num_repeats, journal, progress, share_chunks, metric_samples
+        found = _attribute(wanted, student, dataset, metric, config, size, *how)
     return found if isinstance(metric, Mapping) else found[None]
 
 
@@ -144,14 +154,16 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
 
 
 def _attribute(
-    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, progress: bool, share_chunks: bool
+    wanted, student, dataset, metric, config, size, num_repeats, journal, progress, share_chunks, metric_samples
 ) -> dict[Any, Attribution]:
     chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
+            settings = _settings(student, dataset, metric, config, size)
+            settings |= {} if metric_samples is None else {"metric_samples": metric_samples}
+            opened = stack.enter_context(Journal(path, settings))
         _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
         return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
 

@@ -96,6 +96,8 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
             Number of random orders in which all samples are scored. The score is the mean.
         share_chunks (`bool`, *optional*, defaults to `False`):
             Whether several processes score each chunk together, which divides the memory of the inner loop.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random, once for all chunks. By default all of them.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -147,6 +149,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
         default=1, metadata={"help": "Number of random orders in which all samples are scored; the score is the mean."}
     )
     share_chunks: bool = field(default=False, metadata={"help": "Several processes score each chunk together."})
+    metric_samples: int | None = field(default=None, metadata={"help": "Texts of the metric to draw; all by default."})
     output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
@@ -174,7 +177,7 @@ class AttributeArguments(MetricArguments, ToyWorldArguments):
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
-        at_least(1, num_repeats=self.num_repeats)
+        at_least(1, num_repeats=self.num_repeats, metric_samples=self.metric_samples)
         at_least(0, num_shown=self.num_shown)
         if self.output_format not in ("parquet", "jsonl"):
             raise UsageError(f"--output_format must be 'parquet' or 'jsonl', got {self.output_format!r}.")
@@ -203,7 +206,6 @@ def load_samples(script_args: AttributeArguments):
     taken = [column for column in new if column in dataset.column_names]
     if taken:
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
-
     text = script_args.dataset_text_field
     formats = FORMATS if text is None else ((text,),)
     columns = next((list(columns) for columns in formats if set(columns) <= set(dataset.column_names)), None)
@@ -254,7 +256,7 @@ def run_settings(script_args: AttributeArguments, student_args: AttributeStudent
     return {
         "metric": script_args.metric,
         "metric_kwargs": script_args.metric_kwargs,
-        **({} if script_args.metrics is None else {"metrics": script_args.metrics}),
+        **{name: value for name in ("metrics", "metric_samples") if (value := vars(script_args)[name]) is not None},
         "dataset_chunk": size,
         **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
         "dataset_columns": samples.column_names,
@@ -292,7 +294,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
             config, repeats = student_args.inner_loop_config(), script_args.num_repeats
             settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks")}
+            further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", "metric_samples")}
             found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
             if state.is_main_process:
                 results = {None: found} if several is None else found
@@ -366,8 +368,7 @@ def render(figures: dict[str, Any], chance: str, files: list[Path]) -> str:
         before, after, agreement = own["metric_before"], own["metric_after"], own["score"]["rank_correlation"]
         known = "none" if agreement is None else f"{agreement:.2f}"
         lines.append(f"{name}: {before:.6g} before, {after:.6g} after; rank correlation {known}")
-    if "ranked_by" in figures:
-        lines.append(f"Samples are ranked by {figures['ranked_by']!r}.")
+    lines += [f"Samples are ranked by {figures['ranked_by']!r}."] if "ranked_by" in figures else []
     for name in ("best", "worst"):
         lines += ["", f"{name:5}  {'row':>8}  {'dpg_score':>11}  sample"] if figures[name] else []
         lines += [f"{'':5}  {row['row']:>8}  {row['dpg_score']:>11.4g}  {row['sample']}" for row in figures[name]]
