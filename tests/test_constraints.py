@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from tests.small_runs import CONFIG, PROMPTS, TEXTS, TOKENIZER, make_student
 from tests.tiny import make_model
@@ -22,6 +23,9 @@ from trl_dpg.scripts.usage import UsageError
 
 TARGET, KNOWN = LanguageModelingMetric(["w1 w2 w3 w4"]), LanguageModelingMetric(["w40 w41 w42", "w43 w44"])
 NAMES = ["target", "known"]
+
+
+ENDS = ("before", "after")
 
 
 def constrained(**constraint):
@@ -54,8 +58,7 @@ def by_hand(changes, eps, step_size, damping, multiplier):
 BATCHES = [TEXTS, ["w40 w41", *TEXTS[1:]], ["w9 w8 w40 w41 w42", *TEXTS[1:]], TEXTS[::-1]]
 
 
-@pytest.mark.parametrize("groups", [True, False], ids=["one dataset", "two datasets"])
-@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize(("batch_size", "groups"), [(2, True), (4, False)], ids=["four steps", "two datasets"])
 def test_a_rewards_scores_are_those_of_the_lagrangian(batch_size, groups):
     """Against the scores and changes of each part alone, with multipliers that are computed here."""
     config = InnerLoopConfig(learning_rate=1e-2, eps_root=1e-6, batch_size=batch_size)
@@ -68,10 +71,12 @@ def test_a_rewards_scores_are_those_of_the_lagrangian(batch_size, groups):
         logs.append(logged)
         raw.append(np.array(columns["dpg_score"]))
     datasets = [[texts] if groups else [texts[0::2], texts[1::2]] for texts in BATCHES]
-    alone = [[metagradient(make_student(), own, {"a": TARGET, "b": KNOWN}, config) for own in each] for each in datasets]
+    alone = [
+        [metagradient(make_student(), own, {"a": TARGET, "b": KNOWN}, config) for own in each] for each in datasets
+    ]
     changes = [np.mean([out["b"].metric_after - out["b"].metric_before for out in each]) for each in alone]
     weights = by_hand(changes, 0.1, 0.2, 0.5, 3.0)
-    assert (weights > 0).all() and len(set(weights)) == len(weights)  # they move
+    assert (weights[:3] > 0).all() and len(set(weights)) == len(weights)  # they move
     for logged, scores, each, change, weight in zip(logs, raw, alone, changes, weights, strict=True):
         assert logged["dpg/multiplier/known"] == pytest.approx(weight, rel=1e-3)
         assert logged["dpg/violation/known"] == pytest.approx(-change / 0.1 - 1, rel=1e-3, abs=1e-3)
@@ -82,9 +87,6 @@ def test_a_rewards_scores_are_those_of_the_lagrangian(batch_size, groups):
         own = [np.mean([getattr(out["a"], f"metric_{end}") for out in each]) for end in ENDS]
         found = [logged[f"dpg/metric_{end}"] for end in ENDS]
         assert found == pytest.approx([own[0] + before, own[1] + after], rel=1e-5)
-
-
-ENDS = ("before", "after")
 
 
 def test_an_evaluation_leaves_the_multipliers_alone():
@@ -128,23 +130,23 @@ def test_everything_else_takes_the_multipliers_as_they_are():
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eps", [1e-6, 10.0])
-def test_an_evaluation_says_whether_the_limit_is_kept(eps):
-    from datasets import Dataset
-
-    metric = constrained(eps=eps, multiplier=0.0)
-    config = InnerLoopConfig(learning_rate=1e-2, batch_size=4)
-
-    def load(seed):
-        return Student(make_model(scale=1.0), TOKENIZER)
-
-    *_, figures = compare_datasets(load, {"texts": Dataset.from_dict({"text": ["w1 w2 w3"] * 8})}, metric, config, (0, 1))
-    found = figures["datasets"]["texts"]["proxies"]
-    assert (found["change/known"] < -1e-6) and found["kept/known"] == (eps == 10.0)
-    kept = 2 if eps == 10.0 else 0
-    assert f"texts: known changed by {found['change/known']:.3g}; its limit is kept with {kept} of 2 seeds." in (
-        evaluate.render(figures)
+def test_an_evaluation_says_whether_the_limit_is_kept():
+    learned = LanguageModelingMetric(["w1 w2 w3"])
+    limits = {"strict": 1e-6, "lenient": 10.0}
+    metric = CombinedMetric(
+        [TARGET, *[lambda student: -learned(student)] * 2], names=["target", *limits], constraints=limits
     )
+    config = InnerLoopConfig(learning_rate=1e-2, batch_size=4)
+    texts = {"texts": Dataset.from_dict({"text": ["w1 w2 w3"] * 8})}
+    *_, figures = compare_datasets(
+        lambda seed: Student(make_model(scale=1.0), TOKENIZER), texts, metric, config, (0, 1)
+    )
+    found = figures["datasets"]["texts"]["proxies"]
+    assert found["change/strict"] == found["change/lenient"] < -1e-3
+    assert (found["kept/strict"], found["kept/lenient"]) == (0.0, 1.0)
+    printed, change = evaluate.render(figures), f"{found['change/strict']:.3g}"
+    assert f"texts: strict changed by {change}; its limit is kept with 0 of 2 seeds." in printed
+    assert f"texts: lenient changed by {change}; its limit is kept with 2 of 2 seeds." in printed
 
 
 def test_other_metrics_have_no_parts_to_compare():
@@ -205,7 +207,7 @@ def test_constraints_need_parts_and_something_to_raise():
     ("constraints", "message"),
     [
         (["a"], r"`constraints` must be a mapping from names of its metrics, got \['a'\]"),
-        ({"a": {"epsilon": 0.1}}, "does not fit 'constraints'.*epsilon"),
+        ({"a": {"eps": 0.1, "epsilon": 0.1}}, "does not fit 'constraints'.*epsilon"),
         ({"a": 0}, "'constraints': A constraint's `eps` must be a positive number, got 0"),
         ({"b": 0.1}, "A constraint is of 'b', but the parts are"),
     ],

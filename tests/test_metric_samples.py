@@ -81,6 +81,9 @@ def test_the_noise_is_the_standard_error_of_the_change():
     with drawn(metric, number, [0]):
         value_before, value = metric(before).item(), metric(after).item()
         noise = metric.proxies(after, value)["metric_noise"]
+    with drawn(metric, 1, [0]):
+        metric(before), metric(after)
+        assert "metric_noise" not in metric.proxies(after, value)  # one text has no spread
     rows = systematic_draw([4] * 12, number, [0]).nonzero()[0]
     changes = (log_likelihoods(after, SAME) - log_likelihoods(before, SAME)).detach().numpy()[rows]
     assert value - value_before == pytest.approx(changes.mean(), rel=1e-4)
@@ -97,7 +100,6 @@ def test_the_noise_is_the_spread_over_draws():
         errors.append(standard_error(np.zeros(10), changes[rows], counts[rows], 40))
         means.append(changes[rows].mean())
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(means), rel=0.06)
-    assert np.isnan(standard_error(np.zeros(1), np.ones(1), np.ones(1, dtype=int), 40))
 
 
 # -- rewards ----------------------------------------------------------------------------------------------------------
@@ -196,7 +198,7 @@ def test_a_number_of_texts_must_be_whole_and_positive(number, tmp_path):
 def test_a_metric_without_texts_has_nothing_to_draw_from(metric):
     with pytest.raises(ValueError, match="has no texts to draw from"):
         DPGReward(make_student(), metric, CONFIG, metric_samples=3)
-    with pytest.raises(ValueError, match="the metric 'b' has no texts|has no texts to draw from"):
+    with pytest.raises(ValueError, match="the metric 'b' has no texts to draw from"):
         attribute(make_student(), TEXTS, {"a": LanguageModelingMetric(SAME), "b": metric}, CONFIG, metric_samples=3)
 
 
@@ -209,5 +211,3 @@ def test_the_configuration_and_the_command_refuse_it_early(tmp_path):
     flags = "--metric weight_norm --dataset_name d.jsonl --student_model_name_or_path s --metric_samples 0".split()
     with pytest.raises(UsageError, match="--metric_samples must be at least 1, got 0"):
         make_parser().parse_args_and_config(args=flags)
-
-

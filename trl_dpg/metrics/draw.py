@@ -40,12 +40,10 @@ def standard_error(before: np.ndarray, after: np.ndarray, counts: np.ndarray, nu
 
     Args:
         before (`np.ndarray` of shape `[n]`), after (`np.ndarray` of shape `[n]`): The metric at each drawn text.
-        counts (`np.ndarray` of shape `[n]`): How often each is in the draw.
+        counts (`np.ndarray` of shape `[n]`): How often each is in the draw, in which there are at least two.
         num_texts (`int`): Number of all texts. A draw of most of them has little noise.
     """
     changes = np.repeat(after - before, counts)
-    if len(changes) < 2:
-        return float("nan")
     left = max(0.0, 1.0 - len(changes) / num_texts)
     return float(changes.std(ddof=1) * np.sqrt(left / len(changes)))
 

@@ -142,8 +142,8 @@ class LanguageModelingMetric(Metric):
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         found = {"perplexity": math.exp(min(-value, 700.0))}
-        if len(self._drawn) == 2:
-            _, counts = self._chosen(student.student)
+        counts = self._chosen(student.student)[1]
+        if len(self._drawn) == 2 and counts.sum() > 1:
             found["metric_noise"] = standard_error(*self._drawn, counts, len(self._examples(student.student)))
         return found
 
