@@ -171,7 +171,7 @@ def compared(metric: Any, before: Mapping[str, float]) -> dict[str, float]:
     Returns:
         `dict[str, float]`: For each of them, `change/<part>`, and `kept/<part>`: 1 if its limit is kept, otherwise 0.
     """
-    found = {}
+    found: dict[str, float] = {}
     for name, own in metric.constraints.items() if isinstance(metric, CombinedMetric) else ():
         change = metric.values[name] - before[name]
         found |= {f"change/{name}": change, f"kept/{name}": float(own.violation(change) <= 0)}

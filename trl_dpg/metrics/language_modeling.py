@@ -144,7 +144,8 @@ class LanguageModelingMetric(Metric):
         found = {"perplexity": math.exp(min(-value, 700.0))}
         counts = self._chosen(student.student)[1]
         if len(self._drawn) == 2 and counts.sum() > 1:
-            found["metric_noise"] = standard_error(*self._drawn, counts, len(self._examples(student.student)))
+            before, after = self._drawn
+            found["metric_noise"] = standard_error(before, after, counts, len(self._examples(student.student)))
         return found
 
     def draw(self, number: int | None, seed: Sequence[int] = ()) -> bool:
@@ -156,8 +157,9 @@ class LanguageModelingMetric(Metric):
         all texts. The proxy `metric_noise` is the standard error of Φ's change between the first evaluation after the
         draw and the last one.
         """
-        all_of_them = number is None or number >= len(self.dataset)
-        self._draw, self._drawn = None if all_of_them else (number, tuple(seed)), []
+        self._draw, self._drawn = None, []
+        if number is not None and number < len(self.dataset):
+            self._draw = number, tuple(seed)
         return True
 
     def _chosen(self, student: Student) -> tuple[list[TokenizedExample], np.ndarray]:
