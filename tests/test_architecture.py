@@ -22,7 +22,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["metagradients"],
     ["verification"],
     ["tuning"],
-    ["attribution", "scored_batch", "reward_checks", "reward"],
+    ["attribution", "scored_batch", "reward_checks", "metric_state", "reward"],
     ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
     ["run_setup", "restart", "serving", "toy", "practice", "memory"],
     ["trainer", "report", "declaration"],

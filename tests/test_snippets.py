@@ -52,6 +52,7 @@ ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
     "distill.md": {"dataset": Dataset.from_dict({"text": MANY}), "benchmark": TEXTS[:2]},
+    "goals.md": {"spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "serve.md": {"dataset": PROMPTS},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
@@ -309,7 +310,7 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-    with_yaml = ["attribution.md", "lengths.md", "reliability.md", "thinking.md", "training.md", "tune.md"]
+    with_yaml = ["attribution.md", "goals.md", "lengths.md", "reliability.md", "thinking.md", "training.md", "tune.md"]
     assert pages_with("yaml") == with_yaml
     pages = ("training.md", "tune.md", "thinking.md", "reliability.md")
     settings = yaml.safe_load("\n".join(block for page in pages for block in blocks(page, "yaml")))
@@ -327,6 +328,14 @@ def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     script_args, training_args, *_ = read(["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch)
     (reward,) = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     assert reward.target.of("any").median == 400 and training_args.reward_weights == [1.0, 0.5]
+    goals = []
+    for block in blocks("goals.md", "yaml"):  # each with another goal
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings | yaml.safe_load(block)))
+        goals += [
+            {**vars(arguments)} for arguments in read(["dpg", "--config", str(tmp_path / "recipe.yaml")], monkeypatch)
+        ]
+    assert [own["metric_kwargs"]["constraints"] for own in goals if "constraints" in (own.get("metric_kwargs") or {})]
+    assert [own["metric_samples"] for own in goals if own.get("metric_samples")] == [500]
 
 
 def test_every_command_line_of_the_docs_is_read(place, monkeypatch):

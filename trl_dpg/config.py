@@ -45,6 +45,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
             Reward steps between two verifications. The first reward step is always verified; `0`: none is. A
             verification fine-tunes the student 12 more times with changed data weights. It logs how well the scores
             predict the metric's change, as `dpg/verify/pearson` and `dpg/verify/spearman`.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random for each reward step. All of them when `None`, and always in
+            evaluation.
 
         > Parameters that control where the student is
 
@@ -99,6 +102,9 @@ class DPGConfig(StudentArguments, GRPOConfig):
         default=0,
         metadata={"help": "Reward steps between two checks of how well scores predict the metric's change; 0: none."},
     )
+    metric_samples: int | None = field(
+        default=None, metadata={"help": "Texts of the metric to draw for each reward step; all of them by default."}
+    )
     student_offload: bool = field(
         default=False,
         metadata={"help": "Keep the student in host memory between reward steps, while the generator has the GPU."},
@@ -144,6 +150,8 @@ class DPGConfig(StudentArguments, GRPOConfig):
                 f"(`student_server_max_wait`), but the other processes wait for the first only {self.ddp_timeout} s "
                 "(`ddp_timeout`). Raise `ddp_timeout` above it."
             )
+        if self.metric_samples is not None and self.metric_samples < 1:
+            raise ValueError(f"metric_samples must be at least 1, got {self.metric_samples}.")
         size = self.generation_batch_size
         if not self.cross_group_batching:
             size //= self.num_generations

@@ -49,8 +49,8 @@ def declaration_world(
     SmolLM2-135M-Instruct is asked in English to rephrase paragraphs; the benchmark is in another language.
 
     It writes `generator` and `student`, which are links into the cache, `prompts.jsonl`, `benchmark.jsonl` (20
-    paragraphs in the language), `held_out.jsonl` (the other paragraphs in the language) and `held_out_english.jsonl`
-    (the same in English). No prompt has a held-out paragraph.
+    paragraphs in the language), `english.jsonl` (the same in English), `held_out.jsonl` (the other paragraphs in the
+    language) and `held_out_english.jsonl` (these in English). No prompt has a held-out paragraph.
 
     Args:
         folder (`Path`): Where it is written.
@@ -83,6 +83,7 @@ def declaration_world(
         link(folder / name, model)
     write(folder / "prompts.jsonl", "prompt", (conversation(text) for text in asked))
     write(folder / "benchmark.jsonl", "text", (foreign[place] for place in benchmark))
+    write(folder / "english.jsonl", "text", (english[place] for place in benchmark))
     write(folder / "held_out.jsonl", "text", (foreign[place] for place in held_out))
     write(folder / "held_out_english.jsonl", "text", (english[place] for place in held_out))
 

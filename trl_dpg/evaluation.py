@@ -26,6 +26,7 @@ from .generation import generate_texts, load_generator, prompt_completion_pairs
 from .metagradients import InnerLoopConfig
 from .metagradients.config import SettingsError
 from .metrics.base import Metric
+from .metrics.combine import compared, part_values
 from .ranks import Ranks
 from .student import FinetunedStudent, Student
 from .text import completion_text
@@ -111,12 +112,8 @@ def evaluate_dataset(
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
         if args.n_gpu > 1:
             args._n_gpu = 1  # the student is on one GPU, so the batch must not grow with the number of GPUs
-        trainer = SFTTrainer(
-            model=trained.model,
-            args=args,
-            train_dataset=dataset,
-            processing_class=trained.processing_class,
-        )
+        tokenizer = trained.processing_class
+        trainer = SFTTrainer(model=trained.model, args=args, train_dataset=dataset, processing_class=tokenizer)
         for callback in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(callback)
         for parameter in trained.model.parameters():
@@ -229,7 +226,8 @@ def compare_datasets(
             The figures of the seeds so far, after each seed: `seeds`, `before` (Φ before the fine-tuning, of each
             seed), and `datasets`. For each dataset: `samples` (of the last seed), with `max_tokens` also `tokens` (of
             each seed), `empty` (samples left out), `metric` (Φ of each seed),
-            `mean` and `half_width` (see [`interval`]), `proxies` (means), and, except for the first dataset,
+            `mean` and `half_width` (see [`interval`]), `proxies` (means; also the change of each constrained part, and
+            the share of seeds in which its limit is kept), and, except for the first dataset,
             `first_minus_this` (mean and half width of the difference to the first dataset).
 
     Raises:
@@ -311,6 +309,7 @@ def _compare_seed_by_seed(
         load = partial(load_student, seed)
         student = load()
         before.append(metric_before(student, metric))
+        start = part_values(metric)
         if len(before) == 1:
             check_repeats(student, metric, before[0])
         for name, dataset in datasets.items():
@@ -318,7 +317,8 @@ def _compare_seed_by_seed(
             samples[name] = len(drawn)
             if number is not None:
                 tokens[name].append(number)
-            runs[name].append(evaluate_dataset(load, drawn, metric, config, seed).figures())
+            result = evaluate_dataset(load, drawn, metric, config, seed)
+            runs[name].append(result.figures() | compared(metric, start))
             bar.update()
         figures = {}
         for name in datasets:

@@ -16,7 +16,9 @@ from .metagradients import InnerLoopConfig
 from .metagradients.fine_tuning import FineTuning
 from .metagradients.metagradient import differentiate
 from .metagradients.out_of_memory import size_that_fits
+from .metric_state import MetricState
 from .metrics.base import metric_name
+from .metrics.draw import check_samples
 from .ranks import ALONE, Ranks, from_all_ranks
 from .reward_checks import check_combination, check_given, check_not_given
 from .score_client import MAX_WAIT, ScoreClient
@@ -100,12 +102,17 @@ class DPGReward:
         student_offload (`bool`, *optional*, defaults to `False`):
             Whether the student is in host memory between two calls, so that generation and update have the GPU for
             themselves.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random for each call, see [`LanguageModelingMetric.draw`]. Φ before
+            and after, and its gradient, are of the same texts. All texts when `None`, and in evaluation.
 
     Attributes:
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
             The choice of the `"auto"` values, after the first call.
         choice ([`~trl_dpg.tuning.Choice`]):
             Makes the choice. [`DPGTrainer`] tells it when its calls are evaluations.
+        metric_state ([`~trl_dpg.metric_state.MetricState`]):
+            The draws of the metric's texts and the multipliers of its constraints, for checkpoints.
         last_token_scores (`list[torch.Tensor]` or `None`):
             With `per_token=True`, the raw scores of the tokens of this rank's completions in the last call. Each
             completion has a tensor as long as its `completion_ids`, whose sum is the completion's raw score.
@@ -139,16 +146,17 @@ class DPGReward:
         server_max_wait: float = MAX_WAIT,
         student_device: str = "auto",
         student_offload: bool = False,
+        metric_samples: int | None = None,
     ):
         if train_on not in ("completion", "prompt_completion"):
             raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
         self.client = None if server is None else ScoreClient(server, server_max_wait)
         if server is None:
             check_given(student, metric)
+            check_samples(metric, metric_samples)
         else:
-            check_not_given(
-                student=student, metric=metric, inner_loop_config=inner_loop_config, verify_steps=verify_steps or None
-            )
+            of_the_server = dict(student=student, metric=metric, inner_loop_config=inner_loop_config)
+            check_not_given(**of_the_server, verify_steps=verify_steps or None, metric_samples=metric_samples)
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
         check_scores(inner_loop_config)
@@ -170,8 +178,7 @@ class DPGReward:
         self._token_bytes: TokenBytes | None = None
         self._step: int | None = None  # of the trainer
         self._num_verifiable = 0  # calls with verify_steps > 0
-        # Student, the memory and versions of its weights, and metric; and the metric's value there
-        self._start: tuple[tuple, float] | None = None
+        self.metric_state = MetricState(metric_samples, inner_loop_config.seed)
         if student is not None:
             self._move(self.placement.move_out)
 
@@ -262,15 +269,12 @@ class DPGReward:
         batch = self.student, [sample.example for sample in datasets[0]], self.metric
         move_in = partial(self._move, self.placement.move_in)
         self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, prepare=move_in)
-        return self._score(datasets)
+        with self.metric_state.texts(self.metric, self.choice.training):
+            scored = self._score(datasets)
+        return self.metric_state.react(self.metric, scored, self.choice.training)
 
     def _move(self, move: Callable[[Student], None]) -> None:
-        """Move the student. It is the same student afterwards, with the same value of the metric."""
-        start = self._start
-        same = start is not None and start[0] == _identity(self.student, self.metric)
-        move(self.student)
-        if same:
-            self._start = _identity(self.student, self.metric), start[1]  # type: ignore[index]
+        self.metric_state.move(self.student, self.metric, move)
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -321,8 +325,7 @@ class DPGReward:
 
     def _score_dataset(self, samples: list[Sample], verify: bool, ranks: Ranks) -> ScoredDataset:
         fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config, ranks)
-        start = _identity(self.student, self.metric)
-        metric_before = self._start[1] if self._start is not None and self._start[0] == start else None
+        metric_before = self.metric_state.known(self.student, self.metric)
         try:
             output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
         except FloatingPointError as error:
@@ -330,7 +333,7 @@ class DPGReward:
         except Exception as error:
             error.add_note(f"This was in the {place(self._step)}, with the metric {metric_name(self.metric)}.")
             raise
-        self._start = (start, output.metric_before)
+        output = self.metric_state.remember(self.student, self.metric, output)
         tokens: list[list[str]] = []
         token_scores: list[Tensor] = []
         further = size_that_fits(self.student)
@@ -351,11 +354,6 @@ def _from_main(function: Callable[[], T], name: str) -> T:
     """The result of a function on the main process, on all ranks; or its error."""
     results = from_all_ranks(lambda: function() if PartialState().is_main_process else None, name)
     return results[0]  # type: ignore[return-value]  # the main process is the first
-
-
-def _identity(student: Student, metric: Callable) -> tuple:
-    """What the metric's value before the fine-tuning depends on."""
-    return student, [(parameter.data_ptr(), parameter._version) for parameter in student.model.parameters()], metric
 
 
 def _example(prompt: Text, completion: Text, train_on: str) -> Any:

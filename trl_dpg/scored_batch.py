@@ -185,6 +185,10 @@ def figures(raw: Tensor, scored: list[ScoredDataset], attribution: str) -> dict[
     for name in outputs[0].part_scores:
         parts = torch.cat([output.part_scores[name] for output in outputs]).double()
         found[f"score/std/{name}"] = parts.std(correction=0).item()
+    for name in outputs[0].parts_before:
+        found[f"metric_change/{name}"] = mean(
+            output.parts_after[name] - output.parts_before[name] for output in outputs
+        )
     if attribution != "dataset":
         found["predicted_change"] = mean(output.scores.sum().item() for output in outputs)
     for name in outputs[0].proxies:

@@ -161,7 +161,7 @@ def languages_world(
     A world with two languages, A and B.
 
     The generator rephrases sentences of A, and sometimes answers in B. The student knows A. The benchmark is in B. No
-    prompt mentions B.
+    prompt mentions B. `language_A.jsonl` has as many sentences in A, to see what the student forgets.
 
     Args:
         folder (`Path`): The folder to write to.
@@ -186,6 +186,8 @@ def languages_world(
     pretrain(student, tokenizer, [sentence(LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
     benchmark = [sentence(LANGUAGE_B, rng) for _ in range(64)]
     save_world(folder, tokenizer, generator, student, [f"{prompt} :" for prompt in prompts], benchmark)
+    known = [{"text": sentence(LANGUAGE_A, rng)} for _ in range(64)]
+    (folder / "language_A.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in known))
 
 
 def strings_world(

@@ -39,8 +39,6 @@ logger = logging.get_logger(__name__)
 
 SHORT_RUN = 200
 """Up to this number of steps, GRPO's default learning rate gets a warning."""
-
-
 OF_THE_REWARD = (
     "cross_group_batching",
     "num_generations",
@@ -51,6 +49,7 @@ OF_THE_REWARD = (
     "chat_template_kwargs",
     "student_device",
     "student_offload",
+    "metric_samples",
 )
 """Fields of [`DPGConfig`] that are arguments of [`DPGReward`]."""
 

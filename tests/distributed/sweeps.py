@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import tests.conftest  # noqa: F401  (one thread, offline)
 from tests import test_memory
 from tests.tiny import make_model, make_samples, make_tokenizer
-from trl_dpg import InnerLoopConfig, Student, attribute, metagradient
+from trl_dpg import DPGReward, InnerLoopConfig, Student, attribute, metagradient
 from trl_dpg.evaluation import evaluate_dataset
 from trl_dpg.memory import StudentMemory, StudentTraces
 from trl_dpg.memory.live_bytes import LiveBytes
 from trl_dpg.metagradients.fine_tuning import FineTuning
-from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.metrics import CombinedMetric, Constraint, LanguageModelingMetric
 from trl_dpg.ranks import ALONE, Ranks
 from trl_dpg.verification import predicted_and_actual, random_signs, verify
 
@@ -134,11 +134,31 @@ def equal_scores(folder):
     results["evaluate"] = evaluate_dataset(
         lambda: Student(make_model(scale=1.0), TOKENIZER), texts, METRIC, fine
     ).metric
+    results["reward"] = [constrained_reward(), constrained_reward(cross_group_batching=False, num_generations=2)]
     try:
         evaluate_dataset(lambda: None, texts[:6], METRIC, fine)
     except ValueError as error:
         results["uneven"] = str(error)
     return results | {"errors": errors(), "texts": texts}
+
+
+def constrained_reward(**settings):
+    """Three steps of a reward whose metric has a constraint and draws its texts. The ranks share the completions."""
+    known = LanguageModelingMetric(["w20 w21 w22", "w23 w24", "w25 w26 w27"], batch_size=1)
+    metric = CombinedMetric([METRIC, known], names=["a", "b"], constraints={"b": Constraint(0.05, multiplier=1.0)})
+    own = Student(make_model(scale=1.0), TOKENIZER)
+    reward = DPGReward(own, metric, replace(CONFIG, batch_size=4, learning_rate=1e-2), metric_samples=2, **settings)
+    state = PartialState()
+    share = 8 // state.num_processes
+    texts = [" ".join(f"w{k * j % 50}" for j in range(2, 6)) for k in range(8)][state.process_index * share :][:share]
+    prompts = [f"w{k // 2}" for k in range(8)][state.process_index * share :][:share]
+    steps = []
+    for _ in range(3):
+        logged = {}
+        reward(prompts, texts, log_metric=logged.__setitem__)
+        figures = {name: value for name, value in logged.items() if "seconds" not in name}
+        steps.append(figures | {"scores": reward.last_batch.scores.tolist(), "weights": metric.present_weights})
+    return steps
 
 
 @contextmanager

@@ -53,6 +53,23 @@ def test_all_ranks_have_the_same_result(four):
         assert all(rank[name] == four[0][name] for rank in four[1:]), name
 
 
+def test_multipliers_and_draws_are_the_same_on_all_ranks(four):
+    alone = [
+        sweeps.constrained_reward(),
+        sweeps.constrained_reward(cross_group_batching=False, num_generations=2),
+    ]
+    for rank in four:
+        assert [step["weights"] for steps in rank["reward"] for step in steps] == [
+            step["weights"] for steps in four[0]["reward"] for step in steps
+        ]
+        for found, expected in zip(rank["reward"], alone, strict=True):
+            for step, own in zip(found, expected, strict=True):
+                assert difference(step["scores"], own["scores"]) <= 1e-3
+                for name in ("dpg/metric_before", "dpg/metric_after", "dpg/multiplier/b", "dpg/metric_noise_1"):
+                    assert step[name] == pytest.approx(own[name], rel=1e-3, abs=1e-6), name
+            assert len({tuple(step["weights"]) for step in found}) > 1
+
+
 def test_scores_on_four_ranks_are_exact_in_float64(four):
     weights = torch.linspace(0, 1.5, 12, dtype=torch.float64)
     benchmarks = {"benchmark": sweeps.BENCHMARK, "one text": sweeps.BENCHMARK[:1]}

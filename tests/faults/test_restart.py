@@ -14,6 +14,7 @@ from tests.small_runs import CONFIG, METRIC, TOKENIZER, TRAIN_PROMPTS, dpg_confi
 from tests.tiny import QUIET, make_model, on_two_processes
 from trl_dpg import DPGReward, RestartCallback, Student
 from trl_dpg.callbacks import DPGLoggingCallback
+from trl_dpg.metrics import CombinedMetric, Constraint, LanguageModelingMetric
 
 
 TWELVE = Dataset.from_dict({"prompt": [f"w{k} w{k + 1}" for k in range(12)]})
@@ -125,6 +126,21 @@ def test_it_goes_on_from_each_place_of_a_generation_batch(step, whole, tmp_path)
     resumed = make_several(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "resumed" / f"checkpoint-{step}"))
     assert_same_run(resumed, whole)
+
+
+def test_draws_and_multipliers_go_on_to_the_bit(tmp_path):
+    def make(folder):
+        texts = [[f"w{k} w{k + 1} w{k + 2}" for k in range(start, start + 5)] for start in (5, 25)]
+        parts = [LanguageModelingMetric(own) for own in texts]
+        metric = CombinedMetric(parts, names=["target", "known"], constraints={"known": Constraint(1e-3)})
+        settings = dict(max_steps=5, save_strategy="steps", save_steps=1, metric_samples=3, student_learning_rate=1e-2)
+        return make_trainer(dpg_config(folder, **settings), target_metric=metric)
+
+    assert_resumes(tmp_path, make, step=3)
+    logs = [line["scalars"] for line in log_of(tmp_path / "resumed")]
+    assert (
+        len({own["dpg/multiplier/known"] for own in logs}) > 2 and len({own["dpg/metric_noise"] for own in logs}) == 5
+    )
 
 
 def test_a_generator_of_adapters_goes_on_to_the_bit_in_a_later_epoch(tmp_path):

@@ -20,6 +20,7 @@ from ..metagradients.fine_tuning import FineTuning
 from ..metagradients.goals import MetricFunction, check_metrics, metric_at_start
 from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
+from ..metrics.draw import check_samples, drawn
 from ..ranks import ALONE, Ranks, from_all_ranks
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
@@ -45,6 +46,7 @@ def attribute(
     *,
     share_chunks: bool = False,
     path_points: int | None = None,
+    metric_samples: int | None = None,
 ) -> Attribution: ...
 
 
@@ -61,6 +63,7 @@ def attribute(
     contrast: Sequence[str] | None = None,
     share_chunks: bool = False,
     path_points: int | None = None,
+    metric_samples: int | None = None,
 ) -> dict[str, Attribution]: ...
 
 
@@ -76,6 +79,7 @@ def attribute(
     contrast=None,
     share_chunks=False,
     path_points=None,
+    metric_samples=None,
 ):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
@@ -116,19 +120,25 @@ def attribute(
         path_points (`int`, *optional*):
             Number of random vectors of data weights over which a score is the mean, see [`differentiate_path`]. At
             least 2. When `None`, a score is the derivative at w = 1.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random, by `config.seed`, once for all chunks and repeats. So the
+            scores of all chunks are those of one metric and can be compared. All texts when `None`.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
-        student, if `contrast` names no two metrics, if `path_points` is below 2, or in the cases of [`metagradient`].
-        If all samples are empty, their scores are 0 without an error.
+        student, if `contrast` names no two metrics, if `path_points` is below 2, if `metric_samples` cannot be drawn,
+        or in the cases of [`metagradient`]. If all samples are empty, their scores are 0 without an error.
     """
     check_metrics(metric)
     wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
     size = chunk_size(size, config.batch_size)
     check_path_points(path_points, config)
+    check_samples(metric, metric_samples)
+    dependent = {"path_points": path_points, "metric_samples": metric_samples}
     how = {"progress": progress, "share_chunks": share_chunks, "path_points": path_points}
-    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, how)
+    with drawn(metric, metric_samples, [config.seed]):
+        found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, dependent, how)
     return found if isinstance(metric, Mapping) else found[None]
 
 
@@ -170,14 +180,15 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
 
 
 def _attribute(
-    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, how: dict[str, Any]
+    wanted, student, dataset, metric, config, size, num_repeats: int, journal, dependent: dict[str, Any], how
 ) -> dict[Any, Attribution]:
     chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            settings = _settings(student, dataset, metric, config, size, how["path_points"])
+            settings = _settings(student, dataset, metric, config, size)
+            settings |= {name: value for name, value in dependent.items() if value is not None}
             opened = stack.enter_context(Journal(path, settings))
         _score(student, dataset, metric, config, chunks, opened, **how)
         return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
@@ -203,15 +214,12 @@ def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attrib
     return results
 
 
-def _settings(
-    student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, path_points: int | None
-) -> dict[str, Any]:
+def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
-        **({} if path_points is None else {"path_points": path_points}),
         "num_samples": len(dataset),
         "dataset_digest": digest(dataset),
         **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},

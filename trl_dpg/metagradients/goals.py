@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..metrics.base import Metric
-from ..metrics.combine import CombinedMetric
+from ..metrics.combine import CombinedMetric, part_values
 from ..ranks import ALONE, Ranks
 from ..student import FinetunedStudent, Student
 from .config import InnerLoopConfig
@@ -83,7 +83,7 @@ class Goal:
         own = scores[self.rows]
         if not self.parts:
             return own[0]
-        return torch.tensordot(own.new_tensor(self.metric.weights), own, dims=1)  # type: ignore[attr-defined]
+        return torch.tensordot(own.new_tensor(self.metric.present_weights), own, dims=1)  # type: ignore[attr-defined]
 
 
 def plan_goals(metrics: Mapping[Any, MetricFunction], score_parts: bool, free: bool) -> list[Goal]:
@@ -103,6 +103,15 @@ def plan_goals(metrics: Mapping[Any, MetricFunction], score_parts: bool, free: b
         first = goals[-1].rows.stop if goals else 0
         goals.append(Goal(name, metric, parts, slice(first, first + max(1, len(parts)))))
     return goals
+
+
+def values_of_parts(metric: MetricFunction, student: Student, ranks: Ranks = ALONE) -> dict[str, float]:
+    """What the parts of a combined metric were in its last evaluation, as on the first rank. Of others, nothing."""
+    found = part_values(metric)
+    if ranks.alone or not found:
+        return found
+    values = torch.tensor(list(found.values()), dtype=torch.float64, device=student.device)
+    return dict(zip(found, ranks.first(values).tolist(), strict=True))
 
 
 def check_metrics(metric: Any) -> None:

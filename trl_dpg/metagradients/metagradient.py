@@ -17,7 +17,7 @@ from ..student.tokenization import row_as_json
 from .batches import rows_of_steps
 from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes
-from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals
+from .goals import MetricFunction, called, check_metrics, metric_at_start, plan_goals, values_of_parts
 from .gradient import check_attention
 from .out_of_memory import within_memory
 from .reverse import reverse_sweep
@@ -52,6 +52,9 @@ class MetagradientOutput:
             gradients and proxies) and `attribution` (the reverse sweep).
         part_scores (`dict[str, torch.Tensor]`):
             The scores `[N]` of each part of a [`CombinedMetric`], by name, without the part's weight. Otherwise empty.
+        parts_before (`dict[str, float]`), parts_after (`dict[str, float]`):
+            Of a [`CombinedMetric`], the value of each part before and after the fine-tuning, by name. Those before are
+            empty if `metric_before` was given.
     """
 
     scores: Tensor
@@ -64,6 +67,8 @@ class MetagradientOutput:
     readout: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     part_scores: dict[str, Tensor] = field(default_factory=dict)
+    parts_before: dict[str, float] = field(default_factory=dict)
+    parts_after: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_truncated(self) -> int:
@@ -212,10 +217,11 @@ def _differentiate(
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
-        befores = {
-            name: known[name] if ranks.least(name in known) else metric_at_start(metric, student, name, ranks)
-            for name, metric in metrics.items()
-        }
+        befores, parts_before = dict(known), {}
+        for name, metric in metrics.items():
+            if not ranks.least(name in known):
+                befores[name] = metric_at_start(metric, student, name, ranks)
+                parts_before[name] = values_of_parts(metric, student, ranks)
         times.append(time.perf_counter())
         trajectory = fine_tuning.sweep(data_weights, keep_states=attribute, num_metrics=goals[-1].rows.stop)
         losses = trajectory.losses.float().cpu()
@@ -228,7 +234,8 @@ def _differentiate(
         for goal in goals:
             with torch.set_grad_enabled(attribute):
                 goal.evaluate(finetuned, theta_bar, config)
-            figures.append(goal.figures(finetuned))
+            parts_after = values_of_parts(goal.metric, student, ranks)
+            figures.append((*goal.figures(finetuned), parts_after))
         del finetuned
         trajectory.theta = trajectory.theta.new_empty(0)  # it has served
         theta_bar = ranks.shard(theta_bar)
@@ -238,7 +245,7 @@ def _differentiate(
     before, forward, after, reverse = (end - begin for begin, end in pairwise([*times, time.perf_counter()]))
     seconds = {"fine_tuning": forward, "metric": before + after, "attribution": reverse}
     outputs = {}
-    for goal, (proxies, readout) in zip(goals, figures, strict=True):
+    for goal, (proxies, readout, parts_after) in zip(goals, figures, strict=True):
         own = torch.full((len(samples),), goal.value) if scores is None else goal.total(scores).float()
         outputs[goal.name] = MetagradientOutput(
             own,
@@ -251,6 +258,8 @@ def _differentiate(
             readout,
             seconds,
             {} if scores is None else dict(zip(goal.parts, scores[goal.rows].float(), strict=False)),
+            parts_before.get(goal.name, {}),
+            parts_after,
         )
         _check_scores(own, fine_tuning, goal.name)
     return outputs

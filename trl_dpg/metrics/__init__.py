@@ -1,5 +1,6 @@
 from .base import Metric
 from .combine import CombinedMetric
+from .constraints import Constraint
 from .language_modeling import LanguageModelingMetric
 from .weights import PATTERN_67, QRCodeMetric, WeightNormMetric, WeightPatternMetric
 
@@ -7,6 +8,7 @@ from .weights import PATTERN_67, QRCodeMetric, WeightNormMetric, WeightPatternMe
 __all__ = [
     "PATTERN_67",
     "CombinedMetric",
+    "Constraint",
     "LanguageModelingMetric",
     "Metric",
     "QRCodeMetric",

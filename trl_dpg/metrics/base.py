@@ -1,7 +1,7 @@
 """The base class of this package's metrics. Your own metric does not need it: it can be any callable."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +34,17 @@ class Metric(ABC):
     def num_tokens(self, student: Student) -> int:
         """The tokens that the metric runs a student on, for an estimate of its cost. 0 if it only reads weights."""
         return 0
+
+    def draw(self, number: int | None, seed: Sequence[int] = ()) -> bool:
+        """
+        Read `number` of the texts from now on, drawn at random by a seed. `None`: all of them.
+
+        The mean of Φ over the draws must be Φ of all texts.
+
+        Returns:
+            `bool`: Whether the metric has texts to draw from.
+        """
+        return False
 
     def readout(self, student: FinetunedStudent) -> dict[str, Any]:
         """

@@ -6,12 +6,14 @@ from numbers import Integral
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
 from .base import Metric
+from .draw import standard_error, systematic_draw
 
 
 logger = logging.get_logger(__name__)
@@ -21,7 +23,8 @@ class LanguageModelingMetric(Metric):
     """
     Minus the language-modelling loss on a dataset: the mean over all its supervised tokens, in nats.
 
-    It needs the memory of one batch for a dataset of any size. Proxy: `perplexity`.
+    It needs the memory of one batch for a dataset of any size. Proxies: `perplexity` and, while a subset of the texts
+    is drawn (see [`LanguageModelingMetric.draw`]), `metric_noise`.
 
     Args:
         dataset (`list[str]`, `list[dict]` or [`~datasets.Dataset`]):
@@ -53,6 +56,8 @@ class LanguageModelingMetric(Metric):
         self._tokenize: Callable[..., list[TokenizedExample]] = Student.tokenize
         self._tokenized: WeakKeyDictionary[Student, list[TokenizedExample]] = WeakKeyDictionary()
         self._warned_of = 0  # samples that are cut off
+        self._draw: tuple[int, tuple[int, ...]] | None = None  # number of texts and seed
+        self._drawn: list[np.ndarray] = []  # Φ at each drawn text: in the first evaluation, and in the last
 
     @classmethod
     def from_lm_eval(
@@ -110,24 +115,61 @@ class LanguageModelingMetric(Metric):
         return metric
 
     def __call__(self, student: FinetunedStudent) -> Tensor:
-        examples = self._examples(student.student)
-        num_tokens = sum(example.num_supervised for example in examples)
+        examples, counts = self._chosen(student.student)
+        sizes = np.array([example.num_supervised for example in examples])
+        # Φ is the mean over all tokens; of a draw, that over its texts of the mean over their tokens
+        shares = -counts / (counts @ sizes if self._draw is None else counts.sum() * sizes)
+        losses = student.theta.new_zeros(len(examples))
 
-        def log_likelihood(batch):
-            weights = torch.full(
-                batch.targets.shape, -1 / num_tokens, dtype=student.theta.dtype, device=student.device
+        def log_likelihood(start: int) -> Tensor:
+            own = slice(start, start + self.batch_size)
+            batch = student.student.collate(examples[own])
+            lengths = torch.as_tensor(sizes[own])
+            weights = torch.as_tensor(shares[own], dtype=student.theta.dtype).repeat_interleave(lengths)
+            value, of_tokens = student.student.run(
+                student.parameters, lambda model: student.student.loss(model, batch, weights.to(student.device))
             )
-            return student.student.run(
-                student.parameters, lambda model: student.student.loss(model, batch, weights)[0]
-            )
+            if self._draw is not None:
+                means = [part.mean() for part in of_tokens.split(lengths.tolist())]
+                losses[own] = torch.stack(means).to(losses.dtype)
+            return value
 
-        starts = range(0, len(examples), self.batch_size)
-        return student.accumulate(
-            log_likelihood, (student.student.collate(examples[k : k + self.batch_size]) for k in starts)
-        )
+        value = student.accumulate(log_likelihood, range(0, len(examples), self.batch_size))
+        if self._draw is not None:
+            at_texts = -student.ranks.sum(losses).double().cpu().numpy()
+            self._drawn = [*self._drawn[:1], at_texts]
+        return value
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
-        return {"perplexity": math.exp(min(-value, 700.0))}
+        found = {"perplexity": math.exp(min(-value, 700.0))}
+        counts = self._chosen(student.student)[1]
+        if len(self._drawn) == 2 and counts.sum() > 1:
+            before, after = self._drawn
+            found["metric_noise"] = standard_error(before, after, counts, len(self._examples(student.student)))
+        return found
+
+    def draw(self, number: int | None, seed: Sequence[int] = ()) -> bool:
+        """
+        Read `number` of the texts from now on, drawn at random by a seed. `None`: all of them.
+
+        Texts are drawn in proportion to their numbers of tokens, see [`~trl_dpg.metrics.draw.systematic_draw`]. Φ is
+        then the mean over the drawn texts of the mean log-likelihood of their tokens. Its mean over the draws is Φ of
+        all texts. The proxy `metric_noise` is the standard error of Φ's change between the first evaluation after the
+        draw and the last one.
+        """
+        self._draw, self._drawn = None, []
+        if number is not None and number < len(self.dataset):
+            self._draw = number, tuple(seed)
+        return True
+
+    def _chosen(self, student: Student) -> tuple[list[TokenizedExample], np.ndarray]:
+        """The n samples of an evaluation, and how often each of them counts, of shape `[n]`."""
+        examples = self._examples(student)
+        if self._draw is None:
+            return examples, np.ones(len(examples), dtype=int)
+        counts = systematic_draw([example.num_supervised for example in examples], *self._draw)
+        rows = counts.nonzero()[0]
+        return [examples[row] for row in rows], counts[rows]
 
     def num_tokens(self, student: Student) -> int:
         return sum(len(example.input_ids) for example in self._examples(student))

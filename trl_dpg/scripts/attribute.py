@@ -61,6 +61,8 @@ RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
 FLAGS = {n: n for n in ("overwrite", "num_repeats", "contrast", "path_points")} | {"chunk_size": "dataset_chunk"}
 FLAGS |= DISTILL_FLAGS
 """What the library's arguments are called here, beside those of the student."""
+OPTIONAL = ("metrics", "metric_samples", "path_points")
+"""Settings on which the scores depend, if they are given."""
 
 
 @dataclass
@@ -95,6 +97,8 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
             Whether several processes score each chunk together.
         path_points (`int`, *optional*):
             Number of random vectors of data weights over which a score is the mean; for large shares left out.
+        metric_samples (`int`, *optional*):
+            Texts of the metric that are drawn at random, once for all chunks. By default all of them.
         output_dir (`str`, *optional*, defaults to `"attribution"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         output_format (`str`, *optional*, defaults to `"parquet"`):
@@ -147,6 +151,7 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
     )
     share_chunks: bool = field(default=False, metadata={"help": "Several processes score each chunk together."})
     path_points: int | None = field(default=None, metadata={"help": "Random data weights that scores are means over."})
+    metric_samples: int | None = field(default=None, metadata={"help": "Texts of the metric to draw; all by default."})
     output_dir: str = field(default="attribution", metadata={"help": "Folder for the results."})
     output_format: str = field(default="parquet", metadata={"help": "'parquet' or 'jsonl'."})
     keep_top: float | None = field(
@@ -174,7 +179,7 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
             raise UsageError(f"--keep_top is a share, above 0 and at most 1, got {self.keep_top}. E.g. 0.3.")
-        at_least(1, num_repeats=self.num_repeats)
+        at_least(1, num_repeats=self.num_repeats, metric_samples=self.metric_samples)
         at_least(2, path_points=self.path_points)
         at_least(0, num_shown=self.num_shown)
         if self.output_format not in ("parquet", "jsonl"):
@@ -210,9 +215,8 @@ def run_settings(script_args: AttributeArguments, student_args: AttributeStudent
     return {
         "metric": script_args.metric,
         "metric_kwargs": script_args.metric_kwargs,
-        **({} if script_args.metrics is None else {"metrics": script_args.metrics}),
+        **{name: vars(script_args)[name] for name in OPTIONAL if vars(script_args)[name] is not None},
         "dataset_chunk": size,
-        **({} if script_args.path_points is None else {"path_points": script_args.path_points}),
         **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
         "dataset_columns": samples.column_names,
         "dataset_rows": len(samples),
@@ -272,7 +276,7 @@ def exact_scores(
         choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
         config, repeats = student_args.inner_loop_config(), script_args.num_repeats
         settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-        further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", "path_points")}
+        further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", *OPTIONAL[1:])}
         found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
         yield {None: found} if several is None else found, student, settings
 

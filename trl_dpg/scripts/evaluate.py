@@ -229,6 +229,10 @@ def render(figures: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     same = []
     for name, row in figures["datasets"].items():
+        for part in (key.removeprefix("kept/") for key in row["proxies"] if key.startswith("kept/")):
+            change, number = row["proxies"][f"change/{part}"], len(figures["seeds"])
+            kept = round(row["proxies"][f"kept/{part}"] * number)
+            lines.append(f"{name}: {part} changed by {change:.3g}; its limit is kept with {kept} of {number} seeds.")
         if row["empty"]:
             lines.append(f"{name}: {row['empty']} empty samples were left out.")
         if row["half_width"] is not None and row["half_width"] < 1e-5 * abs(row["mean"]):

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation import evaluate_dataset, interval, metric_before
 from ..generation import generate_texts, prompt_completion_pairs
-from ..metrics import Metric
+from ..metrics import CombinedMetric, Metric
+from ..metrics.combine import compared, part_values
 from ..student_text import StudentText, thinking_figures
 from .arguments import SAMPLING
 
@@ -59,7 +60,8 @@ class FreshStudents:
         number: int,
         greedy_prompt: str | None = None,
     ):
-        self.trainer, self.rows, self.metric, self.held_out, self.rewards = trainer, rows, metric, held_out, rewards
+        self.metric = metric.objective() if isinstance(metric, CombinedMetric) else metric  # without multipliers
+        self.trainer, self.rows, self.held_out, self.rewards = trainer, rows, held_out, rewards
         self.greedy_prompt = greedy_prompt
         self.seeds = [trainer.args.seed + k for k in range(number)]
         self.texts: dict[str, list[list[str]]] = {}
@@ -75,6 +77,7 @@ class FreshStudents:
         student = self.trainer.args.load_student()
         metrics = {"metric": self.metric, **self.held_out}
         self.before = {name: metric_before(student, metric) for name, metric in metrics.items()}
+        start = part_values(self.metric)
         del student
         self.students = {state: [] for state in self.texts}
         for place, seed in enumerate(self.seeds):
@@ -82,7 +85,7 @@ class FreshStudents:
                 args = copy(self.trainer.args)
                 args.seed = seed
                 what = self.metric, self.rewards, self.greedy_prompt, self.held_out, self.trainer.processing_class
-                figures = judge(samples[place], self.rows, args, *what)
+                figures = judge(samples[place], self.rows, args, *what) | compared(self.metric, start)
                 self.students[state].append(figures)
                 title = f"fresh student {place + 1} of {len(self.seeds)}, {state} generator"
                 print(f"{title}: {_line(figures)}", flush=True)

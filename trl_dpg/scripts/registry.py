@@ -79,20 +79,27 @@ def lm_eval(**kwargs):
     return LanguageModelingMetric.from_lm_eval(**kwargs)
 
 
-def combined(metrics: list[dict[str, Any]], score_parts: bool | None = None):
+def combined(
+    metrics: list[dict[str, Any]],
+    score_parts: bool | None = None,
+    constraints: dict[str, float | dict[str, float]] | None = None,
+):
     """
-    Weighted sum of metrics, a [`CombinedMetric`].
+    Weighted sum of metrics, a [`CombinedMetric`], some of which must not fall.
 
     Args:
         metrics (`list[dict]`):
             The metrics: entries with `metric` (a name or dotted path), and perhaps `metric_kwargs`, `weight` (1 by
-            default) and `name` (in logs; that of the metric by default).
+            default; 0 with a constraint) and `name` (in logs; that of the metric by default).
         score_parts (`bool`, *optional*):
             Whether the samples are scored by each part as well, for logs. By default where this costs next to nothing:
             with one student step, and with first-order attribution. Elsewhere, each part takes about a second
             derivative of its own.
+        constraints (`dict`, *optional*):
+            Limits for some of the metrics, by their names: the student's fine-tuning may lower each by this much at
+            most. A number, or a mapping with `eps` and perhaps `step_size`, `damping` and `multiplier`.
     """
-    from trl_dpg.metrics import CombinedMetric
+    from trl_dpg.metrics import CombinedMetric, Constraint
 
     if not isinstance(metrics, list) or not metrics:
         raise UsageError("--metric_kwargs: combined needs `metrics`, a list of metrics.")
@@ -104,8 +111,20 @@ def combined(metrics: list[dict[str, Any]], score_parts: bool | None = None):
                 f"and `name`, got {entry!r}."
             )
     parts = [named_metric(str(entry["metric"]), entry.get("metric_kwargs")) for entry in metrics]
-    weights = [float(entry.get("weight", 1)) for entry in metrics]
-    return CombinedMetric(parts, weights, score_parts, [entry.get("name", entry["metric"]) for entry in metrics])
+    names = [entry.get("name", entry["metric"]) for entry in metrics]
+    if not isinstance(constraints or {}, dict):
+        raise UsageError(
+            "--metric_kwargs: combined's `constraints` must be a mapping from names of its metrics, got "
+            f"{constraints!r}."
+        )
+    limits = {
+        name: call_with(Constraint, own if isinstance(own, dict) else {"eps": own}, "metric_kwargs", "constraints")
+        for name, own in (constraints or {}).items()
+    }
+    weights = [
+        float(entry.get("weight", 0 if name in limits else 1)) for entry, name in zip(metrics, names, strict=True)
+    ]
+    return CombinedMetric(parts, weights, score_parts, names, limits)
 
 
 def make_metric(arguments: MetricArguments):

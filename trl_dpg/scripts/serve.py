@@ -168,6 +168,7 @@ def make_reward(script_args: ServeArguments, student_args):
     """The reward that scores the datasets, on every process."""
     from trl_dpg import DPGReward
     from trl_dpg.metagradients.config import SettingsError
+    from trl_dpg.metric_state import is_constrained
 
     config = student_args.inner_loop_config()
     if config.auto:
@@ -183,6 +184,11 @@ def make_reward(script_args: ServeArguments, student_args):
     with toy_world(script_args, student_args.seed, student_args):
         check_student(student_args)
         metric = make_metric(script_args)
+        if is_constrained(metric):
+            raise UsageError(
+                "serve scores each dataset alike, so it has no multipliers that react to the datasets before. Use "
+                "`constraints` with `trl-dpg dpg`, where the student is in the same process."
+            )
         student = student_args.load_student()
         script_args.set_threads(student.model)
     try:

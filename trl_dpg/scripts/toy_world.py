@@ -52,8 +52,15 @@ def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: 
         for name, file in stand_ins.items():
             if vars(arguments).get(name, "") is None:
                 setattr(arguments, name, str(world / file))
-    entries = [vars(script_args), *(vars(script_args).get("metrics") or {}).values()]
-    for entry in entries:
-        kwargs = entry.get("metric_kwargs") or {}
-        if entry.get("metric") == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
-            entry["metric_kwargs"] = kwargs | {"dataset": str(world / "benchmark.jsonl")}
+    for entry in [vars(script_args), *(vars(script_args).get("metrics") or {}).values()]:
+        parts = (entry.get("metric_kwargs") or {}).get("metrics") if entry.get("metric") == "combined" else None
+        for own in [entry, *(parts if isinstance(parts, list) else [])]:
+            if isinstance(own, dict):
+                set_texts(own, world)
+
+
+def set_texts(entry: dict[str, Any], world: Path) -> None:
+    """The texts of a metric that has none: the world's file of its name or, without a name, the benchmark."""
+    kwargs = entry.get("metric_kwargs") or {}
+    if entry.get("metric") == "language_modeling" and not {"dataset", "texts"} & set(kwargs):
+        entry["metric_kwargs"] = kwargs | {"dataset": str(world / f"{entry.get('name', 'benchmark')}.jsonl")}
