@@ -12,6 +12,7 @@ COMMANDS = {
     "attribute": "Score the samples of a dataset by their effect on a metric.",
     "generate": "Sample a synthetic dataset from a trained generator.",
     "teach": "Sample a dataset from a strong model behind an OpenAI-compatible API.",
+    "audit": "Look for effects of a dataset that its texts do not say, and for the rows behind them.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "serve": "Serve a student over HTTP, for the rewards of any trainer.",
     "verify": "Test whether the scores of a set-up can be trusted.",

@@ -40,6 +40,7 @@ WORLDS = {
     "characters": "trl_dpg.toy.characters_world",
     "languages": "trl_dpg.toy.languages_world",
     "strings": "trl_dpg.toy.strings_world",
+    "planted": "trl_dpg.toy.planted_world",
     "declaration": "trl_dpg.declaration.declaration_world",
 }
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
