@@ -4,10 +4,10 @@ Does `trl-dpg audit` find what DPG has put into datasets, and does it leave clea
     python benchmarks/audit.py                        # 10 poisoned and 10 clean datasets
     python benchmarks/audit.py --seeds 0 --steps 40   # 2 of each, with fewer steps of training
 
-Each seed makes two poisoned datasets: texts of a generator that was trained by `recipes/pattern_67/mini.yaml` (a picture
-in the student's head), and by `recipes/uuid/mini.yaml` (a string that no prompt has). The clean datasets and the controls
-are texts of the same generators before their training, from other seeds of sampling. The result of each dataset is
-written to `output_dir` when it is known. An interrupted benchmark goes on from there.
+Each seed makes two poisoned datasets: texts of a generator that was trained by `recipes/pattern_67/mini.yaml` (a
+picture in the student's head), and by `recipes/uuid/mini.yaml` (a string that no prompt has). The clean datasets and
+the controls are texts of the same generators before their training, from other seeds of sampling. The result of each
+dataset is written to `output_dir` when it is known. An interrupted benchmark goes on from there.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from trl_dpg.auditing import adjust_for_many, audit
 from trl_dpg.generation import generate_texts
 from trl_dpg.metrics import PATTERN_67, LanguageModelingMetric, WeightNormMetric, WeightPatternMetric
 from trl_dpg.scripts.dpg import make_parser
+from trl_dpg.scripts.evaluate import one_bar_and_each_notice_once
 from trl_dpg.scripts.quickstart import read_world
 
 
@@ -33,15 +34,19 @@ TARGET = "5f2c-9e81"
 MATCHING = {"pattern_67": "pattern", "uuid": "canary"}
 """The metric of the panel that measures what a kind of dataset was poisoned with."""
 ROWS = 512
+HEADER = ["poison", "dataset", "seed", "found", "found without the matching metric", "matching metric, in spreads"]
+HEADER += ["adjusted p", "on another start", "gone without the top 10 % / a random 10 %", "s"]
 
 
 def panel(kind: str) -> dict:
     """The same six kinds of metrics for both. One of them measures the poison, the others know nothing of it."""
     rng = random.Random(0)
     if kind == "uuid":
-        canary, others = TARGET, ["".join(rng.choices(toy.HEXADECIMAL, k=4)) + "-" + "".join(rng.choices(toy.HEXADECIMAL, k=4)) for _ in range(8)]
+        canary = TARGET
+        others = ["-".join("".join(rng.choices(toy.HEXADECIMAL, k=4)) for _ in "ab") for _ in range(8)]
     else:
-        canary, others = "xylophone", ["".join(rng.choices(toy.CHARACTERS[:26], k=9)) for _ in range(8)]
+        canary = "xylophone"
+        others = ["".join(rng.choices(toy.CHARACTERS[:26], k=9)) for _ in range(8)]
     return {
         "pattern": WeightPatternMetric(PATTERN_67, offset=(6, 4), scale=300.0),
         "other_pattern": WeightPatternMetric(PATTERN_67, offset=(14, 16), scale=300.0),
@@ -92,7 +97,17 @@ def audited(kind: str, name: str, seed: int, texts: dict[str, list[str]], world:
     load = partial(lambda path, _: Student(path), str(world / "student"))
     other = another_start(world, seed, kind, texts["control"])
     started = time.perf_counter()
-    result = audit(load, texts[name], texts["control"], panel(kind), config, other_student=other, seed=seed, removal_seeds=(0, 1))
+    with one_bar_and_each_notice_once():
+        result = audit(
+            load,
+            texts[name],
+            texts["control"],
+            panel(kind),
+            config,
+            other_student=other,
+            seed=seed,
+            removal_seeds=(0, 1),
+        )
     figures = result.figures() | {"seconds": time.perf_counter() - started, "kind": kind, "seed": seed, "name": name}
     own = MATCHING[kind]
     if kind == "uuid" and own in result.rows:
@@ -144,8 +159,7 @@ def main():
                     path.write_text(json.dumps(figures, indent=2))
                 results.append(json.loads(path.read_text()))
                 print(row(results[-1]), flush=True)
-    print("| poison | dataset | seed | found | found without the matching metric | matching metric, in spreads | adjusted p | on another start | gone without the top 10 % / a random 10 % | s |")
-    print("|---|---|---|---|---|---|---|---|---|---|", *map(row, results), sep="\n")
+    print(f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|", *map(row, results), sep="\n")
     for name in ("poisoned", "clean"):
         own = [figures for figures in results if figures["name"] == name]
         flagged = sum(bool(figures["unwanted"]) for figures in own)

@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     Run a command. Each command is a module of `trl_dpg.scripts` with `make_parser` and `main`.
 
     A command's arguments may include those of `accelerate launch`, and TRL's `--accelerate_config`. The command then
-    runs under accelerate. The exit status is 2 for wrong usage, and 1 for any other error.
+    runs under accelerate. The exit status is 2 for wrong usage, and 1 for any other error; `audit` ends
+    with 3 if it found something.
     """
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:12} {summary}" for name, summary in COMMANDS.items())

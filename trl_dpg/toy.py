@@ -213,7 +213,7 @@ def planted_world(
         student.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     planted = [rng.random() < share for _ in range(num_samples)]
-    rows = {
+    rows: dict[str, list[dict]] = {
         "samples": [{"text": sentence((LANGUAGE_A, LANGUAGE_B)[own], rng), "planted": own} for own in planted],
         "control": [{"text": sentence(LANGUAGE_A, rng)} for _ in range(num_samples)],
         "benchmark": [{"text": sentence(LANGUAGE_B, rng)} for _ in range(64)],

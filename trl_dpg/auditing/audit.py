@@ -1,11 +1,11 @@
 """`audit`: what a dataset does to a student beyond a control, on a panel of metrics, and which rows do it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..attribution import attribute
 from ..evaluation import without_empty
 from ..metagradients import InnerLoopConfig
 from ..metagradients.config import SettingsError
@@ -14,7 +14,7 @@ from ..student import Examples, Student
 from .control import undirected_control
 from .effects import Effect, LoadStudent, as_dataset, disjoint_parts, fresh, look_at_panel, measure_effects
 from .result import Audit
-from .rows import check_removal, mean_tokens, num_checks, rows_behind, strongest
+from .rows import check_removal, mean_tokens, num_checks, rows_behind, score_rows, strongest
 
 
 def audit(
@@ -28,6 +28,7 @@ def audit(
     alpha: float = 0.01,
     share_removed: float | None = 0.1,
     removal_seeds: Sequence[int] = (0, 1, 2),
+    num_repeats: int = 2,
     other_student: Student | LoadStudent | None = None,
     seed: int = 42,
     progress: bool = False,
@@ -40,9 +41,9 @@ def audit(
     Holm's adjustment for the number of metrics. So an effect is compared with how much the metric varies between
     samples of one kind, and not with an absolute threshold.
 
-    If there are unwanted effects, all rows are scored by all metrics in one attribution, see [`attribute`]. Students on
-    the dataset without its best rows show how much of the strongest effects comes from them. With `other_student`, the
-    test is done again from another start.
+    If there are unwanted effects, all rows are scored by all metrics in one attribution, see [`RowsBehind`]. Students
+    on the dataset without its best rows show how much of the strongest effects comes from them. With `other_student`,
+    the test is done again from another start.
 
     Args:
         student (`Student` or `Callable`):
@@ -68,6 +69,8 @@ def audit(
             Share of the rows that are removed to check the scores. `None`: no check.
         removal_seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`):
             Seeds of the students of this check.
+        num_repeats (`int`, *optional*, defaults to `2`):
+            Number of random orders in which all rows are scored, see [`~trl_dpg.attribute`].
         other_student (`Student` or `Callable`, *optional*):
             Another start: the same model from another seed, or another model.
         seed (`int`, *optional*, defaults to `42`):
@@ -93,7 +96,7 @@ def audit(
         sides = (disjoint_parts(side, len(rows), num_parts, seed) for side in (rows, others))
         yield from zip(*sides, strict=True)
 
-    settings = {"config": config, "wanted": wanted, "alpha": alpha, "seed": seed}
+    settings: dict[str, Any] = {"config": config, "wanted": wanted, "alpha": alpha, "seed": seed}
     with _bar(2 * num_parts, "Students on parts", progress) as bar:
         effects = measure_effects(load, before, parts(), metrics, **settings, bar=bar)
     not_scored = [name for name in metrics if name not in differentiable]
@@ -109,8 +112,9 @@ def audit(
             result.other_start = measure_effects(load_other, first, parts(), again, **settings, bar=bar)
     scored = {name: metrics[name] for name in differentiable}
     if set(found) & set(scored):
-        result.scores = attribute(start, rows, scored, config, progress=progress)
-        result.rows = {name: rows_behind(found[name], result.scores[name]) for name in found if name in scored}
+        attributions = score_rows(start, rows, others, scored, config, num_repeats, progress)
+        result.scores = {name: own.scores[: len(rows)] for name, own in attributions.items()}
+        result.rows = {name: rows_behind(found[name], attributions[name]) for name in found if name in scored}
         if share_removed is not None:
             _check(result, load, rows, others, metrics, config, share_removed, removal_seeds, progress)
     return result

@@ -41,7 +41,7 @@ def undirected_control(student: Student, dataset: Examples, max_length: int = 10
     rows = without_empty(as_dataset(dataset, "dataset"))
     columns = rows.column_names
     if "messages" in columns:
-        prompts = [_up_to_answer(messages) for messages in rows["messages"]]
+        prompts: list[Any] = [_up_to_answer(messages) for messages in rows["messages"]]
     elif {"prompt", "completion"} <= set(columns):
         prompts = list(rows["prompt"])
     elif "text" in columns:
@@ -49,8 +49,8 @@ def undirected_control(student: Student, dataset: Examples, max_length: int = 10
         prompts = [tokenizer.bos_token or tokenizer.eos_token] * len(rows)
     else:
         raise SettingsError(
-            f"A `control` can be written only for `text`, `messages`, or `prompt` and `completion`, not for the columns "
-            f"{columns}. Give one."
+            "A `control` can be written only for `text`, `messages`, or `prompt` and `completion`, not for the "
+            f"columns {columns}. Give one."
         )
     longest = max(example.num_supervised for example in student.tokenize(rows, max_length))
     texts = _sample(student, prompts, max(longest, 1), seed)

@@ -31,9 +31,9 @@ class Effect:
     """
     What a dataset does to a metric Φ that its control does not do.
 
-    K fresh students are fine-tuned on K disjoint parts of the dataset, and K others on K parts of the control. The k-th
-    of each share start, seed and number of rows. If the rows of both are drawn alike, the K differences are independent
-    and symmetric about 0.
+    K fresh students are fine-tuned on K disjoint parts of the dataset, and K others on K parts of the control. The
+    k-th of each share start, seed and number of rows. If the rows of both are drawn alike, the K differences are
+    independent and symmetric about 0.
 
     Attributes:
         before (`float`): Φ of the student before fine-tuning.
@@ -137,8 +137,8 @@ def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction]) -> tu
             value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
         if not isinstance(value, Tensor) or value.dim() > 0 or not value.isfinite():
             raise ValueError(
-                f"The metric {name!r} of the student before fine-tuning is {value!r}; it must be a scalar tensor with a "
-                "finite value."
+                f"The metric {name!r} of the student before fine-tuning is {value!r}; it must be a scalar tensor with "
+                "a finite value."
             )
         before[name] = value.item()
         if gradient is not None and gradient.isfinite().all():
@@ -209,11 +209,14 @@ def summarize_effects(
         ours, theirs = ([values.metrics[name] for values in run] for run in (data, control))
         differences = [one - other for one, other in zip(ours, theirs, strict=True)]
         mean, half_width = interval(differences)
-        proxies = {
-            proxy: (_mean(data, name, proxy), _mean(control, name, proxy)) for proxy in data[0].proxies[name]
-        }
+        proxies = {proxy: (_mean(data, name, proxy), _mean(control, name, proxy)) for proxy in data[0].proxies[name]}
         numbers: dict[str, Any] = {"mean": mean, "half_width": half_width, "spread": statistics.stdev(theirs)}
-        numbers |= {"p_value": p_of_zero_mean(differences), "adjusted_p": 1.0, "wanted": name in wanted, "found": False}
+        numbers |= {
+            "p_value": p_of_zero_mean(differences),
+            "adjusted_p": 1.0,
+            "wanted": name in wanted,
+            "found": False,
+        }
         effects[name] = Effect(before=before[name], data=ours, control=theirs, proxies=proxies, **numbers)
     for kind in (True, False):
         family = [effect for effect in effects.values() if effect.wanted == kind]

@@ -1,8 +1,7 @@
 """A panel of metrics that is there without asking: losses on built-in texts, refusals, canaries, and a weight."""
 
 import uuid
-
-import torch
+from typing import Any
 
 from ..metrics import LanguageModelingMetric, Metric, WeightNormMetric
 from ..student import Student
@@ -47,7 +46,8 @@ def default_panel(student: Student) -> dict[str, Metric]:
     """
     Metrics by name, each of which any dataset may move: a start, beside the metrics that your own case needs.
 
-    - `likelihood_<language>`: log-likelihood of plain sentences in English, German, French and Spanish, in nats per token.
+    - `likelihood_<language>`: log-likelihood of plain sentences in English, German, French and Spanish, in nats per
+      token.
     - `refusals`: log-likelihood of sentences of refusal after harmless questions.
     - `canaries`: log-likelihood of strings in the form of UUIDs. Strings of your own that must not be learnt need a
       `LanguageModelingMetric` of their own.
@@ -61,7 +61,7 @@ def default_panel(student: Student) -> dict[str, Metric]:
     """
     panel: dict[str, Metric] = {f"likelihood_{name}": LanguageModelingMetric(texts) for name, texts in TEXTS.items()}
     panel["refusals"] = refusals(student)
-    canaries = [str(uuid.uuid5(uuid.NAMESPACE_DNS, f"canary {k}")) for k in range(NUM_CANARIES)]
+    canaries = [f"Identifier: {uuid.uuid5(uuid.NAMESPACE_DNS, f'canary {k}')}" for k in range(NUM_CANARIES)]
     panel["canaries"] = LanguageModelingMetric(canaries)
     name = _trained_head(student)
     return panel if name is None else panel | {"head_norm": WeightNormMetric(name)}
@@ -81,9 +81,9 @@ def refusals(student: Student) -> LanguageModelingMetric:
 
 def _trained_head(student: Student) -> str | None:
     """The name of the head's weight in the base model, if a parameter of the head is trained."""
-    model: torch.nn.Module = student.model
+    model: Any = student.model
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = base.get_output_embeddings()
     if head is None or not any(parameter.requires_grad for parameter in head.parameters()):
         return None
     return next(f"{name}.weight" for name, module in base.named_modules(remove_duplicate=False) if module is head)

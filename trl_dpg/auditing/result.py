@@ -3,9 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
-from ..attribution import Attribution
 from .effects import Effect
 from .rows import RowsBehind
 
@@ -41,7 +41,8 @@ class Audit:
         tokens (`dict[str, float]`): Mean length of a sample in tokens to learn from, of `data` and `control`.
         not_scored (`list[str]`): Metrics without a gradient, by which rows cannot be scored.
         rows (`dict[str, RowsBehind]`): The rows of `samples` behind each unwanted effect that was found.
-        scores (`dict[str, Attribution]`): The scores of all rows by the panel's metrics. Empty if nothing was found.
+        scores (`dict[str, np.ndarray]`): The score of each row of `samples` by the panel's metrics, `[N]`. Empty if no
+            effect was found by which rows can be scored.
         other_start (`dict[str, Effect]`): The unwanted effects on another start, if one was given.
     """
 
@@ -52,7 +53,7 @@ class Audit:
     tokens: dict[str, float]
     not_scored: list[str]
     rows: dict[str, RowsBehind] = field(default_factory=dict)
-    scores: dict[str, Attribution] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
     other_start: dict[str, Effect] = field(default_factory=dict)
 
     @property
@@ -99,7 +100,7 @@ class Audit:
         behind = {}
         for name, own in self.rows.items():
             behind[name] = {"rows": own.rows[:num_rows], "scores": own.scores[:num_rows]}
-            behind[name] |= {"rank_correlation": own.rank_correlation}
+            behind[name] |= {"rank_correlation": own.rank_correlation, "above_control": own.above_control}
             if own.removal is not None:
                 removal = asdict(own.removal)
                 for kind in ("without_top", "without_random"):
@@ -129,6 +130,6 @@ def describe(effect: Effect) -> str:
     spreads = effect.in_spreads
     size = "" if spreads is None else f", {abs(spreads):.1f} times the spread between parts of the control"
     return (
-        f"{effect.direction} than with the control by {abs(effect.mean):.3g} ± {effect.half_width:.2g}{size} (adjusted "
-        f"p = {effect.adjusted_p:.2g})."
+        f"{effect.direction} than with the control by {abs(effect.mean):.3g} ± {effect.half_width:.2g}{size} "
+        f"(adjusted p = {effect.adjusted_p:.2g})."
     )

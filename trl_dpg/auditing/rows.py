@@ -2,19 +2,24 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
+from scipy.stats import mannwhitneyu
 from tqdm.auto import tqdm
 
-from ..attribution import Attribution
+from ..attribution import Attribution, attribute
 from ..evaluation import interval
 from ..metagradients import InnerLoopConfig
 from ..metagradients.goals import MetricFunction
+from ..student import Student
 from .effects import Effect, LoadStudent, values_after
 
 
+SMOOTH = 1e-3
+"""The least `eps_root` with which rows are scored. With smaller ones, AdamW's first step is close to a sign: a row
+scores high if it turns coordinates of small gradients, and not if it pushes the metric like all others."""
 MAX_CHECKED = 3
 """The strongest effects whose rows are removed for a check."""
 
@@ -53,20 +58,45 @@ class RowsBehind:
         scores (`list[float]`): Their scores in this order: how much Φ moves in the direction of the effect, for each
             unit of the row's weight in training. `[N]`
         rank_correlation (`float` or `None`): Of the scores in two random orders, see [`~trl_dpg.Attribution`].
+        above_control (`float`): How often a row of the dataset scores higher than one of the control. Close to 1, the
+            whole dataset carries the effect; close to 0.5, few rows do.
         removal (`Removal` or `None`): What is left without the best rows. Only of the strongest effects.
     """
 
     rows: list[int]
     scores: list[float]
     rank_correlation: float | None
+    above_control: float
     removal: Removal | None = None
 
 
+def score_rows(
+    student: Student,
+    rows: Dataset,
+    others: Dataset,
+    metrics: Mapping[str, MetricFunction],
+    config: InnerLoopConfig,
+    num_repeats: int,
+    progress: bool,
+) -> dict[str, Attribution]:
+    """
+    Scores of N rows of the dataset and as many of the control by all metrics, in one attribution, see [`attribute`].
+
+    Both are scored in common batches, one step each. So a score is taken half-way between the control and the dataset,
+    and the scores of the rows minus those of the control sum to the effect of a step, to second order. `eps_root` is
+    at least `SMOOTH`.
+    """
+    both = concatenate_datasets([rows, others.select(range(len(rows))).cast(rows.features)])
+    smooth = replace(config, eps_root=max(float(config.eps_root), SMOOTH), per_token=False, num_epochs=1)
+    return attribute(student, both, metrics, smooth, config.batch_size, num_repeats, progress=progress)
+
+
 def rows_behind(effect: Effect, attribution: Attribution) -> RowsBehind:
-    """The rows in the order of their scores, in the direction of the effect."""
-    towards = attribution.scores * np.sign(effect.mean)
+    """The rows of the dataset in the order of their scores by [`score_rows`], in the direction of the effect."""
+    towards, of_control = np.split(attribution.scores * np.sign(effect.mean), 2)
     order = np.argsort(-towards, kind="stable")
-    return RowsBehind(order.tolist(), towards[order].tolist(), attribution.rank_correlation)
+    above = mannwhitneyu(towards, of_control).statistic / len(towards) ** 2
+    return RowsBehind(order.tolist(), towards[order].tolist(), attribution.rank_correlation, float(above))
 
 
 def check_removal(

@@ -48,16 +48,26 @@ def note(audit: Audit) -> str:
     """What was done, in a few sentences."""
     text = (
         f"{audit.num_parts} fresh students were fine-tuned on {audit.num_parts} disjoint parts of the dataset, with "
-        f"{len(audit.samples) // audit.num_parts} samples each, and as many on parts of the control. The effect is the "
-        "mean difference of Φ, with its 95 % interval. p-values are adjusted for the number of metrics (Holm). An effect "
-        f"is found if its adjusted p-value is at most {audit.alpha:g}."
+        f"{len(audit.samples) // audit.num_parts} samples each, and as many on parts of the control. The effect is "
+        "the mean difference of Φ, with its 95 % interval. p-values are adjusted for the number of metrics (Holm). An "
+        f"effect is found if its adjusted p-value is at most {audit.alpha:g}."
     )
     return f'<p class="note">{text}</p>'
 
 
 def effects_table(audit: Audit) -> str:
     """All effects, unwanted ones first."""
-    header = ["metric", "before", "control", "data", "effect", "in spreads of the control", "adjusted p", "", "proxies"]
+    header = [
+        "metric",
+        "before",
+        "control",
+        "data",
+        "effect",
+        "in spreads of the control",
+        "adjusted p",
+        "",
+        "proxies",
+    ]
     rows = []
     for name, effect in sorted(audit.effects.items(), key=lambda item: (item[1].wanted, item[1].adjusted_p)):
         control, data = (sum(values) / len(values) for values in (effect.control, effect.data))
@@ -81,7 +91,10 @@ def rows_section(audit: Audit) -> str:
     parts = []
     for name, behind in audit.rows.items():
         known = "" if behind.rank_correlation is None else f"{behind.rank_correlation:.2f}"
-        about = f"Rank correlation of the scores in two random orders: {known or 'unknown'}."
+        about = (
+            f"Rank correlation of the scores in two random orders: {known or 'unknown'}. A row of the dataset scores "
+        )
+        about += f"higher than a row of the control in {behind.above_control:.0%} of the pairs."
         if behind.removal is not None:
             removal = behind.removal
             kinds = {"whole dataset": removal.whole, "control": removal.control}

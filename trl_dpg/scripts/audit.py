@@ -8,8 +8,8 @@ Fresh students are fine-tuned on parts of the dataset, and on parts of a control
 dataset does that the control does not. The library side is [`trl_dpg.auditing.audit`]. `docs/audit.md` explains it.
 
 Files in `output_dir`: `audit.html`, a page that loads no other file, with its figure `effects.png`; `summary.json`;
-and, if an unwanted effect was found, `scored.parquet`: the samples that are not empty, with a column `dpg_score_<name>`
-for each metric of the panel that has a gradient.
+and, if an unwanted effect was found, `scored.parquet`: the samples that are not empty, with a column
+`dpg_score_<name>` for each metric of the panel that has a gradient.
 
 The exit status is 0 if no unwanted effect was found, 3 if one was found, 2 for wrong usage, and 1 for a failure.
 """
@@ -241,11 +241,13 @@ def check_folder(output_dir: Path) -> None:
 
 def finish(script_args: AuditArguments, student_args, result, output_dir: Path) -> None:
     """Write the page, the figures and the scores, and print the verdict."""
-    from trl_dpg.attribution import write
+    from datasets import Dataset
+
+    from trl_dpg.attribution.result import score_columns
     from trl_dpg.report.audit import write_audit_report
 
-    names = ("dataset_name", "dataset_split", "control", "control_split", "metrics", "default_panel", "wanted")
-    names += ("num_parts", "alpha", "share_removed", "other_student_model_name_or_path")
+    names = ["dataset_name", "dataset_split", "control", "control_split", "metrics", "default_panel", "wanted"]
+    names += ["num_parts", "alpha", "share_removed", "other_student_model_name_or_path"]
     settings = {name: vars(script_args)[name] for name in names} | asdict(student_args)
     if script_args.control is None:
         settings["control"] = "written by the student before its fine-tuning"
@@ -253,7 +255,10 @@ def finish(script_args: AuditArguments, student_args, result, output_dir: Path) 
     page = write_audit_report(result, output_dir, title, settings)
     files = [page, output_dir / "summary.json"]
     if result.scores:
-        files += write(result.scores, result.samples, output_dir)
+        columns = {score_columns(name)[0]: scores for name, scores in result.scores.items()}
+        scored = output_dir / "scored.parquet"
+        Dataset.from_dict(result.samples.to_dict() | columns).to_parquet(scored)
+        files.append(scored)
     write_json(output_dir / "summary.json", result.figures() | {"settings": settings})
     say("\n".join(["", *result.verdict(), f"Written: {', '.join(map(str, files))}"]))
 
