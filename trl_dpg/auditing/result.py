@@ -130,6 +130,6 @@ def describe(effect: Effect) -> str:
     spreads = effect.in_spreads
     size = "" if spreads is None else f", {abs(spreads):.1f} times the spread between parts of the control"
     return (
-        f"{effect.direction} than with the control by {abs(effect.mean):.3g} ± {effect.half_width:.2g}{size} "
+        f"Φ is {effect.direction} than with the control by {abs(effect.mean):.3g} ± {effect.half_width:.2g}{size} "
         f"(adjusted p = {effect.adjusted_p:.2g})."
     )

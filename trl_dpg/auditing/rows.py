@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from scipy.stats import mannwhitneyu
 from tqdm.auto import tqdm
 
@@ -86,7 +86,7 @@ def score_rows(
     and the scores of the rows minus those of the control sum to the effect of a step, to second order. `eps_root` is
     at least `SMOOTH`.
     """
-    both = concatenate_datasets([rows, others.select(range(len(rows))).cast(rows.features)])
+    both = [*rows, *others.select(range(len(rows)))]  # their columns may differ
     smooth = replace(config, eps_root=max(float(config.eps_root), SMOOTH), per_token=False, num_epochs=1)
     return attribute(student, both, metrics, smooth, config.batch_size, num_repeats, progress=progress)
 

@@ -139,6 +139,7 @@ def draw_effects(audit: Audit) -> Figure:
             axis.plot(points, [place + shift] * len(points), "o", color=color, alpha=0.6, markersize=4)
     axis.set_yticks(range(len(audit.effects)), list(audit.effects), parse_math=False)
     axis.set_xscale("symlog", linthresh=3.0)
+    axis.set_xlabel("Φ, in spreads of the control", fontsize="small")
     axis.axvline(0, color="0.6", linewidth=0.8)
     axis.grid(alpha=0.3)
     for color, label in ((CONTROL, "control"), (DATA, "data")):
