@@ -22,7 +22,7 @@ import torch
 from transformers import AutoTokenizer
 
 from trl_dpg import InnerLoopConfig, Student, cli, toy
-from trl_dpg.auditing import adjust_for_many, audit
+from trl_dpg.auditing import AuditConfig, adjust_for_many, audit
 from trl_dpg.generation import generate_texts
 from trl_dpg.metrics import PATTERN_67, LanguageModelingMetric, WeightNormMetric, WeightPatternMetric
 from trl_dpg.scripts.dpg import make_parser
@@ -92,22 +92,14 @@ def another_start(world: Path, seed: int, kind: str, texts: list[str]) -> Studen
     return Student(model, processing_class=tokenizer)
 
 
-def audited(kind: str, name: str, seed: int, texts: dict[str, list[str]], world: Path, config) -> dict:
-    """The figures of one audit."""
+def audited(kind: str, name: str, seed: int, texts: dict[str, list[str]], world: Path, config, details: bool) -> dict:
+    """The figures of one audit. With details, also on another start, and with the rows behind the effects."""
     load = partial(lambda path, _: Student(path), str(world / "student"))
     other = another_start(world, seed, kind, texts["control"])
     started = time.perf_counter()
     with one_bar_and_each_notice_once():
-        result = audit(
-            load,
-            texts[name],
-            texts["control"],
-            panel(kind),
-            config,
-            other_student=other,
-            seed=seed,
-            removal_seeds=(0, 1),
-        )
+        settings = AuditConfig(seed=seed, score_rows=details, removal_seeds=(0, 1))
+        result = audit(load, texts[name], texts["control"], panel(kind), config, settings, other if details else None)
     figures = result.figures() | {"seconds": time.perf_counter() - started, "kind": kind, "seed": seed, "name": name}
     own = MATCHING[kind]
     if kind == "uuid" and own in result.rows:
@@ -142,20 +134,21 @@ def main():
     parser.add_argument("--kinds", nargs="+", choices=MATCHING, default=list(MATCHING))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=60, help="steps of the generators' training")
+    parser.add_argument("--details", type=int, nargs="*", default=[0], help="seeds with rows and another start")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/audit_benchmark"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     results = []
-    for kind in args.kinds:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for kind in args.kinds:
             paths = {name: args.output_dir / f"{kind}_{seed}_{name}.json" for name in ("poisoned", "clean")}
             if not all(path.exists() for path in paths.values()):
                 output, config = train(kind, seed, args.steps, args.output_dir)
                 texts = texts_of(kind, seed, output)
             for name, path in paths.items():
                 if not path.exists():
-                    figures = audited(kind, name, seed, texts, Path(f"{output}_world"), config)
+                    figures = audited(kind, name, seed, texts, Path(f"{output}_world"), config, seed in args.details)
                     path.write_text(json.dumps(figures, indent=2))
                 results.append(json.loads(path.read_text()))
                 print(row(results[-1]), flush=True)

@@ -13,7 +13,7 @@ from scipy.stats import t
 
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cli
-from trl_dpg.auditing import adjust_for_many, audit, default_panel, undirected_control
+from trl_dpg.auditing import AuditConfig, adjust_for_many, audit, default_panel, undirected_control
 from trl_dpg.auditing.effects import Values, disjoint_parts, look_at_panel, p_of_zero_mean, summarize_effects
 from trl_dpg.evaluation import Evaluation
 from trl_dpg.metagradients.fine_tuning import FineTuning
@@ -128,10 +128,10 @@ def test_parts_are_disjoint_and_of_one_size():
 
 @pytest.fixture(scope="module")
 def found():
-    settings = {"num_parts": 4, "alpha": 0.05, "share_removed": 0.25, "removal_seeds": (0,)}
+    settings = AuditConfig(num_parts=4, alpha=0.05, share_removed=0.25, removal_seeds=(0,))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("trl_dpg.auditing.effects.evaluate_dataset", by_own_inner_loop)
-        return audit(student(), planted(), sentences(24, 2), panel(), CONFIG, **settings, other_student=student(5))
+        return audit(student(), planted(), sentences(24, 2), panel(), CONFIG, settings, student(5))
 
 
 def test_a_planted_effect_is_found_with_its_rows(found):
@@ -152,7 +152,8 @@ def test_metrics_without_a_gradient_are_tested_and_do_not_score(found):
 
 def test_clean_data_is_not_flagged_and_this_is_no_clearance():
     """With students by SFTTrainer."""
-    result = audit(lambda seed: student(), sentences(24, 1), sentences(30, 2), panel(), CONFIG, num_parts=3)
+    sides = sentences(24, 1), sentences(30, 2)
+    result = audit(lambda seed: student(), *sides, panel(), CONFIG, AuditConfig(num_parts=3))
     assert not result.unwanted and not result.rows and not result.scores
     assert result.verdict()[0] == "No unwanted effect was found among 4 metrics. This is no clearance."
 
@@ -199,9 +200,15 @@ def test_figures_can_be_held_by_json(found):
 )
 def test_wrong_settings_are_refused_before_any_student_is_trained(change, message, monkeypatch):
     monkeypatch.setattr("trl_dpg.auditing.effects.evaluate_dataset", None)
-    arguments = {"dataset": planted(), "control": sentences(24, 2), "metrics": panel()} | change
+    arguments = {"dataset": planted(), "control": sentences(24, 2), "metrics": panel()}
+    own = {name: value for name, value in change.items() if name not in arguments}
     with pytest.raises(ValueError, match=message):
-        audit(student(), config=CONFIG, **arguments)
+        audit(
+            student(),
+            config=CONFIG,
+            settings=AuditConfig(**own),
+            **arguments | {n: v for n, v in change.items() if n not in own},
+        )
 
 
 def test_a_control_is_written_by_the_student_after_the_same_prompts():

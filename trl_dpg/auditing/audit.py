@@ -1,7 +1,6 @@
 """`audit`: what a dataset does to a student beyond a control, on a panel of metrics, and which rows do it."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -11,10 +10,11 @@ from ..metagradients import InnerLoopConfig
 from ..metagradients.config import SettingsError
 from ..metagradients.goals import MetricFunction, check_metrics
 from ..student import Examples, Student
+from .config import AuditConfig
 from .control import undirected_control
 from .effects import Effect, LoadStudent, as_dataset, disjoint_parts, fresh, look_at_panel, measure_effects
 from .result import Audit
-from .rows import check_removal, mean_tokens, num_checks, rows_behind, score_rows, strongest
+from .rows import check_removal, mean_tokens, num_checks, rows_behind, scores_against_control, strongest
 
 
 def audit(
@@ -23,14 +23,8 @@ def audit(
     control: Examples | None,
     metrics: Mapping[str, MetricFunction],
     config: InnerLoopConfig | None = None,
-    wanted: Sequence[str] = (),
-    num_parts: int = 8,
-    alpha: float = 0.01,
-    share_removed: float | None = 0.1,
-    removal_seeds: Sequence[int] = (0, 1, 2),
-    num_repeats: int = 2,
+    settings: AuditConfig | None = None,
     other_student: Student | LoadStudent | None = None,
-    seed: int = 42,
     progress: bool = False,
 ) -> Audit:
     """
@@ -57,125 +51,99 @@ def audit(
         metrics (`dict[str, Callable]`):
             The panel, by names that you choose, e.g. [`default_panel`]. Metrics without a gradient are tested as well,
             but rows are not scored by them.
-        config (`InnerLoopConfig`, *optional*):
-            The inner loop.
-        wanted (`Sequence[str]`, *optional*):
-            Names of metrics that the dataset is meant to move. They are reported apart.
-        num_parts (`int`, *optional*, defaults to `8`):
-            K, the number of parts, at least 3. More parts give a more exact test of smaller students' trainings.
-        alpha (`float`, *optional*, defaults to `0.01`):
-            The chance of a false finding, for all metrics that are not wanted together.
-        share_removed (`float`, *optional*, defaults to `0.1`):
-            Share of the rows that are removed to check the scores. `None`: no check.
-        removal_seeds (`Sequence[int]`, *optional*, defaults to `(0, 1, 2)`):
-            Seeds of the students of this check.
-        num_repeats (`int`, *optional*, defaults to `2`):
-            Number of random orders in which all rows are scored, see [`~trl_dpg.attribute`].
+        config (`InnerLoopConfig`, *optional*), settings (`AuditConfig`, *optional*):
+            The inner loop, and how the audit is done.
         other_student (`Student` or `Callable`, *optional*):
             Another start: the same model from another seed, or another model.
-        seed (`int`, *optional*, defaults to `42`):
-            Seed of the parts, the orders of samples and the students' starts.
         progress (`bool`, *optional*, defaults to `False`):
             Show progress bars.
 
     Raises:
-        `ValueError`: If the control is smaller than the dataset, a part would have less than 2 samples, `wanted` names
-            no metric, a number is out of range, or a metric returns no finite scalar tensor.
+        `ValueError`: If the control is smaller than the dataset, a part would have less than 2 samples, or a metric
+            returns no finite scalar tensor.
     """
-    config = config or InnerLoopConfig()
-    config.check_numbers()
-    check_metrics(metrics)
-    check_settings(metrics, wanted, num_parts, alpha, share_removed, removal_seeds)
-    load = fresh(student)
-    start = load(seed)
-    rows, others = prepared(start, dataset, control, config, num_parts, seed)
-    before, differentiable = look_at_panel(start, metrics)
-    before_other = None if other_student is None else look_at_panel(fresh(other_student)(seed), metrics)[0]
-
-    def parts() -> Iterator[tuple[Dataset, Dataset]]:
-        sides = (disjoint_parts(side, len(rows), num_parts, seed) for side in (rows, others))
-        yield from zip(*sides, strict=True)
-
-    settings: dict[str, Any] = {"config": config, "wanted": wanted, "alpha": alpha, "seed": seed}
-    with _bar(2 * num_parts, "Students on parts", progress) as bar:
-        effects = measure_effects(load, before, parts(), metrics, **settings, bar=bar)
-    not_scored = [name for name in metrics if name not in differentiable]
-    result = Audit(effects, alpha, rows, num_parts, {}, not_scored)
-    for name, side in (("data", rows), ("control", others)):
-        result.tokens[name] = mean_tokens([own.num_supervised for own in start.tokenize(side, config.max_length)])
-    found = result.unwanted
-    if found and before_other is not None:
-        again: dict[str, MetricFunction] = {name: metrics[name] for name in found}
-        first = {name: before_other[name] for name in found}
-        with _bar(2 * num_parts, "Another start", progress) as bar:
-            load_other = fresh(other_student)  # type: ignore[arg-type]  # not None here
-            result.other_start = measure_effects(load_other, first, parts(), again, **settings, bar=bar)
-    scored = {name: metrics[name] for name in differentiable}
-    if set(found) & set(scored):
-        attributions = score_rows(start, rows, others, scored, config, num_repeats, progress)
-        result.scores = {name: own.scores[: len(rows)] for name, own in attributions.items()}
-        result.rows = {name: rows_behind(found[name], attributions[name]) for name in found if name in scored}
-        if share_removed is not None:
-            _check(result, load, rows, others, metrics, config, share_removed, removal_seeds, progress)
-    return result
+    return Auditor(student, dataset, control, metrics, config, settings, other_student, progress).run()
 
 
-def check_settings(
-    metrics: Mapping[str, object],
-    wanted: Sequence[str],
-    num_parts: int,
-    alpha: float,
-    share_removed: float | None,
-    removal_seeds: Sequence[int],
-) -> None:
-    """
-    Refuse settings that are out of range.
+class Auditor:
+    """One [`audit`], with its arguments. All that can be wrong with them is found before any student is trained."""
 
-    Raises:
-        `ValueError`: If one is.
-    """
-    strangers = [name for name in wanted if name not in metrics]
-    if strangers:
-        raise SettingsError(f"`wanted` names {strangers}, but the panel has {list(metrics)}.")
-    if num_parts < 3:
-        raise SettingsError(f"`num_parts` must be at least 3, for a test over the parts, got {num_parts}.")
-    if not 0 < alpha < 1:
-        raise SettingsError(f"`alpha` is a chance, above 0 and below 1, got {alpha}. E.g. 0.01.")
-    if share_removed is not None and not 0 < share_removed < 1:
-        raise SettingsError(f"`share_removed` is a share, above 0 and below 1, got {share_removed}. E.g. 0.1.")
-    if not removal_seeds or len(set(removal_seeds)) != len(removal_seeds):
-        raise SettingsError(f"`removal_seeds` must be different numbers, got {list(removal_seeds)}.")
+    def __init__(self, student, dataset, control, metrics, config, settings, other_student, progress: bool):
+        self.config: InnerLoopConfig = config or InnerLoopConfig()
+        self.settings: AuditConfig = settings or AuditConfig()
+        self.config.check_numbers()
+        check_metrics(metrics)
+        self.settings.check_names(list(metrics))
+        self.metrics, self.progress, seed = metrics, progress, self.settings.seed
+        self.loads = [fresh(own) for own in (student, other_student) if own is not None]
+        self.start = self.loads[0](seed)
+        self.rows = without_empty(as_dataset(dataset, "dataset"))
+        self.others = self.prepared_control(control)
+        self.looks = [look_at_panel(load(seed), metrics) for load in self.loads]
 
+    def prepared_control(self, control: Examples | None) -> Dataset:
+        """The rows of the control that are not empty. One that is not given is written by the student."""
+        number, parts = len(self.rows), self.settings.num_parts
+        if number // parts < 2:
+            raise SettingsError(
+                f"`dataset` has {number} samples that are not empty, so that {parts} parts would have less than 2 "
+                "each. Give more samples, or fewer `num_parts`."
+            )
+        if control is None:
+            control = undirected_control(self.start, self.rows, self.config.max_length, self.settings.seed)
+        others = without_empty(as_dataset(control, "control"))
+        if len(others) < number:
+            raise SettingsError(
+                f"`control` has {len(others)} samples that are not empty, but the dataset has {number}. Give a "
+                "control that is at least as large, or audit a part of the dataset."
+            )
+        return others
 
-def prepared(
-    student: Student, dataset: Examples, control: Examples | None, config: InnerLoopConfig, num_parts: int, seed: int
-) -> tuple[Dataset, Dataset]:
-    """The rows of dataset and control that are not empty. A control that is not given is written by the student."""
-    rows = without_empty(as_dataset(dataset, "dataset"))
-    if len(rows) // num_parts < 2:
-        raise SettingsError(
-            f"`dataset` has {len(rows)} samples that are not empty, so that {num_parts} parts would have less than 2 "
-            "each. Give more samples, or fewer `num_parts`."
+    def run(self) -> Audit:
+        """The test, and what follows if something is found."""
+        settings, scorable = self.settings, self.looks[0].differentiable
+        not_scored = [name for name in self.metrics if name not in scorable]
+        tokens = {"data": self.tokens(self.rows), "control": self.tokens(self.others)}
+        effects = self.effects(0, self.metrics)
+        result = Audit(effects, settings.alpha, self.rows, settings.num_parts, tokens, not_scored)
+        if result.unwanted and len(self.loads) > 1:
+            result.other_start = self.effects(1, result.unwanted)
+        if settings.score_rows and set(result.unwanted) & set(scorable):
+            self.look_for_rows(result)
+        return result
+
+    def tokens(self, rows: Dataset) -> float:
+        return mean_tokens([own.num_supervised for own in self.start.tokenize(rows, self.config.max_length)])
+
+    def effects(self, place: int, names: Iterable[str]) -> dict[str, Effect]:
+        """The effects on some metrics of the student, or of the other one."""
+        settings = self.settings
+        parts = [
+            disjoint_parts(side, len(self.rows), settings.num_parts, settings.seed)
+            for side in (self.rows, self.others)
+        ]
+        metrics = {name: self.metrics[name] for name in names}
+        before = {name: self.looks[place].before[name] for name in metrics}
+        with self.bar(2 * settings.num_parts, ("Students on parts", "Another start")[place]) as bar:
+            pairs = zip(*parts, strict=True)
+            return measure_effects(self.loads[place], before, pairs, metrics, self.config, settings, bar)
+
+    def look_for_rows(self, result: Audit) -> None:
+        """Score all rows, and check the scores by students without the best ones."""
+        settings, found = self.settings, result.unwanted
+        metrics = {name: self.metrics[name] for name in self.looks[0].differentiable}
+        attributions = scores_against_control(
+            self.start, self.rows, self.others, metrics, self.config, settings.num_repeats, self.progress
         )
-    if control is None:
-        control = undirected_control(student, rows, config.max_length, seed)
-    others = without_empty(as_dataset(control, "control"))
-    if len(others) < len(rows):
-        raise SettingsError(
-            f"`control` has {len(others)} samples that are not empty, but the dataset has {len(rows)}. Give a control "
-            "that is at least as large, or audit a part of the dataset."
-        )
-    return rows, others
+        result.scores = {name: own.scores[: len(self.rows)] for name, own in attributions.items()}
+        result.rows = {name: rows_behind(found[name], attributions[name]) for name in found if name in metrics}
+        if settings.share_removed is None:
+            return
+        behind = {name: result.rows[name] for name in strongest({name: found[name] for name in result.rows})}
+        number, seeds = max(1, round(settings.share_removed * len(self.rows))), settings.removal_seeds
+        with self.bar(num_checks(len(behind), len(seeds)), "Without the best rows") as bar:
+            sides = self.rows, self.others
+            check_removal(self.loads[0], *sides, metrics, behind, self.config, number, seeds, bar)
 
-
-def _check(result: Audit, load, rows, others, metrics, config, share: float, seeds, progress: bool) -> None:
-    """The removal check of the strongest effects."""
-    found: dict[str, Effect] = {name: result.effects[name] for name in result.rows}
-    behind = {name: result.rows[name] for name in strongest(found)}
-    number = max(1, round(share * len(rows)))
-    with _bar(num_checks(len(behind), len(seeds)), "Without the best rows", progress) as bar:
-        check_removal(load, rows, others, metrics, behind, config, number, seeds, bar)
-
-
-def _bar(total: int, title: str, progress: bool) -> tqdm:
-    return tqdm(desc=title, total=total, unit="student", disable=not progress, delay=0)
+    def bar(self, total: int, title: str) -> tqdm:
+        return tqdm(desc=title, total=total, unit="student", disable=not self.progress, delay=0)

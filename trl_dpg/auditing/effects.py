@@ -2,9 +2,10 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from ..metagradients.fine_tuning import modes
 from ..metagradients.goals import MetricFunction, check_metrics
 from ..metrics import Metric
 from ..student import Examples, FinetunedStudent, Student
+from .config import AuditConfig
 
 
 LoadStudent = Callable[[int], Student]
@@ -116,14 +118,25 @@ def fresh(student: Student | LoadStudent) -> LoadStudent:
     """A function from seeds to fresh students. Copies of a given student are the same for all seeds."""
     if not isinstance(student, Student):
         return student
-    from copy import deepcopy
-
     return lambda seed: deepcopy(student)
 
 
-def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction]) -> tuple[dict[str, float], list[str]]:
+class Look(NamedTuple):
     """
-    Φ of each metric before fine-tuning, and the metrics by which rows can be scored: those with a finite gradient.
+    Metrics of a student before fine-tuning.
+
+    Attributes:
+        before (`dict[str, float]`): Φ of each metric.
+        differentiable (`list[str]`): The metrics with a finite gradient, by which rows can be scored.
+    """
+
+    before: dict[str, float]
+    differentiable: list[str]
+
+
+def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction]) -> Look:
+    """
+    Evaluate all metrics of a student before fine-tuning.
 
     Raises:
         `ValueError`: If the panel is empty, or a metric is not a callable, or returns no finite scalar tensor.
@@ -143,7 +156,7 @@ def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction]) -> tu
         before[name] = value.item()
         if gradient is not None and gradient.isfinite().all():
             differentiable.append(name)
-    return before, differentiable
+    return Look(before, differentiable)
 
 
 @dataclass
@@ -186,18 +199,16 @@ def measure_effects(
     pairs: Iterable[tuple[Dataset, Dataset]],
     metrics: Mapping[str, MetricFunction],
     config: InnerLoopConfig,
-    wanted: Sequence[str],
-    alpha: float,
-    seed: int,
+    settings: AuditConfig,
     bar: tqdm,
 ) -> dict[str, Effect]:
     """The effects by the names of the metrics, from pairs of parts of the dataset and of the control."""
     runs: tuple[list[Values], list[Values]] = ([], [])
     for k, pair in enumerate(pairs):
         for rows, values in zip(pair, runs, strict=True):
-            values.append(values_after(load_student, rows, metrics, config, seed + k))
+            values.append(values_after(load_student, rows, metrics, config, settings.seed + k))
             bar.update()
-    return summarize_effects(before, *runs, wanted, alpha)
+    return summarize_effects(before, *runs, settings.wanted, settings.alpha)
 
 
 def summarize_effects(

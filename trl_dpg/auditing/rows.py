@@ -70,7 +70,7 @@ class RowsBehind:
     removal: Removal | None = None
 
 
-def score_rows(
+def scores_against_control(
     student: Student,
     rows: Dataset,
     others: Dataset,
@@ -92,7 +92,7 @@ def score_rows(
 
 
 def rows_behind(effect: Effect, attribution: Attribution) -> RowsBehind:
-    """The rows of the dataset in the order of their scores by [`score_rows`], in the direction of the effect."""
+    """The rows of the dataset by their scores of [`scores_against_control`], in the direction of the effect."""
     towards, of_control = np.split(attribution.scores * np.sign(effect.mean), 2)
     order = np.argsort(-towards, kind="stable")
     above = mannwhitneyu(towards, of_control).statistic / len(towards) ** 2

@@ -74,6 +74,8 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
             Number of parts of dataset and control, and of fresh students on each side.
         alpha (`float`, *optional*, defaults to `0.01`):
             The chance of a false finding, for all metrics that are not wanted together.
+        score_rows (`bool`, *optional*, defaults to `True`):
+            Whether to look for the rows behind unwanted effects.
         share_removed (`float`, *optional*, defaults to `0.1`):
             Share of the rows with the highest scores that are removed, to check the scores by fresh students.
         other_student_model_name_or_path (`str`, *optional*):
@@ -106,6 +108,7 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
     )
     num_parts: int = field(default=8, metadata={"help": "Parts of the dataset, each with a fresh student."})
     alpha: float = field(default=0.01, metadata={"help": "Chance of a false finding among all unwanted metrics."})
+    score_rows: bool = field(default=True, metadata={"help": "Look for the rows behind unwanted effects."})
     share_removed: float = field(
         default=0.1, metadata={"help": "Share of the best rows that are removed to check the scores."}
     )
@@ -143,6 +146,13 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
         for name in ("alpha", "share_removed"):
             if not 0 < vars(self)[name] < 1:
                 raise UsageError(f"--{name} must be above 0 and below 1, got {vars(self)[name]}.")
+
+    def settings(self, seed: int):
+        """The [`~trl_dpg.auditing.AuditConfig`]."""
+        from trl_dpg.auditing import AuditConfig
+
+        names = ("wanted", "num_parts", "alpha", "score_rows", "share_removed")
+        return AuditConfig(seed=seed, **{name: vars(self)[name] for name in names})
 
 
 def load_samples(script_args: AuditArguments, flag: str, name: str, split: str):
@@ -207,12 +217,8 @@ def main(script_args: AuditArguments, student_args) -> None:
                     control,
                     panel,
                     student_args.inner_loop_config(),
-                    wanted=script_args.wanted,
-                    num_parts=script_args.num_parts,
-                    alpha=script_args.alpha,
-                    share_removed=script_args.share_removed,
-                    other_student=None if other is None else loader(student_args, other),
-                    seed=student_args.seed,
+                    script_args.settings(student_args.seed),
+                    None if other is None else loader(student_args, other),
                     progress=True,
                 )
         except SettingsError as error:
@@ -247,7 +253,7 @@ def finish(script_args: AuditArguments, student_args, result, output_dir: Path) 
     from trl_dpg.report.audit import write_audit_report
 
     names = ["dataset_name", "dataset_split", "control", "control_split", "metrics", "default_panel", "wanted"]
-    names += ["num_parts", "alpha", "share_removed", "other_student_model_name_or_path"]
+    names += ["num_parts", "alpha", "score_rows", "share_removed", "other_student_model_name_or_path"]
     settings = {name: vars(script_args)[name] for name in names} | asdict(student_args)
     if script_args.control is None:
         settings["control"] = "written by the student before its fine-tuning"
