@@ -63,6 +63,7 @@ def by_own_inner_loop(load_student, dataset, metric, config, seed):
 
 @pytest.fixture
 def quick(monkeypatch):
+    """The page `docs/audit.md` runs with SFTTrainer in tests/test_snippets.py."""
     monkeypatch.setattr("trl_dpg.auditing.effects.evaluate_dataset", by_own_inner_loop)
 
 
@@ -150,10 +151,9 @@ def test_metrics_without_a_gradient_are_tested_and_do_not_score(found):
     assert set(found.scores) == {"canary", "plain", "head"}
 
 
-def test_clean_data_is_not_flagged_and_this_is_no_clearance():
-    """With students by SFTTrainer."""
+def test_clean_data_is_not_flagged_and_this_is_no_clearance(quick):
     sides = sentences(24, 1), sentences(30, 2)
-    result = audit(lambda seed: student(), *sides, panel(), CONFIG, AuditConfig(num_parts=3))
+    result = audit(lambda seed: student(), *sides, panel(), CONFIG, AuditConfig(num_parts=4))
     assert not result.unwanted and not result.rows and not result.scores
     assert result.verdict()[0] == "No unwanted effect was found among 4 metrics. This is no clearance."
 
@@ -253,7 +253,8 @@ def command(files, data, output_dir, *more):
     return [*argv, "--no_default_panel", "--num_parts", "4", "--output_dir", str(output_dir), *more]
 
 
-def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_path, capsys):
+def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_dpg.auditing.audit.check_removal", lambda *arguments: None)  # as tested above
     with pytest.raises(SystemExit) as stopped:
         cli.main(command(files, "data", tmp_path / "out"))
     assert stopped.value.code == 3 and "Unwanted effects were found: 1 of 1 metrics." in capsys.readouterr().out
