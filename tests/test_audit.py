@@ -15,6 +15,7 @@ from tests.tiny import make_model, make_tokenizer
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cli
 from trl_dpg.auditing import AuditConfig, adjust_for_many, audit, default_panel, undirected_control
 from trl_dpg.auditing.effects import Values, disjoint_parts, look_at_panel, p_of_zero_mean, summarize_effects
+from trl_dpg.auditing.rows import scores_against_control
 from trl_dpg.evaluation import Evaluation
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metrics import LanguageModelingMetric
@@ -144,6 +145,17 @@ def test_a_planted_effect_is_found_with_its_rows(found):
     assert removal.share_gone(removal.without_top) > 0.8 > removal.share_gone(removal.without_random)
     assert found.verdict()[0] == f"Unwanted effects were found: {len(found.unwanted)} of 4 metrics."
     assert found.is_also_there("canary") and "also there on the other start" in " ".join(found.verdict())
+
+
+def test_the_scores_of_rows_and_control_sum_to_the_effect_of_a_step():
+    rows, others, metric = [CANARY, *sentences(3, 1)], sentences(4, 2), LanguageModelingMetric([CANARY])
+    config = InnerLoopConfig(batch_size=8, learning_rate=3e-2, eps_root=1.0)  # a step almost linear in the weights
+    sides = (Dataset.from_dict({"text": texts}) for texts in (rows, others))
+    scores = scores_against_control(student(), *sides, {"canary": metric}, config, 1, False)["canary"].scores
+    step = FineTuning(student(), [*rows, *others], config)
+    only_rows, only_others = torch.tensor([2.0] * 4 + [0.0] * 4), torch.tensor([0.0] * 4 + [2.0] * 4)
+    effect = step.metric(only_rows, metric) - step.metric(only_others, metric)
+    assert effect > 0.01 and 2 * (scores[:4].sum() - scores[4:].sum()) == pytest.approx(effect, rel=0.02)
 
 
 def test_metrics_without_a_gradient_are_tested_and_do_not_score(found):

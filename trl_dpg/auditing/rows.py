@@ -82,9 +82,9 @@ def scores_against_control(
     """
     Scores of N rows of the dataset and as many of the control by all metrics, in one attribution, see [`attribute`].
 
-    Both are scored in common batches, one step each. So a score is taken half-way between the control and the dataset,
-    and the scores of the rows minus those of the control sum to the effect of a step, to second order. `eps_root` is
-    at least `SMOOTH`.
+    Both are scored in common batches, one step each. So a score is taken half-way between the control and the dataset:
+    twice the sum of the rows' scores minus those of the control is the effect of a step, by the midpoint rule.
+    `eps_root` is at least `SMOOTH`.
     """
     both = [*rows, *others.select(range(len(rows)))]  # their columns may differ
     smooth = replace(config, eps_root=max(float(config.eps_root), SMOOTH), per_token=False, num_epochs=1)
