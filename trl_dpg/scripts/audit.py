@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from ..redaction import redacted
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
 from .data import (
     FORMATS,
@@ -45,7 +46,6 @@ FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed"
     "dataset": "dataset_name"
 }
 """What the library's arguments are called here, beside those of the student."""
-FILES = ("audit.html", "effects.png", "summary.json", "scored.parquet")
 
 
 @dataclass
@@ -235,14 +235,12 @@ def loader(student_args, path: str | None = None):
 
 
 def check_folder(output_dir: Path) -> None:
-    """Refuse the folder of another command. Results of an earlier audit are deleted."""
+    """Refuse the folder of another command."""
     check_no_training(output_dir)
     if (output_dir / "summary.json").exists() and not (output_dir / "audit.html").exists():
         raise UsageError(
             f"--output_dir {str(output_dir)!r} has the summary.json of another command. Choose another folder."
         )
-    for name in FILES:
-        (output_dir / name).unlink(missing_ok=True)
 
 
 def finish(script_args: AuditArguments, student_args, result, output_dir: Path) -> None:
@@ -254,15 +252,16 @@ def finish(script_args: AuditArguments, student_args, result, output_dir: Path) 
 
     names = ["dataset_name", "dataset_split", "control", "control_split", "metrics", "default_panel", "wanted"]
     names += ["num_parts", "alpha", "score_rows", "share_removed", "other_student_model_name_or_path"]
-    settings = {name: vars(script_args)[name] for name in names} | asdict(student_args)
+    settings = redacted({name: vars(script_args)[name] for name in names} | asdict(student_args))
     if script_args.control is None:
         settings["control"] = "written by the student before its fine-tuning"
     title = script_args.title or f"Audit of {script_args.dataset_name}"
     page = write_audit_report(result, output_dir, title, settings)
     files = [page, output_dir / "summary.json"]
+    scored = output_dir / "scored.parquet"
+    scored.unlink(missing_ok=True)  # of an earlier audit
     if result.scores:
         columns = {score_columns(name)[0]: scores for name, scores in result.scores.items()}
-        scored = output_dir / "scored.parquet"
         Dataset.from_dict(result.samples.to_dict() | columns).to_parquet(scored)
         files.append(scored)
     write_json(output_dir / "summary.json", result.figures() | {"settings": settings})
