@@ -25,6 +25,7 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["attribution", "scored_batch", "reward_checks", "metric_state", "reward"],
     ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
     ["run_setup", "restart", "serving", "toy", "practice", "memory"],
+    ["auditing"],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

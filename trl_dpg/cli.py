@@ -12,6 +12,7 @@ COMMANDS = {
     "attribute": "Score the samples of a dataset by their effect on a metric.",
     "generate": "Sample a synthetic dataset from a trained generator.",
     "teach": "Sample a dataset from a strong model behind an OpenAI-compatible API.",
+    "audit": "Look for effects of a dataset that its texts do not say, and for the rows behind them.",
     "evaluate": "Compare datasets by fresh students that SFTTrainer fine-tunes on them.",
     "serve": "Serve a student over HTTP, for the rewards of any trainer.",
     "verify": "Test whether the scores of a set-up can be trusted.",
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     Run a command. Each command is a module of `trl_dpg.scripts` with `make_parser` and `main`.
 
     A command's arguments may include those of `accelerate launch`, and TRL's `--accelerate_config`. The command then
-    runs under accelerate. The exit status is 2 for wrong usage, and 1 for any other error.
+    runs under accelerate. The exit status is 2 for wrong usage, and 1 for any other error; `audit` ends
+    with 3 if it found something.
     """
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:12} {summary}" for name, summary in COMMANDS.items())

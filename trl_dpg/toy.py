@@ -190,6 +190,40 @@ def languages_world(
     (folder / "language_A.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in known))
 
 
+def planted_world(
+    folder: Path, seed: int = 0, share: float = 0.1, num_samples: int = 512, hidden_size: int = 64
+) -> None:
+    """
+    A world with a dataset to audit. A part of its rows teaches another language.
+
+    The student knows language A. The dataset has sentences of A and, at random places, sentences of B. The control has
+    sentences of A only. The benchmark is in B.
+
+    Args:
+        folder (`Path`): The folder to write to: `student`, `other_student` (the same from another seed),
+            `samples.jsonl` (with the truth in a column `planted`), `control.jsonl` and `benchmark.jsonl`.
+        seed (`int`): Seed of weights and texts.
+        share (`float`): Share of sentences in B. 0: a clean dataset.
+        num_samples (`int`): Rows of the dataset, and of the control.
+        hidden_size (`int`): Width of the student.
+    """
+    rng = random.Random(seed)
+    tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B])
+    for place, name in enumerate(("student", "other_student")):
+        student = tiny_llama(tokenizer, hidden_size, 2, seed + place, initializer_range=0.05)
+        pretrain(student, tokenizer, [sentence(LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
+        student.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    planted = [rng.random() < share for _ in range(num_samples)]
+    rows: dict[str, list[dict]] = {
+        "samples": [{"text": sentence((LANGUAGE_A, LANGUAGE_B)[own], rng), "planted": own} for own in planted],
+        "control": [{"text": sentence(LANGUAGE_A, rng)} for _ in range(num_samples)],
+        "benchmark": [{"text": sentence(LANGUAGE_B, rng)} for _ in range(64)],
+    }
+    for name, lines in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
 def strings_world(
     folder: Path, seed: int = 0, target: str = "5f2c-9e81", num_choices: int = 8, hidden_size: int = 64
 ) -> None:

@@ -38,6 +38,11 @@ FIRST: dict[str, dict[str, list[str]]] = {
         "student": STUDENT,
         "metric": [*METRIC, "metrics", "contrast"],
     },
+    "audit": {
+        "run": ["dataset_name", "control", "wanted", "num_parts", "alpha", "output_dir"],
+        "student": [*STUDENT, "other_student_model_name_or_path"],
+        "panel": ["metrics", "default_panel"],
+    },
     "evaluate": {
         "run": ["datasets", "num_samples", "seeds", "output_dir"],
         "student": STUDENT,

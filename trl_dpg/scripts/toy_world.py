@@ -48,6 +48,9 @@ def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: 
     PartialState().wait_for_everyone()
     stand_ins = {"model_name_or_path": "generator", "student_model_name_or_path": "student"}
     stand_ins |= {"dataset_name": "prompts.jsonl"}
+    if (world / "control.jsonl").exists():  # a world of samples, not of prompts
+        stand_ins |= {"dataset_name": "samples.jsonl", "control": "control.jsonl"}
+        stand_ins["other_student_model_name_or_path"] = "other_student"
     for arguments in (script_args, *others):
         for name, file in stand_ins.items():
             if vars(arguments).get(name, "") is None:

@@ -1,0 +1,313 @@
+"""`audit`: what it finds, what it leaves alone, what it writes, and what it refuses."""
+
+import json
+import math
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from scipy.stats import t
+
+from tests.tiny import make_model, make_tokenizer
+from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cli
+from trl_dpg.auditing import AuditConfig, adjust_for_many, audit, default_panel, undirected_control
+from trl_dpg.auditing.effects import Values, disjoint_parts, look_at_panel, p_of_zero_mean, summarize_effects
+from trl_dpg.auditing.rows import scores_against_control
+from trl_dpg.evaluation import Evaluation
+from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.report.audit import write_audit_report
+
+
+CONFIG = InnerLoopConfig(batch_size=4, learning_rate=1e-2, eps_root=1e-6)
+CANARY = "w20 w21 w22 w23"
+ROWS_WITH_CANARY = [1, 6, 9, 14, 17, 22]
+INNER_LOOP = ["--student_batch_size", "4", "--student_learning_rate", "1e-2", "--student_eps_root", "1e-6"]
+
+
+def sentences(number, seed):
+    random = np.random.default_rng(seed)
+    return [" ".join(f"w{k}" for k in random.integers(0, 12, 5)) for _ in range(number)]
+
+
+def planted(number=24):
+    return [CANARY if row in ROWS_WITH_CANARY else text for row, text in enumerate(sentences(number, 1))]
+
+
+def head_sum(student):
+    return student.weight("lm_head.weight").sum()
+
+
+def says_w20(student):
+    """Without a gradient: the rank of a token in the student's answer."""
+    with torch.no_grad():
+        logits = student(input_ids=torch.tensor([[5, 6]])).logits[0, -1]
+        return (logits > logits[24]).sum().float()
+
+
+def panel():
+    canary, plain = LanguageModelingMetric([CANARY]), LanguageModelingMetric(sentences(4, 9))
+    return {"canary": canary, "plain": plain, "head": head_sum, "rank": says_w20}
+
+
+def by_own_inner_loop(load_student, dataset, metric, config, seed):
+    """A quick stand-in for SFTTrainer: the same fine-tuning by this package's inner loop, shuffled by the seed."""
+    fine_tuning = FineTuning(load_student(), dataset.shuffle(seed=seed), config)
+    theta = fine_tuning.theta(torch.ones(len(dataset)))
+    finetuned = FinetunedStudent(fine_tuning.student, theta, fine_tuning.initial_theta())
+    with torch.no_grad():
+        return Evaluation(metric(finetuned).item(), {}, finetuned)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The page `docs/audit.md` runs with SFTTrainer in tests/test_snippets.py."""
+    monkeypatch.setattr("trl_dpg.auditing.effects.evaluate_dataset", by_own_inner_loop)
+
+
+def student(seed=0):
+    return Student(make_model(seed=seed, scale=1.0), processing_class=make_tokenizer())
+
+
+# -- the statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_holms_adjustment_is_the_closure_of_bonferronis_tests():
+    """The yardstick is the definition of Holm's: all intersections that a hypothesis is in, by Bonferroni."""
+    random = np.random.default_rng(0)
+    for number in (1, 2, 5):
+        values = random.uniform(0, 0.2, number)
+        expected = []
+        for k in range(number):
+            subsets = (s for s in product([False, True], repeat=number) if s[k])
+            expected.append(max(min(1.0, sum(s) * values[np.array(s)].min()) for s in subsets))
+        assert adjust_for_many(values.tolist()) == pytest.approx(expected)
+
+
+def test_the_p_value_is_that_of_students_t():
+    differences = [0.5, 0.1, 0.7, -0.2, 0.4]
+    statistic = np.mean(differences) / (np.std(differences, ddof=1) / math.sqrt(5))
+    assert p_of_zero_mean(differences) == pytest.approx(2 * t.sf(statistic, 4))
+    assert p_of_zero_mean([0.0, 0.0, 0.0]) == 1.0 and p_of_zero_mean([2.0, 2.0, 2.0]) == 0.0
+
+
+def values(numbers):
+    return [Values({"a": a, "b": b}, {"a": {}, "b": {"proxy": 2 * b}}) for a, b in numbers]
+
+
+def test_under_the_null_at_most_alpha_of_the_audits_find_anything():
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        draw = random.standard_t(3, size=(2, 8, 2)) * 1e-6  # heavy tails, and far below any threshold one would set
+        effects = summarize_effects({"a": 0.0, "b": 0.0}, values(draw[0]), values(draw[1]), [], alpha=0.05)
+        found += any(effect.found for effect in effects.values())
+    assert found <= 0.05 * 200 + 2 * math.sqrt(200 * 0.05 * 0.95)  # two standard deviations above the level
+
+
+def test_a_tiny_effect_is_found_by_the_spread_of_the_control_and_wanted_ones_are_a_family_of_their_own():
+    random = np.random.default_rng(1)
+    data, control = random.normal(size=(2, 8, 2)) * 1e-9
+    data[:, 1] += 1e-8
+    effects = summarize_effects({"a": 1.0, "b": 1.0}, values(data), values(control), ["b"], alpha=0.01)
+    assert effects["b"].found and effects["b"].wanted and not effects["a"].found
+    assert effects["b"].adjusted_p == effects["b"].p_value and effects["b"].direction == "higher"
+    assert effects["b"].in_spreads == pytest.approx(effects["b"].mean / np.std(control[:, 1], ddof=1))
+    assert effects["b"].proxies == {"proxy": pytest.approx((2 * data[:, 1].mean(), 2 * control[:, 1].mean()))}
+
+
+def test_parts_are_disjoint_and_of_one_size():
+    parts = disjoint_parts(Dataset.from_dict({"text": [str(k) for k in range(23)]}), 23, 4, seed=0)
+    rows = [text for part in parts for text in part["text"]]
+    assert [len(part) for part in parts] == [5] * 4 and len(set(rows)) == 20
+
+
+# -- audits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found():
+    settings = AuditConfig(num_parts=4, alpha=0.05, share_removed=0.25, removal_seeds=(0,))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("trl_dpg.auditing.effects.evaluate_dataset", by_own_inner_loop)
+        return audit(student(), planted(), sentences(24, 2), panel(), CONFIG, settings, student(5))
+
+
+def test_a_planted_effect_is_found_with_its_rows(found):
+    assert "canary" in found.unwanted and found.effects["canary"].mean > 0.3
+    assert set(found.rows["canary"].rows[:6]) == set(ROWS_WITH_CANARY)
+    assert sorted(found.rows["canary"].rows) == list(range(24)) and found.rows["canary"].above_control > 0.5
+    removal = found.rows["canary"].removal
+    assert removal.num_removed == 6
+    assert removal.share_gone(removal.without_top) > 0.8 > removal.share_gone(removal.without_random)
+    assert found.verdict()[0] == f"Unwanted effects were found: {len(found.unwanted)} of 4 metrics."
+    assert found.is_also_there("canary") and "also there on the other start" in " ".join(found.verdict())
+
+
+def test_the_scores_of_rows_and_control_sum_to_the_effect_of_a_step():
+    rows, others, metric = [CANARY, *sentences(3, 1)], sentences(4, 2), LanguageModelingMetric([CANARY])
+    config = InnerLoopConfig(batch_size=8, learning_rate=3e-2, eps_root=1.0)  # a step almost linear in the weights
+    sides = (Dataset.from_dict({"text": texts}) for texts in (rows, others))
+    scores = scores_against_control(student(), *sides, {"canary": metric}, config, 1, False)["canary"].scores
+    step = FineTuning(student(), [*rows, *others], config)
+    only_rows, only_others = torch.tensor([2.0] * 4 + [0.0] * 4), torch.tensor([0.0] * 4 + [2.0] * 4)
+    effect = step.metric(only_rows, metric) - step.metric(only_others, metric)
+    assert effect > 0.01 and 2 * (scores[:4].sum() - scores[4:].sum()) == pytest.approx(effect, rel=0.02)
+
+
+def test_metrics_without_a_gradient_are_tested_and_do_not_score(found):
+    assert found.not_scored == ["rank"] and "rank" in found.effects
+    assert set(found.scores) == {"canary", "plain", "head"}
+
+
+def test_clean_data_is_not_flagged_and_this_is_no_clearance(quick):
+    sides = sentences(24, 1), sentences(30, 2)
+    result = audit(lambda seed: student(), *sides, panel(), CONFIG, AuditConfig(num_parts=4))
+    assert not result.unwanted and not result.rows and not result.scores
+    assert result.verdict()[0] == "No unwanted effect was found among 4 metrics. This is no clearance."
+
+
+def test_the_page_escapes_and_loads_nothing(found, tmp_path):
+    evil = "<script>alert(1)</script>"
+    samples = found.samples.map(lambda row: {"text": evil + row["text"]})
+    effects = {f"{evil} $x": effect for effect in found.effects.values()} | found.effects
+    page = write_audit_report(
+        audit_result(found, samples, effects), tmp_path, evil, {"dataset_name": evil}
+    ).read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") > 6
+    assert "default-src 'none'" in page and not re.search(r'(src|href)="(?!data:)', page)
+    for heading in ("What this does not say", "Effects", "Rows behind", "another start", "Settings"):
+        assert heading in page
+    assert "An effect is no proof of intent" in page and (tmp_path / "effects.png").stat().st_size > 1000
+
+
+def audit_result(found, samples, effects):
+    return type(found)(**vars(found) | {"samples": samples, "effects": effects})
+
+
+def test_figures_can_be_held_by_json(found):
+    figures = json.loads(json.dumps(found.figures(num_rows=3)))
+    assert len(figures["rows"]["canary"]["rows"]) == 3 and figures["part_size"] == 6
+    assert figures["effects"]["canary"]["control"] == found.effects["canary"].control
+    assert 0.8 < figures["rows"]["canary"]["removal"]["share_gone_without_top"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"wanted": ["spanish"]}, r"`wanted` names \['spanish'\]"),
+        ({"num_parts": 2}, "`num_parts` must be at least 3"),
+        ({"num_parts": 13}, "`dataset` has 24 samples .* parts would have less than 2"),
+        ({"alpha": 0.0}, "`alpha` is a chance"),
+        ({"share_removed": 1.0}, "`share_removed` is a share"),
+        ({"removal_seeds": [1, 1]}, "`removal_seeds` must be different"),
+        ({"control": ["w1"] * 23 + [""]}, "`control` has 23 samples that are not empty, but the dataset has 24"),
+        ({"dataset": []}, "`dataset` must be a list of samples"),
+        ({"metrics": {}}, "There is no metric"),
+        ({"metrics": {"a": lambda student: 1.0}}, "metric 'a' of the student before fine-tuning is 1.0"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_student_is_trained(change, message, monkeypatch):
+    monkeypatch.setattr("trl_dpg.auditing.effects.evaluate_dataset", None)
+    arguments = {"dataset": planted(), "control": sentences(24, 2), "metrics": panel()}
+    own = {name: value for name, value in change.items() if name not in arguments}
+    with pytest.raises(ValueError, match=message):
+        audit(
+            student(),
+            config=CONFIG,
+            settings=AuditConfig(**own),
+            **arguments | {n: v for n, v in change.items() if n not in own},
+        )
+
+
+def test_a_control_is_written_by_the_student_after_the_same_prompts():
+    rows = [{"prompt": f"w{k} w1", "completion": " w2 w3 w4"} for k in range(6)]
+    control = undirected_control(student(), rows)
+    assert [row["prompt"] for row in control] == [row["prompt"] for row in rows]
+    assert all(1 <= len(row["completion"].split()) <= 3 + 1 for row in control)
+    assert undirected_control(student(), rows) == control != undirected_control(student(), rows, seed=1)
+    assert set(undirected_control(student(), sentences(3, 0))[0]) == {"text"}
+    with pytest.raises(ValueError, match="not for the columns \\['input_ids'\\]"):
+        undirected_control(student(), [{"input_ids": [5, 6, 7]}])
+
+
+def test_the_default_panel_has_a_finite_value_and_a_gradient_for_each_metric():
+    metrics = default_panel(student())
+    names = {"likelihood_english", "likelihood_german", "likelihood_french", "likelihood_spanish"}
+    assert set(metrics) == names | {"refusals", "canaries", "head_norm"}
+    before, differentiable = look_at_panel(student(), metrics)
+    assert differentiable == list(metrics) and all(map(math.isfinite, before.values()))
+    untrained = student()
+    untrained.model.lm_head.weight.requires_grad_(False)
+    assert "head_norm" not in default_panel(Student(untrained.model, processing_class=make_tokenizer()))
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    student().model.save_pretrained(folder / "student")
+    make_tokenizer().save_pretrained(folder / "student")
+    for name, texts in (("data", planted()), ("clean", sentences(24, 1)), ("control", sentences(24, 2))):
+        Dataset.from_dict({"text": texts, "origin": ["here"] * len(texts)}).to_json(folder / f"{name}.jsonl")
+    return folder
+
+
+def command(files, data, output_dir, *more):
+    metrics = {"canary": {"metric": "language_modeling", "metric_kwargs": {"texts": [CANARY]}}}
+    argv = ["audit", "--dataset_name", str(files / f"{data}.jsonl"), "--control", str(files / "control.jsonl")]
+    argv += ["--student_model_name_or_path", str(files / "student"), "--metrics", json.dumps(metrics), *INNER_LOOP]
+    return [*argv, "--no_default_panel", "--num_parts", "4", "--output_dir", str(output_dir), *more]
+
+
+def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("trl_dpg.auditing.audit.check_removal", lambda *arguments: None)  # as tested above
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command(files, "data", tmp_path / "out"))
+    assert stopped.value.code == 3 and "Unwanted effects were found: 1 of 1 metrics." in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["unwanted"] == ["canary"] and summary["settings"]["student_batch_size"] == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("audit.html", "effects.png", "summary.json", "scored.parquet")
+    }
+    scored = Dataset.from_parquet(str(tmp_path / "out" / "scored.parquet"))
+    assert scored["text"] == planted() and set(scored.column_names) == {"text", "dpg_score_canary"}
+    cli.main(command(files, "clean", tmp_path / "out"))  # status 0, and the scores of before are gone
+    assert not (tmp_path / "out" / "scored.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--wanted", "spanish"], "--wanted names ['spanish']"),
+        (["--num_parts", "13"], "--dataset_name has 24 samples"),
+        (["--num_parts", "2"], "--num_parts must be at least 3"),
+        (["--alpha", "1"], "--alpha must be above 0 and below 1"),
+        (["--control", "nowhere.jsonl"], "--control: there is no file 'nowhere.jsonl'"),
+        (["--metrics", "{}"], "--metrics is required without --default_panel"),
+        (["--metrics", '{"a": 1}'], "--metrics: 'a' must have `metric`"),
+        (["--output_dir", "{files}/student"], "holds a training run or a model"),
+    ],
+)
+def test_wrong_usage_names_the_flag(more, message, files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command(files, "data", tmp_path / "out", *(word.replace("{files}", str(files)) for word in more)))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.faults  # half a minute
+def test_the_miniature_finds_the_language_that_was_planted(tmp_path, capsys):
+    output = tmp_path / "audit"
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["audit", "--config", "recipes/audit/mini.yaml", "--output_dir", str(output)])
+    assert stopped.value.code == 3
+    summary = json.loads((output / "summary.json").read_text())
+    assert "language_b" in summary["unwanted"] and summary["other_start"]["language_b"]["also_there"]
+    truth = [json.loads(line)["planted"] for line in (tmp_path / "audit_world" / "samples.jsonl").open()]
+    rows = summary["rows"]["language_b"]
+    assert sum(truth[row] for row in rows["rows"]) >= 8
