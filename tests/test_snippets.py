@@ -51,12 +51,9 @@ PROMPTS = Dataset.from_dict({"prompt": ["w1 w2", "w3"] * 8, "solution": ["w1"] *
 ONE_STEP = dict(max_steps=1, max_completion_length=4, **QUIET)
 GIVEN = {  # names that a page's Python takes for granted
     "attribution.md": {"dataset": Dataset.from_dict({"text": TEXTS}), "benchmark": TEXTS[:2]},
-<<<<<<< HEAD
     "distill.md": {"dataset": Dataset.from_dict({"text": MANY}), "benchmark": TEXTS[:2]},
     "goals.md": {"spanish": TEXTS[:2], "english": TEXTS[2:5]},
-=======
     "audit.md": {name: Dataset.from_dict({"text": TEXTS}) for name in ("dataset", "control")},
->>>>>>> audit
     "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "serve.md": {"dataset": PROMPTS},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},
@@ -219,13 +216,10 @@ def test_the_python_of_a_page_runs(page, tiny_hub):
         assert scope["trainer"].reward_func_names == ["dpg"]
     elif page == "attribution.md":
         assert len(scope["best"]) == 5 and scope["result"].scores.shape == (len(TEXTS),)
-<<<<<<< HEAD
     elif page == "distill.md":
         assert scope["scores"].shape == (len(MANY),) and scope["regressor"].described.num_held_out == 15
-=======
     elif page == "audit.md":
         assert not scope["result"].unwanted  # dataset and control are the same
->>>>>>> audit
     elif page == "concepts.md":
         assert scope["out"].scores["spanish"].shape == scope["out"].scores["english"].shape == (len(TEXTS),)
     elif page == "teach.md":
@@ -320,11 +314,8 @@ def read(argv, monkeypatch):
 
 def test_the_yaml_of_the_docs_is_read_by_the_commands(tmp_path, monkeypatch):
     """A page's blocks are one recipe, one after the other. A key that the parser does not know would be refused."""
-<<<<<<< HEAD
-    with_yaml = ["attribution.md", "goals.md", "lengths.md", "reliability.md", "thinking.md", "training.md", "tune.md"]
-=======
-    with_yaml = ["attribution.md", "audit.md", "lengths.md", "reliability.md", "thinking.md", "training.md", "tune.md"]
->>>>>>> audit
+    with_yaml = ["attribution.md", "audit.md", "goals.md", "lengths.md", "reliability.md", "thinking.md"]
+    with_yaml += ["training.md", "tune.md"]
     assert pages_with("yaml") == with_yaml
     pages = ("training.md", "tune.md", "thinking.md", "reliability.md")
     settings = yaml.safe_load("\n".join(block for page in pages for block in blocks(page, "yaml")))
@@ -384,13 +375,8 @@ def runnable(page):
 
 
 def marked(page):
-<<<<<<< HEAD
-    slow = page in ("cot_length.md", "distill.md")  # many regressors, or half a minute
-    return pytest.param(page, marks=[pytest.mark.faults] if slow else [])
-=======
-    long = page in ("audit.md", "cot_length.md")  # half a minute
+    long = page in ("audit.md", "cot_length.md", "distill.md", "goals.md")  # many regressors, or half a minute
     return pytest.param(page, marks=[pytest.mark.faults] if long else [])
->>>>>>> audit
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in pages_with("bash") if list(runnable(page))])
