@@ -22,9 +22,9 @@ LAYERS = [  # from the lowest up; in a layer from left to right
     ["metagradients"],
     ["verification"],
     ["tuning"],
-    ["attribution", "scored_batch", "reward_checks", "reward"],
-    ["student_arguments", "config", "generation", "evaluation", "live_table", "callbacks", "guards", "rollouts"],
-    ["run_setup", "restart", "serving", "toy", "practice", "memory"],
+    ["replay", "scored_batch", "several_students", "student_scorer", "attribution", "reward_checks", "reward"],
+    ["student_arguments", "config", "generation", "intervals", "evaluation", "live_table", "callbacks", "guards"],
+    ["rollouts", "reward_arguments", "run_setup", "restart", "serving", "toy", "practice", "memory"],
     ["trainer", "report", "declaration"],
     ["scripts", "cli"],
 ]

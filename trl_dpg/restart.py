@@ -192,6 +192,7 @@ class RestartCallback(TrainerCallback):
         if self.reward is not None:
             batch = self._batch_to_log(self.reward) if "dpg/metric_after" in pending else None
             figures |= {"num_verifiable": self.reward._num_verifiable, "batch": batch and _from_batch(batch)}
+            figures |= {"num_drawn": self.reward._num_drawn}
         return tensors, figures
 
     def load(self, folder: str | Path) -> None:
@@ -217,6 +218,7 @@ class RestartCallback(TrainerCallback):
         self._seconds = figures["seconds"]
         if self.reward is not None and "num_verifiable" in figures:
             self.reward._num_verifiable = figures["num_verifiable"]
+            self.reward._num_drawn = figures.get("num_drawn", 0)
             self.reward.last_batch = figures["batch"] and _to_batch(figures["batch"])
             for callback in self._logging():
                 callback.train_batch = self.reward.last_batch

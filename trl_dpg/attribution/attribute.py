@@ -21,6 +21,7 @@ from ..metagradients.goals import MetricFunction, check_metrics, metric_at_start
 from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
 from ..ranks import ALONE, Ranks, from_all_ranks
+from ..replay import Mixture, Replay, without_replay
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
@@ -43,6 +44,7 @@ def attribute(
     progress: bool = False,
     *,
     share_chunks: bool = False,
+    replay: Replay | None = None,
 ) -> Attribution: ...
 
 
@@ -58,6 +60,7 @@ def attribute(
     progress: bool = False,
     contrast: Sequence[str] | None = None,
     share_chunks: bool = False,
+    replay: Replay | None = None,
 ) -> dict[str, Attribution]: ...
 
 
@@ -72,6 +75,7 @@ def attribute(
     progress=False,
     contrast=None,
     share_chunks=False,
+    replay=None,
 ):
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
@@ -109,18 +113,16 @@ def attribute(
         share_chunks (`bool`, *optional*, defaults to `False`):
             In a distributed run, whether all processes score each chunk together. This divides the memory of the inner
             loop by their number. Chunks of their own exchange less.
+        replay ([`~trl_dpg.replay.Replay`], *optional*):
+            Rows that are mixed into every chunk and not scored. Each chunk has other rows. `size` counts the samples.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
         student, if `contrast` names no two metrics, or in the cases of [`metagradient`]. If all samples are empty,
         their scores are 0 without an error.
     """
-    check_metrics(metric)
-    wanted = plan_results(metric, contrast)
-    config = config or InnerLoopConfig()
-    size = chunk_size(size, config.batch_size)
-    found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, progress, share_chunks)
-    return found if isinstance(metric, Mapping) else found[None]
+    how = num_repeats, journal, progress, contrast, share_chunks, replay
+    return _attribute(student, dataset, metric, config or InnerLoopConfig(), size, *how)
 
 
 def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
@@ -144,16 +146,20 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
 
 
 def _attribute(
-    wanted, student, dataset, metric, config, size: int, num_repeats: int, journal, progress: bool, share_chunks: bool
-) -> dict[Any, Attribution]:
+    student, dataset, metric, config, size, num_repeats, journal, progress, contrast, share_chunks, replay
+) -> Any:
+    check_metrics(metric)
+    wanted, size = plan_results(metric, contrast), chunk_size(size, config.batch_size)
     chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            opened = stack.enter_context(Journal(path, _settings(student, dataset, metric, config, size)))
-        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks)
-        return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+            settings = _settings(student, dataset, metric, config, size, replay)
+            opened = stack.enter_context(Journal(path, settings))
+        _score(student, dataset, metric, config, chunks, opened, progress, share_chunks, replay)
+        found = _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+    return found if isinstance(metric, Mapping) else found[None]
 
 
 def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig) -> tuple[list[Chunk], int]:
@@ -176,9 +182,12 @@ def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attrib
     return results
 
 
-def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
+def _settings(
+    student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, replay: Replay | None
+) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
+        **({} if replay is None else {"replay_ratio": replay.ratio, "replay_digest": digest(replay.rows)}),
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
@@ -195,7 +204,15 @@ def _shared_folder(stack: ExitStack) -> Path:
 
 
 def _score(
-    student, dataset, metric, config, chunks: list[Chunk], journal: Journal, progress: bool, share_chunks: bool
+    student,
+    dataset,
+    metric,
+    config,
+    chunks: list[Chunk],
+    journal: Journal,
+    progress: bool,
+    share_chunks: bool,
+    replay: Replay | None,
 ) -> None:
     """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
     state = PartialState()
@@ -214,7 +231,8 @@ def _score(
         journal.check_start(metric_before)  # the same on all ranks
 
     def score(mine: list[int], before) -> list[dict[str, Any]]:
-        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], metric, config, before, ranks)} for k in mine]
+        what = dataset, chunks, metric, config, replay, before, ranks
+        return [{"chunk": k, **_score_chunk(k, student, *what)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
         for start in range(0, len(todo), num_teams):
@@ -244,11 +262,21 @@ def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
     return function(None, metric)
 
 
-def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before, ranks: Ranks) -> dict[str, Any]:
+def _mixture(dataset: Examples, chunk: Chunk, config: InnerLoopConfig, replay: Replay | None, index: int) -> Mixture:
+    """The rows of a chunk, with replayed ones."""
+    rows = _rows(dataset, chunk.rows.tolist())
+    return without_replay(rows) if replay is None else replay.mix(rows, config.batch_size, index)
+
+
+def _score_chunk(
+    index: int, student, dataset, chunks: list[Chunk], metric, config, replay, metric_before, ranks: Ranks
+) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
-    fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config, ranks)
-    mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
+    chunk, mixture = chunks[index], _mixture(dataset, chunks[index], config, replay, index)
+    fine_tuning = FineTuning(student, mixture.examples, config if replay is None else replay.widened(config), ranks)
+    samples = [fine_tuning.samples[place] for place in mixture.own]
+    mine = [sample for sample, scored in zip(samples, chunk.scored, strict=True) if scored]
     record: dict[str, Any] = {
         "rows": chunk.rows[chunk.scored].tolist(),
         "scores": _each(metric, lambda *_: [0.0] * len(mine)),
@@ -260,14 +288,15 @@ def _score_chunk(student, dataset, chunk: Chunk, metric, config, metric_before, 
     }
     lengths = record["num_tokens"]
     token_scores = _each(metric, lambda *_: [[0.0] * length for length in lengths])
-    if any(sample.num_supervised or sample.truncated for sample in fine_tuning.samples):  # none after a cut: an error
+    if any(sample.num_supervised or sample.truncated for sample in samples):  # none after a cut: an error
         out = differentiate(fine_tuning, metric, metric_before=metric_before)
-        outputs = out if isinstance(metric, Mapping) else {None: out}
+        every = out.items() if isinstance(metric, Mapping) else [(None, out)]
+        outputs = {name: mixture.of_the_samples(own) for name, own in every}
         record["metric_before"] = _each(metric, lambda name, _: outputs[name].metric_before)
         record["metric_after"] = _each(metric, lambda name, _: outputs[name].metric_after)
         record["scores"] = _each(metric, lambda name, _: outputs[name].scores[chunk.scored].tolist())
         if config.per_token:
-            token_scores = _each(metric, lambda name, _: _cut(outputs[name].token_scores[chunk.scored], lengths))
+            token_scores = _each(metric, lambda name, _: _cut(outputs[name].token_scores[chunk.scored], lengths))  # type: ignore[index]
     if config.per_token:
         record["token_scores"] = token_scores
     return record | {"seconds": time.perf_counter() - started}
