@@ -115,6 +115,17 @@ def evaluate_dataset(
         dataset, config = replay.add_to(dataset, config.batch_size, seed), replay.widened(config)
     check_shares(config, len(dataset))
     start, trained = load_student(), load_student()
+    _fine_tune(trained, dataset, config, seed)
+    ranks = Ranks.of_this_run(start.device)
+    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
+    value = _value(finetuned, metric)
+    with ranks.guard("The metric's proxies"), torch.no_grad(), start.train_mode():
+        proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
+    return Evaluation(value, proxies, finetuned)
+
+
+def _fine_tune(trained: Student, dataset: Dataset, config: InnerLoopConfig, seed: int) -> None:
+    """Fine-tune a student by SFTTrainer."""
     with TemporaryDirectory() as folder:
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
         if args.n_gpu > 1:
@@ -131,12 +142,6 @@ def evaluate_dataset(
             if parameter.requires_grad:  # SFTTrainer casts the adapters of a quantised model to bfloat16
                 parameter.data = parameter.data.float()
         trainer.train()
-    ranks = Ranks.of_this_run(start.device)
-    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
-    value = _value(finetuned, metric)
-    with ranks.guard("The metric's proxies"), torch.no_grad(), start.train_mode():
-        proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
-    return Evaluation(value, proxies, finetuned)
 
 
 def without_empty(dataset: Dataset) -> Dataset:

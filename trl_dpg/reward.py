@@ -30,6 +30,7 @@ from .scored_batch import (
 from .several_students import combine, student_names
 from .student import FinetunedStudent, Student
 from .student.placement import Placement
+from .student_scorer import NUM_VERIFIED as NUM_VERIFIED
 from .student_scorer import Job, StudentScorer, do_jobs
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text

@@ -34,6 +34,7 @@ from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.attribute import CONTRAST, plan_results
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
 from trl_dpg.attribution.journal import JournalError
+from trl_dpg.attribution.journal import digest as digest
 from trl_dpg.attribution.result import score_columns
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
@@ -55,6 +56,7 @@ from .data import (
 from .flags import in_flags
 from .registry import make_metric, make_metrics
 from .scored_by_student import FLAGS, RESULTS, Scored, check_several, journal_name
+from .scored_by_student import MEMORY_ONLY as MEMORY_ONLY
 from .toy_world import toy_world
 from .usage import metric_entries
 
