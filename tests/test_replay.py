@@ -78,7 +78,7 @@ def test_empty_completions_score_zero_and_a_batch_of_them_is_refused():
     reward, logged = DPGReward(make_student(), METRIC, CONFIG, replay=Replay(ROWS)), {}
     rewards = reward(PROMPTS, [*TEXTS[:-1], ""], log_metric=logged.__setitem__)
     assert rewards[-1] == 0 and all(rewards[:-1]) and logged["dpg/num_empty"] == 1
-    with pytest.raises(ValueError, match="None of the 8 samples has a token to learn from.*Only replayed rows"):
+    with pytest.raises(ValueError, match=r"None of the 8 samples has a token to learn from.*Only replayed rows"):
         reward(PROMPTS, [""] * 8)
 
 
