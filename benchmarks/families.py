@@ -47,7 +47,7 @@ def train(world: Path, folder: Path, students: list[str], aggregation: str, metr
         student_models=[str(world / name) for name in students],
         student_aggregation=aggregation,
         student_batch_size=args.num_completions,
-        student_learning_rate=1e-2,
+        student_learning_rate=1e-3,
         student_eps_root=1e-5,
         max_steps=args.steps,
         learning_rate=args.learning_rate,

@@ -352,7 +352,8 @@ def runnable(page):
 
 
 def marked(page):
-    return pytest.param(page, marks=[pytest.mark.faults] if page == "cot_length.md" else [])  # half a minute
+    long = page in ("cot_length.md", "goals.md")  # half a minute each
+    return pytest.param(page, marks=[pytest.mark.faults] if long else [])
 
 
 @pytest.mark.parametrize("page", [marked(page) for page in pages_with("bash") if list(runnable(page))])

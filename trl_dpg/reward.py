@@ -31,7 +31,7 @@ from .several_students import combine, student_names
 from .student import FinetunedStudent, Student
 from .student.placement import Placement
 from .student_scorer import NUM_VERIFIED as NUM_VERIFIED
-from .student_scorer import Job, StudentScorer, do_jobs
+from .student_scorer import StudentScorer, do_jobs, plan_jobs
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text
 from .tuning import Choice, Tuning, check_scores
@@ -119,11 +119,10 @@ class DPGReward:
         `ValueError`:
             If an option is unknown, if a student or a metric is missing, or given beside `server`, if this machine has
             no such `student_device`, or if the student's tokenizer is slow and `per_token=True`. With several
-            students, if an `"auto"` is to be chosen, if they are one and the same, with the naive baseline, or if
-            replayed rows are token ids. With the naive
-            baseline (`attribution="dataset"`), also if
-            `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
-            scores of samples or tokens. Nor can it choose an `"auto"`.
+            students, also if they share a model, if an `"auto"` is to be chosen, if replayed rows are token ids, or
+            with the naive baseline. With the naive baseline (`attribution="dataset"`), also if `cross_group_batching`,
+            `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no scores of samples or
+            tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
@@ -148,7 +147,7 @@ class DPGReward:
         replay: Replay | None = None,
     ):
         check_train_on(train_on)
-        students = list(student) if isinstance(student, Sequence) else [] if student is None else [student]
+        students: list[Any] = [student] if isinstance(student, Student) else list(student or [])
         self.client = None if server is None else ScoreClient(server, server_max_wait)
         if server is None:
             check_given(students, metric)
@@ -288,12 +287,14 @@ class DPGReward:
 
     def _mixtures(self, datasets: list[list[Sample]]) -> list[Mixture]:
         """What the student is fine-tuned on: the samples of each dataset, with the replayed rows of this call."""
-        examples = [[sample.example for sample in dataset] for dataset in datasets]
+        mixtures = [without_replay([sample.example for sample in dataset]) for dataset in datasets]
         if self.replay is None:
-            return list(map(without_replay, examples))
+            return mixtures
         self._num_drawn += self.choice.training
-        index = self._num_drawn if self.choice.training else 0
-        return [self.replay.mix(own, self._own_batch_size, index) for own in examples]
+        draw = partial(self.replay.mix, batch_size=self._own_batch_size, index=self._num_drawn * self.choice.training)
+        mixed: list[Mixture] = []
+        from_all_ranks(lambda: mixed.extend(draw(own.examples) for own in mixtures), "Drawing replayed rows")
+        return mixed
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -315,20 +316,11 @@ class DPGReward:
         ]
 
     def _score(self, datasets: list[list[Sample]], mixtures: list[Mixture]) -> list[list[ScoredDataset]]:
-        """
-        The results of each student, of each dataset.
-
-        Of a student and a dataset, all ranks compute them together. Of several, each rank has its own, if there are
-        enough for all ranks.
-        """
+        """The results of each student, of each dataset: of one by all ranks together, of several by one rank each."""
         state = PartialState()
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
-        jobs = [
-            Job(scorer, samples, mixture, due and index == 0)
-            for scorer in self._scorers
-            for index, (samples, mixture) in enumerate(zip(datasets, mixtures, strict=True))
-        ]
+        jobs = plan_jobs(self._scorers, datasets, mixtures, due)
         how = self.metric, self.inner_loop_config, self._step, self.processing_class
         if len(datasets) == 1 and (len(jobs) == 1 or len(jobs) < state.num_processes):
             self._ranks = self._ranks or Ranks.of_this_run(self.placement.where())
@@ -338,8 +330,8 @@ class DPGReward:
             mine = {k: jobs[k] for k in range(state.process_index, len(jobs), state.num_processes)}
             shares = from_all_ranks(lambda: do_jobs(mine, ALONE, *how), "The DPG reward")
             everyones = {job: dataset for share in shares for job, dataset in share.items()}
-        number = len(datasets)
-        return [[everyones[first + k] for k in range(number)] for first in range(0, len(jobs), number)]
+        done = [everyones[job] for job in range(len(jobs))]
+        return [done[first : first + len(datasets)] for first in range(0, len(done), len(datasets))]
 
 
 def _from_main(function: Callable[[], T], name: str) -> T:

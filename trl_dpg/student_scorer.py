@@ -123,6 +123,18 @@ class Job(NamedTuple):
     verify: bool
 
 
+def plan_jobs(
+    scorers: list[StudentScorer], datasets: list[list[Sample]], mixtures: list[Mixture], verify: bool
+) -> list[Job]:
+    """Every dataset by the first student, then by the next. With `verify`, the first dataset is to be verified."""
+    own = list(zip(datasets, mixtures, strict=True))
+    return [
+        Job(scorer, samples, mixture, verify and index == 0)
+        for scorer in scorers
+        for index, (samples, mixture) in enumerate(own)
+    ]
+
+
 def do_jobs(
     jobs: dict[int, Job],
     ranks: Ranks,
