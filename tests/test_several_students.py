@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, TOKENIZER, dpg_config, make_student, make_trainer
 from tests.test_reward import character_student, on_two_ranks
 from tests.tiny import make_model
-from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient
+from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient, toy
 from trl_dpg.metagradients.config import SettingsError
 from trl_dpg.replay import Replay
+from trl_dpg.scripts.arguments import ToyWorldArguments
+from trl_dpg.scripts.toy_world import toy_world
 from trl_dpg.several_students import aggregate, factors, student_names
+from trl_dpg.student_arguments import StudentArguments
 
 
 def make_students():
@@ -80,6 +83,7 @@ def test_the_scores_of_the_generators_tokens_add_up_to_the_combined_score(aggreg
     assert sums == pytest.approx(reward.last_batch.scores.tolist(), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.faults
 def test_every_student_is_verified_and_the_worst_agreement_counts():
     reward, logged = DPGReward(make_students(), METRIC, CONFIG, verify_steps=1), {}
     reward(PROMPTS, TEXTS, log_metric=logged.__setitem__)
@@ -116,6 +120,7 @@ RANKS = """
 """
 
 
+@pytest.mark.faults
 def test_two_ranks_have_a_student_each_and_find_what_one_finds(tmp_path):
     both = on_two_ranks(RANKS, tmp_path)
     for name, students in dict(two=make_students(), one=[make_student()]).items():
@@ -215,6 +220,7 @@ def test_attribute_has_a_column_for_each_student_and_their_combination(folders, 
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.faults
 def test_evaluate_has_a_table_for_each_student(folders, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -224,6 +230,21 @@ def test_evaluate_has_a_table_for_each_student(folders, tmp_path, capsys):
     assert set(figures) == {"llama", "gpt2"}
     assert figures["llama"]["before"] != figures["gpt2"]["before"]
     assert "Student llama" in capsys.readouterr().out
+
+
+def test_to_each_family_of_the_toy_world_one_dialect_is_the_language_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "pretrain", lambda *args, **kwargs: None)
+    arguments = ToyWorldArguments(toy_world="families")
+    student_args = StudentArguments(student_models=["llama", "gpt2", "neox"], replay_dataset="benchmark.jsonl")
+    with toy_world(arguments, 0, student_args, output_dir=str(tmp_path / "run")):
+        ids = {}
+        for name, own in student_args.each_student().items():
+            student = own.load_student()
+            ids[name] = [example.input_ids for example in student.tokenize(["lan len", "LAN LEN", "lán lén"], 99)]
+        assert len(student_args.replay().rows) == 64 and list(ids) == ["llama", "gpt2", "neox"]
+    b, capitals, accents = zip(*ids.values(), strict=True)
+    assert [x == y for x, y in zip(b, capitals, strict=True)] == [True, False, False]
+    assert [x == y for x, y in zip(b, accents, strict=True)] == [False, True, False]
 
 
 @pytest.mark.parametrize("name", ["serve", "tune", "verify"])
