@@ -256,7 +256,7 @@ def test_a_thinking_generator_is_trained_on_what_its_answers_do_to_the_student(u
         processing_class=tokenizer,
     )
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    score, batches = trainer.dpg_reward._score, []
+    score, batches = trainer.dpg_reward.score, []
 
     def watched(datasets):
         read.extend(sample.example for sample in datasets[0])
@@ -264,7 +264,7 @@ def test_a_thinking_generator_is_trained_on_what_its_answers_do_to_the_student(u
         batches.append(scored[0].output.scores)
         return scored
 
-    trainer.dpg_reward._score = watched
+    trainer.dpg_reward.score = watched
     trainer.train()
     texts = [message["content"] for (message,) in seen]
     parts = [parted(text) for text in texts]

@@ -98,8 +98,8 @@ def test_evaluation_trains_a_student_on_the_eval_completions(tmp_path):
     )
     trainer = make_trainer(args, eval_dataset=TRAIN_PROMPTS.select(range(8)))
     sizes = []
-    score = trainer.dpg_reward._score
-    trainer.dpg_reward._score = lambda datasets: sizes.append([len(rows) for rows in datasets]) or score(datasets)
+    score = trainer.dpg_reward.score
+    trainer.dpg_reward.score = lambda datasets: sizes.append([len(rows) for rows in datasets]) or score(datasets)
     trainer.train()
     (log,) = [log for log in trainer.state.log_history if "eval_dpg/metric_after" in log]
     (train_log,) = [log for log in trainer.state.log_history if "dpg/metric_before" in log]

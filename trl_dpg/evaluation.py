@@ -1,7 +1,6 @@
 """Evaluates datasets with fresh students: stock SFTTrainer fine-tunes them, and the metric is computed."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from scipy.stats import t
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
@@ -23,11 +21,14 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from .generation import generate_texts, load_generator, prompt_completion_pairs
+from .intervals import interval as interval
+from .intervals import paired_difference, summarize
 from .metagradients import InnerLoopConfig
 from .metagradients.config import SettingsError
 from .metrics.base import Metric
 from .metrics.combine import compared, part_values
 from .ranks import Ranks
+from .replay import Replay
 from .student import FinetunedStudent, Student
 from .text import completion_text
 
@@ -77,6 +78,7 @@ def evaluate_dataset(
     metric: Callable[[FinetunedStudent], Tensor],
     config: InnerLoopConfig,
     seed: int = 42,
+    replay: Replay | None = None,
 ) -> Evaluation:
     """
     Fine-tune a fresh student on a dataset with stock [`~trl.SFTTrainer`], and compute the metric.
@@ -97,17 +99,34 @@ def evaluate_dataset(
             The inner loop.
         seed (`int`, *optional*, defaults to `42`):
             Seed of the samples' order.
+        replay ([`~trl_dpg.replay.Replay`], *optional*):
+            Rows that are mixed in, another draw for each seed. After the shuffle, batches have them at the ratio on
+            average.
 
     Raises:
-        `ValueError`: If all texts are empty, or if the processes cannot share a batch equally.
+        `ValueError`: If all texts are empty, if the processes cannot share a batch equally, or if `replay` has
+            another format than the dataset.
     """
     if not isinstance(dataset, Dataset):
         dataset = Dataset.from_dict({"text": list(dataset)})
     dataset = without_empty(dataset)
     if len(dataset) == 0:
         raise ValueError("All texts are empty, so a student cannot be fine-tuned on them.")
+    if replay is not None:
+        dataset, config = replay.add_to(dataset, config.batch_size, seed), replay.widened(config)
     check_shares(config, len(dataset))
     start, trained = load_student(), load_student()
+    _fine_tune(trained, dataset, config, seed)
+    ranks = Ranks.of_this_run(start.device)
+    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
+    value = _value(finetuned, metric)
+    with ranks.guard("The metric's proxies"), torch.no_grad(), start.train_mode():
+        proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
+    return Evaluation(value, proxies, finetuned)
+
+
+def _fine_tune(trained: Student, dataset: Dataset, config: InnerLoopConfig, seed: int) -> None:
+    """Fine-tune a student by SFTTrainer."""
     with TemporaryDirectory() as folder:
         args = sft_config(config, folder, seed=seed, use_cpu=trained.device.type == "cpu")
         if args.n_gpu > 1:
@@ -120,12 +139,6 @@ def evaluate_dataset(
             if parameter.requires_grad:  # SFTTrainer casts the adapters of a quantised model to bfloat16
                 parameter.data = parameter.data.float()
         trainer.train()
-    ranks = Ranks.of_this_run(start.device)
-    finetuned = FinetunedStudent(start, trained.initial_theta(), start.initial_theta(), ranks)
-    value = _value(finetuned, metric)
-    with ranks.guard("The metric's proxies"), torch.no_grad(), start.train_mode():
-        proxies = metric.proxies(finetuned, value) if isinstance(metric, Metric) else {}
-    return Evaluation(value, proxies, finetuned)
 
 
 def without_empty(dataset: Dataset) -> Dataset:
@@ -198,6 +211,7 @@ def compare_datasets(
     num_samples: int | None = None,
     progress: bool = False,
     max_tokens: int | None = None,
+    replay: Replay | None = None,
 ) -> Iterator[dict[str, Any]]:
     """
     Fine-tune a fresh student for each seed and dataset, see [`evaluate_dataset`], and compare the datasets.
@@ -220,6 +234,8 @@ def compare_datasets(
         max_tokens (`int`, *optional*):
             Tokens to learn from in each dataset, so that datasets with samples of other lengths can be compared. Each
             seed draws samples in its own order, as many as fit. `0`: as many tokens as the smallest dataset has.
+        replay ([`~trl_dpg.replay.Replay`], *optional*):
+            Rows that are mixed into each student's data, beside the samples that are counted here.
 
     Returns:
         `Iterator[dict[str, Any]]`:
@@ -238,24 +254,25 @@ def compare_datasets(
         raise SettingsError("`num_samples` and `max_tokens` both say how much is drawn. Give one of them.")
     kept = {name: without_empty(dataset) for name, dataset in datasets.items()}
     for name, dataset in kept.items():
-        _check_size(name, len(datasets[name]), len(dataset), config, num_samples, max_tokens)
+        _check_size(name, len(datasets[name]), len(dataset), config, num_samples, max_tokens, replay)
     empty = {name: len(datasets[name]) - len(dataset) for name, dataset in kept.items()}
     draw: Draw = partial(_draw_samples, num_samples)
     if max_tokens is not None:
         draw = _token_budget(load_student(seeds[0]), kept, seeds, config.max_length, max_tokens)
     bar = tqdm(desc="Evaluating", total=len(seeds) * len(kept), unit="student", disable=not progress, delay=0)
-    return _compare_seed_by_seed(load_student, kept, empty, metric, config, seeds, draw, bar)
+    evaluate = partial(evaluate_dataset, metric=metric, config=config, replay=replay)
+    return _compare_seed_by_seed(load_student, kept, empty, metric, evaluate, seeds, draw, bar)
 
 
-def _check_size(
-    name: str, whole: int, size: int, config: InnerLoopConfig, num_samples: int | None, max_tokens: int | None
-) -> None:
+def _check_size(name: str, whole: int, size: int, config: InnerLoopConfig, num_samples, max_tokens, replay) -> None:
     if size == 0:
         raise SettingsError(f"`datasets`: all {whole} samples of {name!r} are empty.")
     if num_samples is not None and size < num_samples:
         raise SettingsError(f"`num_samples` is {num_samples}, but {name!r} has {size} samples that are not empty.")
     if max_tokens is None:
-        check_shares(config, num_samples or size)
+        number = num_samples or size
+        added = 0 if replay is None else replay.number(number, config.batch_size)
+        check_shares(config if replay is None else replay.widened(config), number + added)
 
 
 Draw = Callable[[str, Dataset, int], tuple[Dataset, int | None]]
@@ -297,7 +314,7 @@ def _token_budget(
 
 
 def _compare_seed_by_seed(
-    load_student, datasets, empty, metric, config, seeds, draw: Draw, bar: tqdm
+    load_student, datasets, empty, metric, evaluate, seeds, draw: Draw, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     """The generator of [`compare_datasets`]. It is a function of its own so that the checks run at the call."""
     first, *_ = datasets
@@ -317,7 +334,7 @@ def _compare_seed_by_seed(
             samples[name] = len(drawn)
             if number is not None:
                 tokens[name].append(number)
-            result = evaluate_dataset(load, drawn, metric, config, seed)
+            result = evaluate(load, drawn, seed=seed)
             runs[name].append(result.figures() | compared(metric, start))
             bar.update()
         figures = {}
@@ -372,29 +389,3 @@ def check_repeats(student: Student, metric: Callable[[FinetunedStudent], Tensor]
 def _value(student: FinetunedStudent, metric: Callable[[FinetunedStudent], Tensor]) -> float:
     with student.ranks.guard("The metric"), torch.no_grad(), student.student.train_mode():
         return metric(student).item()
-
-
-def summarize(students: list[dict[str, float]]) -> dict[str, Any]:
-    """Metric, its mean and interval, and mean proxies of the students of a dataset."""
-    values = [figures["metric"] for figures in students]
-    mean, half_width = interval(values)
-    return {
-        "metric": values,
-        "mean": mean,
-        "half_width": half_width,
-        "proxies": {name: statistics.mean(figures[name] for figures in students) for name in students[0]},
-    }
-
-
-def paired_difference(first: list[dict[str, float]], second: list[dict[str, float]]) -> dict[str, float | None]:
-    """Mean and interval of the differences between two datasets, from students with the same seeds."""
-    mean, half_width = interval([one["metric"] - other["metric"] for one, other in zip(first, second, strict=True)])
-    return {"mean": mean, "half_width": half_width}
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % confidence interval (Student's t). `None` for a single value."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from .metagradients import MetagradientOutput
 from .metrics import CombinedMetric
@@ -40,7 +41,7 @@ class MetricState:
         self.num_samples, self.seed = num_samples, seed
         self.num_draws = 0
         self._drawn: int | None = None  # the draw that the metric reads now
-        self._start: AtStart | None = None
+        self._starts: WeakKeyDictionary[Student, AtStart] = WeakKeyDictionary()
 
     @contextmanager
     def texts(self, metric: Callable, training: bool) -> Iterator[None]:
@@ -58,16 +59,16 @@ class MetricState:
 
     def known(self, student: Student, metric: Callable) -> float | None:
         """Φ at the start, if the student's weights, the metric and its texts are still the same."""
-        start = self._start
+        start = self._starts.get(student)
         if start is None or start.key != self._key(student, metric):
             return None
         return start.value
 
     def remember(self, student: Student, metric: Callable, output: MetagradientOutput) -> MetagradientOutput:
         """Keep Φ at the start. Returns the output with the values of the parts at the start, if they were known."""
-        key, start = self._key(student, metric), self._start
+        key, start = self._key(student, metric), self._starts.get(student)
         parts = start.parts if start is not None and start.key == key else output.parts_before
-        self._start = AtStart(key, output.metric_before, parts)
+        self._starts[student] = AtStart(key, output.metric_before, parts)
         if not is_constrained(metric):
             return replace(output, parts_before=parts)
         # the same number with a new sum: the multipliers change from step to step
@@ -78,11 +79,11 @@ class MetricState:
         same = self.known(student, metric) is not None
         move(student)
         if same:
-            self._start = self._start._replace(key=self._key(student, metric))  # type: ignore[union-attr]
+            self._starts[student] = self._starts[student]._replace(key=self._key(student, metric))
 
     def _key(self, student: Student, metric: Callable) -> tuple:
         parameters = [(parameter.data_ptr(), parameter._version) for parameter in student.model.parameters()]
-        return student, parameters, metric, self._drawn
+        return parameters, metric, self._drawn
 
     # -- multipliers ------------------------------------------------------------------------------------------------
 

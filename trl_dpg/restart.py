@@ -192,6 +192,7 @@ class RestartCallback(TrainerCallback):
         if self.reward is not None:
             batch = self._batch_to_log(self.reward) if "dpg/metric_after" in pending else None
             figures |= {"num_verifiable": self.reward._num_verifiable, "batch": batch and _from_batch(batch)}
+            figures |= {"num_drawn": self.reward._num_drawn}
             figures["metric"] = self.reward.metric_state.state(self.reward.metric)
         return tensors, figures
 
@@ -218,6 +219,7 @@ class RestartCallback(TrainerCallback):
         self._seconds = figures["seconds"]
         if self.reward is not None and "num_verifiable" in figures:
             self.reward._num_verifiable = figures["num_verifiable"]
+            self.reward._num_drawn = figures["num_drawn"]
             self.reward.metric_state.load(self.reward.metric, figures["metric"])
             self.reward.last_batch = figures["batch"] and _to_batch(figures["batch"])
             for callback in self._logging():

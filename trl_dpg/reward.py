@@ -1,8 +1,7 @@
 """The reward of a completion: its effect on the target metric when a student is trained on it."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,14 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig
-from .metagradients.fine_tuning import FineTuning
-from .metagradients.metagradient import differentiate
-from .metagradients.out_of_memory import size_that_fits
 from .metric_state import MetricState
 from .metrics.base import metric_name
 from .metrics.draw import check_samples
 from .ranks import ALONE, Ranks, from_all_ranks
-from .reward_checks import check_combination, check_given, check_not_given
+from .replay import Mixture, Replay, without_replay
+from .reward_checks import check_combination, check_given, check_not_given, check_several, check_train_on
 from .score_client import MAX_WAIT, ScoreClient
 from .scored_batch import (
     Sample,
@@ -29,24 +26,21 @@ from .scored_batch import (
     as_batch,
     figures,
     from_json,
-    located,
-    place,
     split_prompts,
     unit_scale,
 )
+from .several_students import combine, student_names
 from .student import FinetunedStudent, Student
 from .student.placement import Placement
+from .student_scorer import NUM_VERIFIED as NUM_VERIFIED
+from .student_scorer import StudentScorer, do_jobs, plan_jobs
 from .student_text import StudentText, Text, thinking_figures
 from .text import completion_text
-from .token_alignment import TokenBytes, hand_over
 from .tuning import Choice, Tuning, check_scores
-from .verification import predicted_and_actual, random_signs
 
 
 Message = dict[str, Any]
 T = TypeVar("T")
-NUM_VERIFIED = 6
-"""Directions in which a verification changes the data weights. Each takes two fine-tunings of the student."""
 
 
 class DPGReward:
@@ -61,8 +55,10 @@ class DPGReward:
     standard deviation plus 1e-4. The raw scores are logged, too.
 
     Args:
-        student (`Student`):
-            The student before fine-tuning.
+        student (`Student` or `list[Student]`):
+            The student before fine-tuning. Of several students, each is fine-tuned on all completions, and the rewards
+            are one value of their scores, see `student_aggregation`. They work one after the other, or one on each
+            rank if there are at least as many students as ranks.
         metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better.
         inner_loop_config (`InnerLoopConfig`, *optional*):
@@ -101,12 +97,19 @@ class DPGReward:
             `"cuda:1"`. It is moved there by each call.
         student_offload (`bool`, *optional*, defaults to `False`):
             Whether the student is in host memory between two calls, so that generation and update have the GPU for
-            themselves.
+            themselves. Of several students, only the one that works is on the GPU.
         metric_samples (`int`, *optional*):
             Texts of the metric that are drawn at random for each call, see [`LanguageModelingMetric.draw`]. Φ before
             and after, and its gradient, are of the same texts. All texts when `None`, and in evaluation.
+        student_aggregation (`str`, *optional*, defaults to `"mean"`):
+            Of several students, each one's scores are divided by their standard deviation over the batch. A
+            completion's reward is their `"mean"`, or the lowest of them (`"worst"`).
+        replay ([`~trl_dpg.replay.Replay`], *optional*):
+            Rows of a dataset that are mixed into every dataset, and never scored. Each call has other rows. Calls in
+            an evaluation all have the same ones.
 
     Attributes:
+        students (`list[Student]`): All students. `student` is the first one.
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
             The choice of the `"auto"` values, after the first call.
         choice ([`~trl_dpg.tuning.Choice`]):
@@ -122,15 +125,16 @@ class DPGReward:
     Raises:
         `ValueError`:
             If an option is unknown, if a student or a metric is missing, or given beside `server`, if this machine has
-            no such `student_device`, or if the student's tokenizer is slow and `per_token=True`. With the naive
-            baseline (`attribution="dataset"`), also if
-            `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
-            scores of samples or tokens. Nor can it choose an `"auto"`.
+            no such `student_device`, or if the student's tokenizer is slow and `per_token=True`. With several
+            students, also if they share a model, if an `"auto"` is to be chosen, if replayed rows are token ids, or
+            with the naive baseline. With the naive baseline (`attribution="dataset"`), also if `cross_group_batching`,
+            `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no scores of samples or
+            tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
         self,
-        student: Student | None = None,
+        student: Student | Sequence[Student] | None = None,
         metric: Callable[[FinetunedStudent], Tensor] | None = None,
         inner_loop_config: InnerLoopConfig | None = None,
         cross_group_batching: bool = True,
@@ -147,25 +151,28 @@ class DPGReward:
         student_device: str = "auto",
         student_offload: bool = False,
         metric_samples: int | None = None,
+        student_aggregation: str = "mean",
+        replay: Replay | None = None,
     ):
-        if train_on not in ("completion", "prompt_completion"):
-            raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
+        check_train_on(train_on)
+        students: list[Any] = [student] if isinstance(student, Student) else list(student or [])
         self.client = None if server is None else ScoreClient(server, server_max_wait)
         if server is None:
-            check_given(student, metric)
+            check_given(students, metric)
             check_samples(metric, metric_samples)
         else:
-            of_the_server = dict(student=student, metric=metric, inner_loop_config=inner_loop_config)
-            check_not_given(**of_the_server, verify_steps=verify_steps or None, metric_samples=metric_samples)
+            own = {"inner_loop_config": inner_loop_config, "verify_steps": verify_steps or None, "replay": replay}
+            check_not_given(student=student, metric=metric, metric_samples=metric_samples, **own)
         inner_loop_config = inner_loop_config or InnerLoopConfig()
-        check_combination(student, inner_loop_config, cross_group_batching, num_generations, verify_steps)
+        check_combination(students, inner_loop_config, cross_group_batching, num_generations, verify_steps)
+        check_several(students, inner_loop_config, student_aggregation, replay)
         check_scores(inner_loop_config)
         self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
-        self.student: Student = student  # type: ignore[assignment]  # none with a server, which does what needs it
-        self.metric: Callable[[FinetunedStudent], Tensor] = metric  # type: ignore[assignment]
-        self.inner_loop_config = inner_loop_config
-        self.cross_group_batching = cross_group_batching
+        self.metric: Callable[[FinetunedStudent], Tensor] = metric  # type: ignore[assignment]  # none with a server
+        self.replay, self._own_batch_size = replay, inner_loop_config.batch_size
+        self.inner_loop_config = inner_loop_config if replay is None else replay.widened(inner_loop_config)
+        self.student_aggregation, self.cross_group_batching = student_aggregation, cross_group_batching
         self.num_generations = num_generations
         self.train_on = train_on
         self.processing_class = processing_class
@@ -175,12 +182,11 @@ class DPGReward:
         self.last_token_scores: list[Tensor] | None = None
         self.last_batch: ScoredBatch | None = None
         self._ranks: Ranks | None = None  # that score a single dataset together
-        self._token_bytes: TokenBytes | None = None
         self._step: int | None = None  # of the trainer
         self._num_verifiable = 0  # calls with verify_steps > 0
+        self._num_drawn = 0  # draws of replayed rows in training
         self.metric_state = MetricState(metric_samples, inner_loop_config.seed)
-        if student is not None:
-            self._move(self.placement.move_out)
+        self._scorers = [StudentScorer(own, self.placement, self.metric_state) for own in students]
 
     def __call__(
         self,
@@ -234,6 +240,18 @@ class DPGReward:
         return rewards[mine].tolist()
 
     @property
+    def students(self) -> list[Student]:
+        return [scorer.student for scorer in self._scorers]
+
+    @property
+    def student(self) -> Student:
+        return self._scorers[0].student
+
+    @student.setter
+    def student(self, student: Student) -> None:
+        self._scorers[0].student = student
+
+    @property
     def tuning(self) -> Tuning | None:
         return self.choice.tuning
 
@@ -247,7 +265,7 @@ class DPGReward:
     def described(self) -> dict[str, str]:
         """`metric` and `student` in words. On all ranks, as the main process asks the server if there is one."""
         if self.client is None:
-            return {"metric": metric_name(self.metric), "student": self.student.describe()}
+            return {"metric": metric_name(self.metric), "student": "; ".join(map(Student.describe, self.students))}
         if not self.client.known:
             self.client.known = _from_main(self.client.health, "The score server")
             inner_loop = self.client.known["inner_loop"]
@@ -266,15 +284,28 @@ class DPGReward:
             score = self.client.score
             answers = _from_main(lambda: [score([own.example for own in each]) for each in datasets], "The DPG reward")
             return [from_json(answer) for answer in answers]
-        batch = self.student, [sample.example for sample in datasets[0]], self.metric
-        move_in = partial(self._move, self.placement.move_in)
+        mixtures = self._mixtures(datasets)
+        first, batch = self._scorers[0], (self.student, mixtures[0].examples, self.metric)
+        move_in = partial(first.move, self.placement.move_in, self.metric)
         self.inner_loop_config = self.choice.make(*batch, self.inner_loop_config, prepare=move_in)
         with self.metric_state.texts(self.metric, self.choice.training):
-            scored = self._score(datasets)
+            results = self._score(datasets, mixtures)
+        scored = results[0]
+        if len(results) > 1:
+            names = student_names(self.students)
+            scored = combine(results, names, self.student_aggregation, self.inner_loop_config.attribution)
         return self.metric_state.react(self.metric, scored, self.choice.training)
 
-    def _move(self, move: Callable[[Student], None]) -> None:
-        self.metric_state.move(self.student, self.metric, move)
+    def _mixtures(self, datasets: list[list[Sample]]) -> list[Mixture]:
+        """What the student is fine-tuned on: the samples of each dataset, with the replayed rows of this call."""
+        mixtures = [without_replay([sample.example for sample in dataset]) for dataset in datasets]
+        if self.replay is None:
+            return mixtures
+        self._num_drawn += self.choice.training
+        draw = partial(self.replay.mix, batch_size=self._own_batch_size, index=self._num_drawn * self.choice.training)
+        mixed: list[Mixture] = []
+        from_all_ranks(lambda: mixed.extend(draw(own.examples) for own in mixtures), "Drawing replayed rows")
+        return mixed
 
     def _samples(
         self, prompts: list[Text], completions: list[Text], completion_ids: list[list[int]] | None
@@ -295,59 +326,23 @@ class DPGReward:
             for prompt, reading, own in zip(prompts, readings, ids, strict=True)
         ]
 
-    def _score(self, datasets: list[list[Sample]]) -> list[ScoredDataset]:
-        """The results of all datasets: of one by all ranks together, of several by one rank each."""
+    def _score(self, datasets: list[list[Sample]], mixtures: list[Mixture]) -> list[list[ScoredDataset]]:
+        """The results of each student, of each dataset: of one by all ranks together, of several by one rank each."""
         state = PartialState()
         due = self.verify_steps > 0 and self._num_verifiable % self.verify_steps == 0
         self._num_verifiable += self.verify_steps > 0
-        if len(datasets) == 1:
+        jobs = plan_jobs(self._scorers, datasets, mixtures, due)
+        how = self.metric, self.inner_loop_config, self._step, self.processing_class
+        if len(datasets) == 1 and (len(jobs) == 1 or len(jobs) < state.num_processes):
             self._ranks = self._ranks or Ranks.of_this_run(self.placement.where())
-            with self._ranks.guard("The DPG reward"), self._in_place():
-                return [self._score_dataset(datasets[0], due, self._ranks)]
-
-        def score() -> dict[int, ScoredDataset]:
-            mine = range(state.process_index, len(datasets), state.num_processes)
-            with self._in_place():
-                return {index: self._score_dataset(datasets[index], due and index == 0, ALONE) for index in mine}
-
-        shares = from_all_ranks(score, "The DPG reward")
-        everyones = {index: dataset for share in shares for index, dataset in share.items()}
-        return [everyones[index] for index in range(len(datasets))]
-
-    @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """Context in which the student is where it works."""
-        self._move(self.placement.move_in)
-        try:
-            yield
-        finally:
-            self._move(self.placement.move_out)
-
-    def _score_dataset(self, samples: list[Sample], verify: bool, ranks: Ranks) -> ScoredDataset:
-        fine_tuning = FineTuning(self.student, [sample.example for sample in samples], self.inner_loop_config, ranks)
-        metric_before = self.metric_state.known(self.student, self.metric)
-        try:
-            output = differentiate(fine_tuning, self.metric, metric_before=metric_before, score_parts=True)
-        except FloatingPointError as error:
-            raise FloatingPointError(located(error, samples, self._step)) from error
-        except Exception as error:
-            error.add_note(f"This was in the {place(self._step)}, with the metric {metric_name(self.metric)}.")
-            raise
-        output = self.metric_state.remember(self.student, self.metric, output)
-        tokens: list[list[str]] = []
-        token_scores: list[Tensor] = []
-        further = size_that_fits(self.student)
-        if self.inner_loop_config.per_token:
-            if self._token_bytes is None or self._token_bytes.tokenizer is not self.processing_class:
-                self._token_bytes = TokenBytes(self.processing_class)  # type: ignore[arg-type]
-            completions = [(sample.ids, sample.reading.pieces) for sample in samples]
-            tokens, token_scores = hand_over(output.token_scores, output.token_ends, completions, self._token_bytes)  # type: ignore[arg-type]
-        if verify:
-            directions = random_signs(NUM_VERIFIED, len(samples), self.inner_loop_config.seed)
-            agreement = predicted_and_actual(fine_tuning, self.metric, output.scores, directions)
-            further |= {"verify/pearson": agreement.pearson, "verify/spearman": agreement.spearman}
-        light = replace(output, token_scores=None, samples=[])
-        return ScoredDataset(light, output.num_empty, output.num_truncated, tokens, token_scores, further)
+            with self._ranks.guard("The DPG reward"):
+                everyones = do_jobs(dict(enumerate(jobs)), self._ranks, *how)
+        else:
+            mine = {k: jobs[k] for k in range(state.process_index, len(jobs), state.num_processes)}
+            shares = from_all_ranks(lambda: do_jobs(mine, ALONE, *how), "The DPG reward")
+            everyones = {job: dataset for share in shares for job, dataset in share.items()}
+        done = [everyones[job] for job in range(len(jobs))]
+        return [done[first : first + len(datasets)] for first in range(0, len(done), len(datasets))]
 
 
 def _from_main(function: Callable[[], T], name: str) -> T:

@@ -1,21 +1,50 @@
 """Refuses arguments of a reward that are missing, or that cannot be combined."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .metagradients import InnerLoopConfig
+from .metagradients.config import SettingsError
+from .replay import Replay
+from .several_students import check_aggregation
 from .student import Student
 
 
-def check_given(student: Student | None, metric: Callable | None) -> None:
-    if student is None:
+def check_given(students: Sequence[Student], metric: Callable | None) -> None:
+    if not students:
         raise ValueError("A student is required: pass `student`, or the address of a score server as `server`.")
     if not callable(metric):
         raise ValueError(
             f"The metric must be a callable from the fine-tuned student to a scalar tensor, got {metric!r}."
         )
-    if student.processing_class is None:
+    if any(student.processing_class is None for student in students):
         raise ValueError("The student has no tokenizer to read completions with. Pass `processing_class` to Student.")
+
+
+def check_several(
+    students: Sequence[Student], config: InnerLoopConfig, aggregation: str, replay: Replay | None
+) -> None:
+    """Refuse what several students cannot share."""
+    check_aggregation(aggregation)
+    if len(students) < 2:
+        return
+    if len({id(student.model) for student in students}) < len(students):
+        raise ValueError(f"{len(students)} students share a model. Give each its own, or leave out the repetition.")
+    if config.auto:
+        raise SettingsError(
+            f"`{config.auto[0]}` 'auto' would be chosen for one of the {len(students)} students. Find numbers for "
+            "each with `trl-dpg tune`, and give numbers that fit all."
+        )
+    if config.attribution == "dataset":
+        raise ValueError(
+            "attribution='dataset' rewards whole datasets by the metric of one student. With several, use scores of "
+            "samples (attribution='metagradient')."
+        )
+    if replay is not None and replay.has_token_ids:
+        raise ValueError(
+            "The replayed rows are token ids (`input_ids`), which are those of one tokenizer, but there are "
+            f"{len(students)} students. Give texts."
+        )
 
 
 def check_not_given(**arguments: Any) -> None:
@@ -28,8 +57,13 @@ def check_not_given(**arguments: Any) -> None:
         )
 
 
+def check_train_on(train_on: str) -> None:
+    if train_on not in ("completion", "prompt_completion"):
+        raise ValueError(f"Unknown train_on {train_on!r}. Choose 'completion' or 'prompt_completion'.")
+
+
 def check_combination(
-    student: Student | None,
+    students: Sequence[Student],
     config: InnerLoopConfig,
     cross_group_batching: bool,
     num_generations: int | None,
@@ -46,12 +80,13 @@ def check_combination(
     if config.per_token:
         if config.attribution == "dataset":
             raise ValueError("attribution='dataset' rewards whole datasets, so it has no scores per_token.")
-        if student is not None and not student.processing_class.is_fast:  # type: ignore[union-attr]  # a server has no per_token
-            raise ValueError(
-                f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
-                "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
-                "tokens. Use a fast tokenizer, or per_token=False."
-            )
+        for student in students:
+            if not student.processing_class.is_fast:  # type: ignore[union-attr]  # `check_given` looked
+                raise ValueError(
+                    f"The student's tokenizer ({type(student.processing_class).__name__}) is slow: it does not know "
+                    "the positions of its tokens in the text, so their scores cannot be assigned to the generator's "
+                    "tokens. Use a fast tokenizer, or per_token=False."
+                )
     if verify_steps < 0:
         raise ValueError(f"verify_steps must be 0 (never) or positive, got {verify_steps}.")
     if verify_steps and config.attribution == "dataset":

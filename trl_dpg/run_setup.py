@@ -46,7 +46,15 @@ FREE = (
     "vllm_server_",
 )
 """Settings that may change when a run goes on, by the beginnings of their names."""
-OF_THE_STUDENT = ("student_bnb_", "student_load_", "student_lora_", "student_model_", "student_text", "student_use_")
+OF_THE_STUDENT = (
+    "student_aggregation",
+    "student_bnb_",
+    "student_load_",
+    "student_lora_",
+    "student_model",
+    "student_text",
+    "student_use_",
+)
 """The other settings of the student are those of the inner loop, which is compared as the numbers that it uses."""
 NUM_ROWS, NUM_ELEMENTS = 1000, 64
 
@@ -74,6 +82,9 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
     if reward is not None:
         own = reward_setup(reward)
         setup["run"] |= {"metric": own["metric"], "student": own["student"], "student's weights": own["weights"]}
+        if reward.replay is not None:
+            replay = reward.replay
+            setup["run"]["replayed rows"] = f"{dataset_digest(replay.rows)}, {replay.ratio:g} for each sample"
         setup["inner loop"] = own["inner_loop"]
     return as_stored(setup)
 
@@ -87,7 +98,7 @@ def reward_setup(reward: DPGReward) -> dict[str, Any]:
     return {
         "metric": metric_setup(reward.metric),
         "student": described["student"],
-        "weights": digest(reward.student.model.named_parameters()),
+        "weights": digest(named for student in reward.students for named in student.model.named_parameters()),
         "inner_loop": {name: value for name, value in inner_loop.items() if name not in MEMORY_ONLY},
     }
 
@@ -146,6 +157,8 @@ def _short(text: str) -> str:
 
 def dataset_digest(dataset: Any) -> str:
     """A short name of a dataset, from its number of rows and some of them. Streams are not compared."""
+    if isinstance(dataset, list):
+        return f"{len(dataset)} rows, {_short(json.dumps(dataset, default=str))}"
     if not isinstance(dataset, Dataset):
         return "a stream"
     rows = range(0, len(dataset), max(1, len(dataset) // NUM_ROWS))

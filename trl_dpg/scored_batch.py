@@ -122,9 +122,12 @@ def as_batch(
 
 def unit_scale(scores: Tensor) -> Tensor:
     """Scores `[N]` divided by their standard deviation; zeros if they differ by rounding errors only."""
-    scale = scores.std(correction=0)
-    equal = scale <= 1e-6 * scores.abs().max()
-    return torch.zeros_like(scores) if equal else scores / scale
+    return torch.zeros_like(scores) if is_flat(scores) else scores / scores.std(correction=0)
+
+
+def is_flat(scores: Tensor) -> bool:
+    """Whether scores `[N]` differ by rounding errors only."""
+    return bool(scores.std(correction=0) <= 1e-6 * scores.abs().max())
 
 
 def to_json(scored: ScoredDataset, places: list[int]) -> dict[str, Any]:
@@ -218,7 +221,7 @@ def place(step: int | None) -> str:
 def located(error: FloatingPointError, samples: list[Sample], step: int | None) -> str:
     """The message of an error in a dataset, with the trainer's step, the rank and the first sample."""
     message = f"{place(step).capitalize()}: {error}"
-    if isinstance(error, NotFiniteError):
+    if isinstance(error, NotFiniteError) and error.rows:
         row = error.rows[0]
         text = "".join(piece.text for piece in samples[row].reading.pieces)
         message += f" Found at {len(error.rows)} samples, the first is completion {row}: {text!r:.80}"

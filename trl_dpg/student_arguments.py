@@ -1,13 +1,16 @@
 """`StudentArguments`: the student and its fine-tuning, in one flat dataclass that all commands share."""
 
 import json
+from copy import copy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 
 from .metagradients import InnerLoopConfig
+from .replay import Replay, check_ratio, load_rows
+from .several_students import check_aggregation, student_names
 from .student import Student
 from .student.head import head_names
 from .student.placement import Placement
@@ -38,6 +41,12 @@ class StudentArguments:
 
         student_model_name_or_path (`str`, *optional*):
             Path or Hub id of the student, used when the `student` argument of the [`DPGTrainer`] is `None`.
+        student_models (`list[str]`, *optional*):
+            Paths or Hub ids of several students, in the place of `student_model_name_or_path`. All have the same
+            settings, and each reads texts by its own tokenizer.
+        student_aggregation (`str`, *optional*, defaults to `"mean"`):
+            The score of a sample by several students, each one's scores divided by their standard deviation: their
+            `"mean"`, or the lowest (`"worst"`).
         student_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`] for the student.
         student_device (`str`, *optional*, defaults to `"auto"`):
@@ -90,6 +99,7 @@ class StudentArguments:
         student_batch_size (`int`, *optional*, defaults to `8`):
             Samples per optimizer step of the student. It must divide the number of samples on which a student is
             fine-tuned: `generation_batch_size`, divided by `num_generations` if `cross_group_batching` is `False`.
+            Replayed rows come in addition.
         student_micro_batch_size (`int`, *optional*):
             Samples per forward pass of the student. A smaller value saves memory.
         student_memory_budget (`str`, *optional*, defaults to `"auto"`):
@@ -113,6 +123,13 @@ class StudentArguments:
             Longest sample, in tokens. Longer samples are cut off.
         student_loss_normalization (`str`, *optional*, defaults to `"example_tokens"`):
             Normalisation of the loss: `"example_tokens"`, `"max_length"` or `"batch_tokens"`.
+        replay_dataset (`str`, *optional*):
+            Rows that are mixed into the student's data and never scored: a Hub id, or a file (json, jsonl, parquet,
+            csv, txt). See [`~trl_dpg.replay.Replay`].
+        replay_split (`str`, *optional*, defaults to `"train"`):
+            Their split.
+        replay_ratio (`float`, *optional*, defaults to `0.25`):
+            Replayed rows for each sample. Each batch has `replay_ratio` times `student_batch_size` of them, rounded.
 
         attribution (`str`, *optional*, defaults to `"metagradient"`):
             `"metagradient"`; `"first_order"`, an approximation that costs less with several steps; or `"dataset"` for
@@ -129,6 +146,13 @@ class StudentArguments:
     student_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Path or Hub id of the student, the model that is fine-tuned on the completions."},
+    )
+    student_models: list[str] | None = field(
+        default=None, metadata={"help": "Paths or Hub ids of several students, in the place of the one."}
+    )
+    student_aggregation: str = field(
+        default="mean",
+        metadata={"help": "A sample's score by several students on unit scale: their 'mean', or the lowest, 'worst'."},
     )
     student_model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Keyword arguments of `from_pretrained` for the student."}
@@ -214,6 +238,11 @@ class StudentArguments:
         default="example_tokens",
         metadata={"help": "The student's loss: 'example_tokens', 'max_length' or 'batch_tokens'."},
     )
+    replay_dataset: str | None = field(
+        default=None, metadata={"help": "Rows mixed into the student's data and never scored: a file or Hub id."}
+    )
+    replay_split: str = field(default="train", metadata={"help": "Split of the replayed rows."})
+    replay_ratio: float = field(default=0.25, metadata={"help": "Replayed rows for each sample, e.g. 0.25: 2 to 8."})
     attribution: str = field(
         default="metagradient",
         metadata={"help": "'metagradient', 'first_order' (cheaper, not exact), or 'dataset' (all get the metric)."},
@@ -234,6 +263,12 @@ class StudentArguments:
         except ValueError as error:
             raise ValueError(f"The student's fine-tuning (arguments `student_...`): {error}") from error
         Placement(self.student_device)  # raises if it is no device
+        check_aggregation(self.student_aggregation)
+        check_ratio(self.replay_ratio)
+        if self.student_models is not None and not self.student_models:
+            raise ValueError("student_models is empty. Give paths or Hub ids of students, or leave it out.")
+        if self.replay_dataset is not None:
+            Replay([""], self.replay_ratio).widened(self.inner_loop_config())  # raises if no row comes to a batch
         if self.student_lora_r < 1:
             raise ValueError(f"student_lora_r must be at least 1, got {self.student_lora_r}.")
         if self.seed < 0:
@@ -271,6 +306,21 @@ class StudentArguments:
             offload_trajectory=self.student_offload_trajectory,
             hvp=self.student_hvp,
         )
+
+    def each_student(self) -> "dict[str, Self]":
+        """These arguments for each student alone, by the student's name. Those of one student have no other name."""
+        paths: list[str | None] = list(self.student_models or [])
+        paths = paths or [self.student_model_name_or_path]
+        alone = [copy(self) for _ in paths]
+        for own, path in zip(alone, paths, strict=True):
+            own.student_model_name_or_path, own.student_models = path, None
+        return dict(zip(student_names([path or "" for path in paths]), alone, strict=True))
+
+    def replay(self) -> Replay | None:
+        """The replayed rows, or `None` if there are none."""
+        if self.replay_dataset is None:
+            return None
+        return Replay(load_rows(self.replay_dataset, self.replay_split), self.replay_ratio, self.seed)
 
     def set_numbers(self, config: InnerLoopConfig) -> None:
         """Replace what is `"auto"` by the numbers of a configuration."""

@@ -11,11 +11,20 @@ import string
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 
 if TYPE_CHECKING:
@@ -90,7 +99,7 @@ def sentence(language: Sequence[str], rng: random.Random) -> str:
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], epochs: int, lr: float = 3e-3
+    model: Any, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], epochs: int, lr: float = 3e-3
 ) -> None:
     """Train a model on texts with AdamW and 64 texts per step. An eos token is appended to each text."""
     ids = tokenizer(
@@ -119,11 +128,18 @@ def save_world(
     `benchmark.jsonl`. The benchmark is empty for worlds whose metrics read no texts.
     """
     for name, model in (("generator", generator), ("student", student)):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    for name, column, texts in (("prompts", "prompt", prompts), ("benchmark", "text", benchmark)):
-        lines = [json.dumps({column: text}) + "\n" for text in texts]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        save_model(folder / name, model, tokenizer)
+    write_texts(folder / "prompts.jsonl", prompts, "prompt")
+    write_texts(folder / "benchmark.jsonl", benchmark)
+
+
+def save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_texts(path: Path, texts: Sequence[str], column: str = "text") -> None:
+    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
 
 
 def characters_world(
@@ -169,6 +185,9 @@ def languages_world(
         share (`float`): Share of answers in B in the generator's training data.
         hidden_size (`int`): Width of both models.
         reward_models (`bool`): Whether to write `encoder` and `language_id.bin`, which some baselines need.
+
+    There are also `language_A.jsonl` (64 sentences of A, to measure what is kept of it) and `replay.jsonl` (1,024
+    others).
     """
     rng = random.Random(seed)
     tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B, ":"])
@@ -186,8 +205,8 @@ def languages_world(
     pretrain(student, tokenizer, [sentence(LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
     benchmark = [sentence(LANGUAGE_B, rng) for _ in range(64)]
     save_world(folder, tokenizer, generator, student, [f"{prompt} :" for prompt in prompts], benchmark)
-    known = [{"text": sentence(LANGUAGE_A, rng)} for _ in range(64)]
-    (folder / "language_A.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in known))
+    write_texts(folder / "language_A.jsonl", [sentence(LANGUAGE_A, rng) for _ in range(64)])
+    write_texts(folder / "replay.jsonl", [sentence(LANGUAGE_A, rng) for _ in range(1024)])
 
 
 def planted_world(
@@ -222,6 +241,87 @@ def planted_world(
     }
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+
+
+def families_world(folder: Path, seed: int = 0, share: float = 0.06, dialects: bool = True) -> None:
+    """
+    A world with the languages A and B, and students of three families that know A: `llama`, `gpt2` and `neox`.
+
+    Their tokens are words, characters and words, and their sizes differ. The generator rephrases sentences of A, and
+    sometimes answers in B or in one of two dialects of B: the words in capitals, or with accents. `llama` reads
+    capitals as small letters, and accents not at all; `gpt2` does without accents, and has other tokens for capitals.
+    To each of the two, one dialect is as good as B. To `neox`, all three are different. So data that suits one family
+    need not suit another. The benchmark is in B.
+
+    Args:
+        folder (`Path`): The folder to write to: `generator`, `llama`, `gpt2`, `neox`, `prompts.jsonl` and
+            `benchmark.jsonl`.
+        seed (`int`): Seed of weights and texts.
+        share (`float`): Share of answers in B in the generator's training data, and that of each dialect.
+        dialects (`bool`): Whether the generator knows the dialects.
+    """
+    rng = random.Random(seed)
+    capitals = [word.upper() for word in LANGUAGE_B]
+    accents = [word.translate(str.maketrans("aeio", "áéíó")) for word in LANGUAGE_B]
+    words = [*LANGUAGE_A, *LANGUAGE_B, *capitals, *accents]
+    choices = [LANGUAGE_B, capitals, accents] if dialects else [LANGUAGE_B]
+
+    def answer():
+        return sentence(rng.choice(choices) if rng.random() < share * len(choices) else LANGUAGE_A, rng)
+
+    prompts = [sentence(LANGUAGE_A, rng) for _ in range(1024)]
+    generator = tiny_llama(word_tokenizer([*words, ":"]), 64, 2, seed, initializer_range=0.05)
+    pretrain(generator, word_tokenizer([*words, ":"]), [f"{p} : {answer()}" for p in prompts * 2], epochs=4)
+    uncased, plain = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B]), word_tokenizer(words)
+    uncased.backend_tokenizer.normalizer = normalizers.Lowercase()
+    letters = character_tokenizer(string.ascii_letters + " ")
+    letters.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    students = {
+        "llama": (tiny_llama(uncased, 64, 2, seed + 1, initializer_range=0.05), uncased),
+        "gpt2": (tiny_gpt2(letters, 48, 2, seed + 2), letters),
+        "neox": (tiny_neox(plain, 32, 3, seed + 3), plain),
+    }
+    for name, (model, tokenizer) in students.items():
+        pretrain(model, tokenizer, [sentence(LANGUAGE_A, rng) for _ in range(2048)], epochs=4)
+        save_model(folder / name, model, tokenizer)
+    save_model(folder / "generator", generator, word_tokenizer([*words, ":"]))
+    write_texts(folder / "prompts.jsonl", [f"{prompt} :" for prompt in prompts], "prompt")
+    write_texts(folder / "benchmark.jsonl", [sentence(LANGUAGE_B, rng) for _ in range(64)])
+
+
+def tiny_gpt2(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights, a tied head, four attention heads and no dropout."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=hidden_size,
+        n_layer=num_layers,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tiny_neox(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int, seed: int) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX with random weights, an untied head and four attention heads."""
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPTNeoXForCausalLM(config)
 
 
 def strings_world(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
@@ -26,8 +26,9 @@ from .guards import GuardCallback
 from .provenance import show_in_card
 from .restart import RestartCallback
 from .reward import DPGReward
+from .reward_arguments import scorer_arguments
 from .rollouts import RolloutWriter
-from .student import FinetunedStudent, Student
+from .student import Examples, FinetunedStudent, Student
 
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ OF_THE_REWARD = (
     "student_device",
     "student_offload",
     "metric_samples",
+    "student_aggregation",
 )
 """Fields of [`DPGConfig`] that are arguments of [`DPGReward`]."""
 
@@ -79,7 +81,8 @@ class DPGTrainer(GRPOTrainer):
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             The generator.
         student (`str`, [`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or [`Student`], *optional*):
-            The model that is fine-tuned on the completions; `args.student_model_name_or_path` when `None`.
+            The model that is fine-tuned on the completions; `args.student_model_name_or_path` when `None`. Or a list
+            of several, see [`DPGReward`]; `args.student_models` when `None`.
         target_metric (`Callable`):
             Φ: maps a [`FinetunedStudent`] to a scalar tensor, higher is better. See `trl_dpg.metrics`.
         args ([`DPGConfig`], *optional*):
@@ -96,6 +99,9 @@ class DPGTrainer(GRPOTrainer):
             4-bit quantisation of a student loaded from a path; overrides the `student_bnb_*` arguments.
         student_processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             The student's tokenizer; loaded from its path when `None`.
+        replay_dataset ([`~datasets.Dataset`] or `list`, *optional*):
+            Rows that are mixed into the student's data and never scored; loaded from `args.replay_dataset` when
+            `None`. Their number is `args.replay_ratio` for each completion. See [`~trl_dpg.replay.Replay`].
         reward_processing_classes (*optional*):
             Tokenizers of the `reward_funcs`, as for GRPO. The first may be `None`, for DPG's reward.
         kwargs:
@@ -132,7 +138,7 @@ class DPGTrainer(GRPOTrainer):
     def __init__(
         self,
         model: "str | PreTrainedModel | PeftModel",
-        student: "str | PreTrainedModel | PeftModel | Student | None" = None,
+        student: "str | PreTrainedModel | PeftModel | Student | list | None" = None,
         target_metric: Callable[[FinetunedStudent], Tensor] | None = None,
         args: DPGConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -141,6 +147,7 @@ class DPGTrainer(GRPOTrainer):
         student_peft_config: "PeftConfig | None" = None,
         student_quantization_config: "BitsAndBytesConfig | None" = None,
         student_processing_class: PreTrainedTokenizerBase | None = None,
+        replay_dataset: Examples | None = None,
         reward_processing_classes=None,
         **kwargs,
     ):
@@ -150,7 +157,7 @@ class DPGTrainer(GRPOTrainer):
         _advise_on_learning_rate(args)
         _check_folder_and_prompts(args, train_dataset)
         of_the_student = student_processing_class, student_peft_config, student_quantization_config
-        scorer = _scorer(args, model, student, target_metric, of_the_student)
+        scorer = scorer_arguments(args, model, student, target_metric, replay_dataset, of_the_student)
         further = [] if reward_funcs is None else reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         args = _with_reward_weights(args, len(further))
         self.fresh_students: dict[str, dict] = {}
@@ -271,46 +278,6 @@ def _is_on_the_hub(dataset_name: str | None) -> bool:
     return True
 
 
-def _scorer(args, model, student, target_metric, of_the_student) -> dict[str, Any]:
-    """Where the scores come from, as arguments of [`DPGReward`]: student, metric and inner loop, or a server."""
-    if args.student_server is not None:
-        wait = args.student_server_max_wait
-        return dict(student=student, metric=target_metric, server=args.student_server, server_max_wait=wait)
-    metric = _checked_metric(target_metric)
-    student = _given_student(args, student)
-    _check_apart(model, student)
-    student = _load_student(args, student, *of_the_student)
-    return dict(student=student, metric=metric, inner_loop_config=args.inner_loop_config())
-
-
-def _given_student(args, student):
-    """The student from the argument or, if it is `None`, from the configuration."""
-    student = args.student_model_name_or_path if student is None else student
-    if student is None:
-        raise ValueError("A student is required: pass `student` or set `student_model_name_or_path`.")
-    return student
-
-
-def _checked_metric(metric) -> Callable[[FinetunedStudent], Tensor]:
-    if metric is None:
-        raise ValueError(
-            "`target_metric` is required: a callable that maps the fine-tuned student to a scalar tensor."
-        )
-    if isinstance(metric, str):
-        raise ValueError(
-            f"`target_metric` is the text {metric!r}. Names of metrics are for recipes and commands, which give a "
-            "metric its arguments. Pass the metric itself, e.g. trl_dpg.metrics.LanguageModelingMetric(texts)."
-        )
-    if isinstance(metric, list | tuple):
-        raise ValueError(
-            f"`target_metric` is a {type(metric).__name__}, but the student has one metric. Pass the weighted sum: "
-            "trl_dpg.metrics.CombinedMetric(metrics, weights)."
-        )
-    if isinstance(metric, type):
-        raise ValueError(f"`target_metric` is the class {metric.__name__}. Pass an instance, with its arguments.")
-    return metric
-
-
 def _advise_on_learning_rate(args) -> None:
     """Warn if a short run has GRPO's own learning rate. AdamW moves a weight by about this rate in a step."""
     rate = args.learning_rate
@@ -370,32 +337,3 @@ def _check_folder_and_prompts(args: DPGConfig, train_dataset) -> None:
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), "
             "so there would be no step. Use more prompts, or raise num_generations."
         )
-
-
-def _check_apart(model, student) -> None:
-    if isinstance(model, str) or isinstance(student, str):
-        return
-    student_model = student.model if isinstance(student, Student) else student
-    if {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in student_model.parameters()}:
-        raise ValueError(
-            "The student and the generator share parameters, so training the generator would change the initial "
-            "weights of the student. Load the model twice."
-        )
-
-
-def _load_student(args: DPGConfig, student, processing_class, peft_config, quantization_config) -> Student:
-    if not isinstance(student, Student):
-        return args.load_student(student, processing_class, peft_config, quantization_config)
-    given = {
-        "student_peft_config": peft_config,
-        "student_quantization_config": quantization_config,
-        "student_processing_class": processing_class,
-        "args.student_use_peft": args.student_use_peft or None,
-    }
-    ignored = [name for name, value in given.items() if value is not None]
-    if ignored:
-        raise ValueError(
-            f"The student is a `Student` already, so these arguments would have no effect: {', '.join(ignored)}. Use "
-            "them when you create the Student."
-        )
-    return student

@@ -5,6 +5,16 @@ from .chunks import Chunk, plan_chunks
 from .journal import Journal
 from .reliability import rank_correlation
 from .result import Attribution, write
+from .students import combine_attributions
 
 
-__all__ = ["Attribution", "Chunk", "Journal", "attribute", "plan_chunks", "rank_correlation", "write"]
+__all__ = [
+    "Attribution",
+    "Chunk",
+    "Journal",
+    "attribute",
+    "combine_attributions",
+    "plan_chunks",
+    "rank_correlation",
+    "write",
+]

@@ -22,6 +22,7 @@ from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
 from ..metrics.draw import check_samples, drawn
 from ..ranks import ALONE, Ranks, from_all_ranks
+from ..replay import Mixture, Replay, without_replay
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
@@ -47,6 +48,7 @@ def attribute(
     share_chunks: bool = False,
     path_points: int | None = None,
     metric_samples: int | None = None,
+    replay: Replay | None = None,
 ) -> Attribution: ...
 
 
@@ -64,23 +66,14 @@ def attribute(
     share_chunks: bool = False,
     path_points: int | None = None,
     metric_samples: int | None = None,
+    replay: Replay | None = None,
 ) -> dict[str, Attribution]: ...
 
 
 def attribute(
-    student,
-    dataset,
-    metric,
-    config=None,
-    size=None,
-    num_repeats=1,
-    journal=None,
-    progress=False,
-    contrast=None,
-    share_chunks=False,
-    path_points=None,
-    metric_samples=None,
-):
+    student, dataset, metric, config=None, size=None, num_repeats=1, journal=None, progress=False, contrast=None,
+    share_chunks=False, path_points=None, metric_samples=None, replay=None
+):  # fmt: skip
     """
     Score the samples of a dataset by their effect on a metric of the student that is fine-tuned on them.
 
@@ -106,23 +99,21 @@ def attribute(
         num_repeats (`int`, *optional*, defaults to `1`):
             Number of random orders in which all samples are scored. The score is the mean.
         journal (`Journal`, `str` or `Path`, *optional*):
-            A file from which an interrupted run continues. For a path, the journal's settings are `config`, `size`,
-            the contents of the dataset, and what student and metric are called; Φ of the student before fine-tuning
-            is compared, too. Pass an entered [`Journal`] to use other settings.
+            A file from which an interrupted run continues. For a path, its settings are the arguments on which scores
+            depend, and Φ before fine-tuning. Pass an entered [`Journal`] to use other settings.
         progress (`bool`, *optional*, defaults to `False`):
             Show a progress bar.
         contrast (`Sequence[str]`, *optional*):
-            The names of two metrics, target and control. The result then also has `"contrast"`: the scores of the
-            target minus those of the control.
+            The names of two metrics. The result then also has `"contrast"`: the scores of the first minus the second.
         share_chunks (`bool`, *optional*, defaults to `False`):
-            In a distributed run, whether all processes score each chunk together. This divides the memory of the inner
-            loop by their number. Chunks of their own exchange less.
+            In a distributed run, whether all processes score each chunk together, which divides the memory.
         path_points (`int`, *optional*):
             Number of random vectors of data weights over which a score is the mean, see [`differentiate_path`]. At
             least 2. When `None`, a score is the derivative at w = 1.
         metric_samples (`int`, *optional*):
-            Texts of the metric that are drawn at random, by `config.seed`, once for all chunks and repeats. So the
-            scores of all chunks are those of one metric and can be compared. All texts when `None`.
+            Texts of the metric that are drawn at random, by `config.seed`, once for all chunks. All when `None`.
+        replay ([`~trl_dpg.replay.Replay`], *optional*):
+            Rows that are mixed into every chunk and not scored. Each chunk has other rows. `size` counts the samples.
 
     Raises:
         `ValueError`: If `size` is not a multiple of the batch size, if the journal has other settings or another
@@ -130,13 +121,12 @@ def attribute(
         or in the cases of [`metagradient`]. If all samples are empty, their scores are 0 without an error.
     """
     check_metrics(metric)
-    wanted = plan_results(metric, contrast)
     config = config or InnerLoopConfig()
-    size = chunk_size(size, config.batch_size)
+    wanted, size = plan_results(metric, contrast), chunk_size(size, config.batch_size)
     check_path_points(path_points, config)
     check_samples(metric, metric_samples)
     dependent = {"path_points": path_points, "metric_samples": metric_samples}
-    how = {"progress": progress, "share_chunks": share_chunks, "path_points": path_points}
+    how = {"progress": progress, "share_chunks": share_chunks, "path_points": path_points, "replay": replay}
     with drawn(metric, metric_samples, [config.seed]):
         found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, dependent, how)
     return found if isinstance(metric, Mapping) else found[None]
@@ -187,7 +177,7 @@ def _attribute(
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            settings = _settings(student, dataset, metric, config, size)
+            settings = _settings(student, dataset, metric, config, size, how["replay"])
             settings |= {name: value for name, value in dependent.items() if value is not None}
             opened = stack.enter_context(Journal(path, settings))
         _score(student, dataset, metric, config, chunks, opened, **how)
@@ -214,9 +204,12 @@ def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attrib
     return results
 
 
-def _settings(student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int) -> dict[str, Any]:
+def _settings(
+    student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, replay: Replay | None
+) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
+        **({} if replay is None else {"replay_ratio": replay.ratio, "replay_digest": digest(replay.rows)}),
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
@@ -242,6 +235,7 @@ def _score(
     progress: bool,
     share_chunks: bool,
     path_points: int | None,
+    replay: Replay | None,
 ) -> None:
     """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
     state = PartialState()
@@ -260,8 +254,8 @@ def _score(
         journal.check_start(metric_before)  # the same on all ranks
 
     def score(mine: list[int], before) -> list[dict[str, Any]]:
-        fixed = metric, config, before, ranks, path_points
-        return [{"chunk": k, **_score_chunk(student, dataset, chunks[k], *fixed)} for k in mine]
+        what = dataset, chunks, metric, config, replay, before, ranks, path_points
+        return [{"chunk": k, **_score_chunk(k, student, *what)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
         for start in range(0, len(todo), num_teams):
@@ -291,13 +285,21 @@ def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
     return function(None, metric)
 
 
+def _mixture(dataset: Examples, chunk: Chunk, config: InnerLoopConfig, replay: Replay | None, index: int) -> Mixture:
+    """The rows of a chunk, with replayed ones."""
+    rows = _rows(dataset, chunk.rows.tolist())
+    return without_replay(rows) if replay is None else replay.mix(rows, config.batch_size, index)
+
+
 def _score_chunk(
-    student, dataset, chunk: Chunk, metric, config, metric_before, ranks: Ranks, path_points: int | None
+    index: int, student, dataset, chunks: list[Chunk], metric, config, replay, metric_before, ranks: Ranks, path_points
 ) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
     started = time.perf_counter()
-    fine_tuning = FineTuning(student, _rows(dataset, chunk.rows.tolist()), config, ranks)
-    mine = [sample for sample, scored in zip(fine_tuning.samples, chunk.scored, strict=True) if scored]
+    chunk, mixture = chunks[index], _mixture(dataset, chunks[index], config, replay, index)
+    fine_tuning = FineTuning(student, mixture.examples, config if replay is None else replay.widened(config), ranks)
+    samples = [fine_tuning.samples[place] for place in mixture.own]
+    mine = [sample for sample, scored in zip(samples, chunk.scored, strict=True) if scored]
     record: dict[str, Any] = {
         "rows": chunk.rows[chunk.scored].tolist(),
         "scores": _each(metric, lambda *_: [0.0] * len(mine)),
@@ -309,19 +311,20 @@ def _score_chunk(
     }
     lengths = record["num_tokens"]
     token_scores = _each(metric, lambda *_: [[0.0] * length for length in lengths])
-    if any(sample.num_supervised or sample.truncated for sample in fine_tuning.samples):  # none after a cut: an error
+    if any(sample.num_supervised or sample.truncated for sample in samples):  # none after a cut: an error
         metrics = metric if isinstance(metric, Mapping) else {None: metric}
         before = metric_before if isinstance(metric, Mapping) else {None: metric_before}
         befores = {} if metric_before is None else before
         if path_points is None:
-            outputs = differentiate(fine_tuning, metrics, metric_before=befores)
+            every = differentiate(fine_tuning, metrics, metric_before=befores)
         else:
-            outputs = differentiate_path(fine_tuning, metrics, befores, path_points)
+            every = differentiate_path(fine_tuning, metrics, befores, path_points, mixture.own)
+        outputs = {name: mixture.of_the_samples(own) for name, own in every.items()}
         record["metric_before"] = _each(metric, lambda name, _: outputs[name].metric_before)
         record["metric_after"] = _each(metric, lambda name, _: outputs[name].metric_after)
         record["scores"] = _each(metric, lambda name, _: outputs[name].scores[chunk.scored].tolist())
         if config.per_token:
-            token_scores = _each(metric, lambda name, _: _cut(outputs[name].token_scores[chunk.scored], lengths))
+            token_scores = _each(metric, lambda name, _: _cut(outputs[name].token_scores[chunk.scored], lengths))  # type: ignore[index]
     if config.per_token:
         record["token_scores"] = token_scores
     return record | {"seconds": time.perf_counter() - started}

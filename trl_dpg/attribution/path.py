@@ -1,6 +1,6 @@
 """Scores that hold when a large share of the samples is left out: means over data weights between 0 and 1."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ def differentiate_path(
     metrics: Mapping[Any, MetricFunction],
     befores: Mapping[Any, float],
     num_points: int,
+    rows: Sequence[int],
 ) -> dict[Any, MetagradientOutput]:
     """
     [`differentiate`] with scores that are means over random data weights. Takes K times as long, and a fine-tuning.
@@ -47,16 +48,18 @@ def differentiate_path(
         metrics (`dict[str, Callable]`): Φ by name.
         befores (`dict[str, float]`): Φ before the fine-tuning, of those metrics of which it is known.
         num_points (`int`): K.
+        rows (`list[int]`): The samples whose weights are random. The others, which are replayed, keep the weight 1.
 
     Returns:
         The output of each metric by name. What is not a score is that of the fine-tuning with w = 1.
     """
-    num_samples, points = len(fine_tuning.samples), []
-    for weights in path_weights(num_points, num_samples, fine_tuning.config.seed):
+    ones, points = torch.ones(len(fine_tuning.samples)), []
+    for drawn in path_weights(num_points, len(rows), fine_tuning.config.seed):
+        weights = ones.index_copy(0, torch.tensor(rows), drawn)
         points.append(differentiate(fine_tuning, metrics, weights, befores))
         befores = {name: output.metric_before for name, output in points[-1].items()}
     outputs, *others = points
-    theta = fine_tuning.theta(torch.ones(num_samples))
+    theta = fine_tuning.theta(ones)
     for name, output in outputs.items():
         output.metric_after = fine_tuning.evaluate(theta, metrics[name])
         for other in others:

@@ -41,6 +41,7 @@ WORLDS = {
     "languages": "trl_dpg.toy.languages_world",
     "strings": "trl_dpg.toy.strings_world",
     "planted": "trl_dpg.toy.planted_world",
+    "families": "trl_dpg.toy.families_world",
     "declaration": "trl_dpg.declaration.declaration_world",
 }
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -293,9 +294,10 @@ class ToyWorldArguments(CommandArguments):
 
     Args:
         toy_world (`str`, *optional*):
-            `"characters"`, `"languages"`, `"strings"` or `"planted"`, see `trl_dpg.toy`; or `"declaration"`, a real
-            model and real texts, see `trl_dpg.declaration`. Its models and data are used for the generator, the
-            student, the dataset and the metric's dataset, if these are not given.
+            `"characters"`, `"languages"`, `"strings"`, `"planted"` or `"families"`, see `trl_dpg.toy`; or
+            `"declaration"`, a real model and real texts, see `trl_dpg.declaration`. Its models and data are used for
+            the generator, the student, the dataset and the metric's dataset, if these are not given. Names in
+            `student_models`, `student_model_name_or_path` and `replay_dataset` may be those of its folders and files.
         toy_world_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the toy world. JSON on the command line.
     """

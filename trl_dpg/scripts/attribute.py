@@ -14,6 +14,8 @@ Files in `output_dir`:
   `per_token`, also `dpg_token_scores`: a list, one score for each of the student's tokens, cut off at
   `student_max_length`. With `metrics`, there are such columns for each metric: `dpg_score_<name>`, and for their
   contrast `dpg_score_contrast`.
+  With `student_models`, each student has a journal `attribution_<name>.jsonl` and a column `dpg_score_<name>`, and
+  `dpg_score` is the mean of their scores on unit scale, or the lowest (`student_aggregation`).
 - `top.parquet` (or `.jsonl`), with `keep_top`: the best rows, in the dataset's order.
 - `summary.json`: counts, quantiles of the scores, the metric before and after, seconds (of all processes together).
 - `attribution.lock`: prevents two commands from writing at the same time.
@@ -21,48 +23,36 @@ Files in `output_dir`:
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_dpg.attribution import Attribution, Journal, attribute, write
+from trl_dpg.attribution import Attribution, combine_attributions, write
 from trl_dpg.attribution import plan_chunks as plan_chunks
 from trl_dpg.attribution import rank_correlation as rank_correlation
 from trl_dpg.attribution.attribute import CONTRAST, plan_results
 from trl_dpg.attribution.chunks import SAMPLES_PER_CHUNK, chunk_size
-from trl_dpg.attribution.journal import JournalError, digest
+from trl_dpg.attribution.journal import JournalError
+from trl_dpg.attribution.journal import digest as digest
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
-from trl_dpg.metagradients import InnerLoopConfig
-from trl_dpg.metagradients.config import AUTO, SettingsError
-from trl_dpg.metagradients.config import MEMORY_ONLY as MEMORY_ONLY_FIELDS
-from trl_dpg.student import Student
+from trl_dpg.metagradients.config import SettingsError
 from trl_dpg.tuning import check_scores
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import check_no_training, check_student, make_folder, process_state
-from .distill import FLAGS as DISTILL_FLAGS
+from .data import check_no_training, check_student, make_folder, make_replay, process_state
 from .distill import DistillArguments, distill
 from .flags import in_flags
 from .manifest import leave_manifest
 from .registry import make_metric, make_metrics
-from .samples import choose_numbers, tuning_file
+from .scored_by_student import FLAGS, RESULTS, Scored, check_several, journal_name
+from .scored_by_student import MEMORY_ONLY as MEMORY_ONLY
 from .scored_samples import best_and_worst, load_samples, ranking_lines
 from .scored_samples import preview as preview
 from .toy_world import toy_world
 from .usage import metric_entries
-
-
-MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
-RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
-FLAGS = {n: n for n in ("overwrite", "num_repeats", "contrast", "path_points")} | {"chunk_size": "dataset_chunk"}
-FLAGS |= DISTILL_FLAGS
-"""What the library's arguments are called here, beside those of the student."""
-OPTIONAL = ("metrics", "metric_samples", "path_points")
-"""Settings on which the scores depend, if they are given."""
 
 
 @dataclass
@@ -204,24 +194,10 @@ class AttributeStudentArguments(StudentArguments):
 def check_folder(output_dir: Path) -> None:
     """Refuse the folder of another command."""
     check_no_training(output_dir)
-    if not (output_dir / "attribution.jsonl").exists() and (output_dir / "summary.json").exists():
+    if not any(output_dir.glob("attribution*.jsonl")) and (output_dir / "summary.json").exists():
         raise UsageError(
             f"--output_dir {str(output_dir)!r} has the summary.json of another command. Choose another folder."
         )
-
-
-def run_settings(script_args: AttributeArguments, student_args: AttributeStudentArguments, samples, size: int) -> dict:
-    """What the scores depend on."""
-    return {
-        "metric": script_args.metric,
-        "metric_kwargs": script_args.metric_kwargs,
-        **{name: vars(script_args)[name] for name in OPTIONAL if vars(script_args)[name] is not None},
-        "dataset_chunk": size,
-        **{name: value for name, value in asdict(student_args).items() if name not in MEMORY_ONLY},
-        "dataset_columns": samples.column_names,
-        "dataset_rows": len(samples),
-        "dataset_digest": digest(samples),
-    }
 
 
 def main(script_args: AttributeArguments, student_args: AttributeStudentArguments) -> None:
@@ -234,60 +210,31 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
         check_folder(output_dir)
         with toy_world(script_args, student_args.seed, student_args, output_dir=script_args.output_dir):
             check_student(student_args)
+            students = check_several(script_args, student_args)
             several = script_args.metrics
             metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
         check_scores(config)
-        scored = partial(exact_scores, script_args, student_args, metric, size)
+        scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=make_replay(student_args))
         if script_args.distill:
-            dependent = partial(run_settings, script_args, student_args, size=size)
-            distill(script_args, student_args, dataset, samples, dependent, scored)
-        else:
-            with scored(samples) as (results, student, settings):
-                if state.is_main_process:
-                    finish(script_args, results, dataset, samples, student, settings)
+            distill(script_args, student_args, dataset, samples, scored)
+            return
+        scored = scored(samples)
+        with ExitStack() as journals:
+            each = {
+                name: journals.enter_context(scored.by(own, journal_name(name, student_args)))
+                for name, own in students.items()
+            }
+            if state.is_main_process:
+                results = next(iter(each.values()))
+                if len(each) > 1:
+                    found = {name: own[None] for name, own in each.items()}
+                    results = {None: combine_attributions(found, student_args.student_aggregation), **found}
+                finish(script_args, results, dataset, samples, scored.student, scored.settings)
     except JournalError as error:
         raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
     except SettingsError as error:
         raise UsageError(in_flags(str(error), FLAGS)) from error
-
-
-@contextmanager
-def exact_scores(
-    script_args, student_args, metric, size: int, samples, check: Callable[[Student], Any] | None = None
-) -> Iterator[tuple[dict, Student, dict]]:
-    """Score samples. Yields the results by name, the student and the settings, while the journal is locked."""
-    output_dir, several = Path(script_args.output_dir), script_args.metrics
-    config, main_process = student_args.inner_loop_config(), process_state().is_main_process
-    settings = run_settings(script_args, student_args, samples, size)
-    with Journal(output_dir / "attribution.jsonl", settings, script_args.overwrite) as journal:
-        check_choice(config, output_dir, journal)
-        if main_process and journal.is_new:
-            for name in (*RESULTS, "summary.json"):  # of other settings
-                (output_dir / name).unlink(missing_ok=True)
-        if main_process and journal.done:
-            print(f"{len(journal.done)} chunks are there already.", file=sys.stderr)
-        student = student_args.load_student()
-        script_args.set_threads(student.model)
-        if check is not None:
-            check(student)
-        first = samples.select(range(min(size, len(samples))))
-        leader = metric if several is None else next(iter(metric.values()))
-        choose_numbers(script_args, student_args, student, first, leader, tuning_file(output_dir, "attribute"))
-        config, repeats = student_args.inner_loop_config(), script_args.num_repeats
-        settings |= {f"student_{name}": vars(config)[name] for name in AUTO}
-        further: Any = {name: vars(script_args)[name] for name in ("contrast", "share_chunks", *OPTIONAL[1:])}
-        found: Any = attribute(student, samples, metric, config, size, repeats, journal, True, **further)
-        yield {None: found} if several is None else found, student, settings
-
-
-def check_choice(config: InnerLoopConfig, output_dir: Path, journal: Journal) -> None:
-    """Refuse to go on with scores if the numbers are lost that were chosen for them."""
-    if config.auto and journal.done and not tuning_file(output_dir, "attribute").exists():
-        raise JournalError(
-            f"{str(output_dir)!r} has scores, but no longer the file with the numbers that were chosen for them in "
-            "the place of auto. Choose another folder, or delete the scores with `overwrite`."
-        )
 
 
 def finish(
@@ -312,6 +259,8 @@ def finish(
         own_keys = ("metric_before", "metric_after", "score")
         figures["metrics"] = {name: {key: part[key] for key in own_keys} for name, part in parts.items()}
         figures["contrast"], figures["ranked_by"] = script_args.contrast, script_args.leading
+    elif len(results) > 1:
+        figures["students"] = {name: own.figures() for name, own in results.items() if name is not None}
     if script_args.keep_top is not None:
         try:
             kept = result.top(script_args.keep_top)
@@ -336,7 +285,7 @@ def render(figures: dict[str, Any], chance: str, files: list[Path]) -> str:
         f"before, {figures['metric_after']:.6g} after (mean of {figures['num_chunks']} students)",
         chance,
     ]
-    for name, own in figures.get("metrics", {}).items():
+    for name, own in figures.get("metrics", figures.get("students", {})).items():
         before, after, agreement = own["metric_before"], own["metric_after"], own["score"]["rank_correlation"]
         known = "none" if agreement is None else f"{agreement:.2f}"
         lines.append(f"{name}: {before:.6g} before, {after:.6g} after; rank correlation {known}")

@@ -267,10 +267,36 @@ def check_model(flag: str, path: str | None, **kwargs: Any) -> None:
 
 
 def check_student(student_args) -> None:
-    """Refuse a student that does not exist, before any work is done."""
+    """Refuse students that do not exist, before any work is done."""
     kwargs = student_args.student_model_init_kwargs or {}
     hub_kwargs = {name: kwargs[name] for name in ("revision", "trust_remote_code", "token") if name in kwargs}
-    check_model("student_model_name_or_path", student_args.student_model_name_or_path, **hub_kwargs)
+    if student_args.student_models and student_args.student_model_name_or_path is not None:
+        raise UsageError("--student_models and --student_model_name_or_path both name students. Give one of them.")
+    flag = "student_models" if student_args.student_models else "student_model_name_or_path"
+    for own in student_args.each_student().values():
+        check_model(flag, own.student_model_name_or_path, **hub_kwargs)
+
+
+def the_student(command: str, student_args) -> None:
+    """Refuse several students in a command that takes one. If one is named beside those of a recipe, it is taken."""
+    if student_args.student_models and student_args.student_model_name_or_path is None:
+        raise UsageError(
+            f"trl-dpg {command} takes one student, but --student_models has {len(student_args.student_models)}. Name "
+            f"one of them, e.g. --student_model_name_or_path {student_args.student_models[0]}."
+        )
+    student_args.student_models = None
+
+
+def make_replay(student_args):
+    """The replayed rows that the arguments name, or `None`."""
+    from trl_dpg.metagradients.config import SettingsError
+
+    from .flags import in_flags
+
+    try:
+        return student_args.replay()
+    except SettingsError as error:
+        raise UsageError(in_flags(str(error))) from error
 
 
 def make_folder(flag: str, path: str | Path) -> Path:

@@ -106,16 +106,14 @@ class DistillArguments(CommandArguments):
             raise UsageError("--distill_fit_only needs --distill.")
 
 
-def distill(script_args, student_args, dataset, samples, settings: Callable, scored: Callable) -> None:
+def distill(script_args, student_args, dataset, samples, scored: Callable) -> None:
     """
     Score a sample of a dataset, fit a regressor, and score the shards that no other process has.
 
     Args:
         script_args ([`AttributeArguments`]), student_args ([`AttributeStudentArguments`]): The arguments.
         dataset ([`~datasets.Dataset`]), samples ([`~datasets.Dataset`]): The rows, and what the student reads of them.
-        settings (`Callable`): Maps samples to the settings on which their exact scores depend.
-        scored (`Callable`): Maps samples, and a check of the student, to a context with the exact scores by name, the
-            student and its settings.
+        scored (`Callable`): Maps samples to their [`Scored`].
     """
     if student_args.per_token:
         raise UsageError("--per_token: distilled scores are of samples. Leave out --distill or --per_token.")
@@ -124,8 +122,9 @@ def distill(script_args, student_args, dataset, samples, settings: Callable, sco
     rng = np.random.default_rng(student_args.seed)
     rows = np.sort(rng.choice(len(dataset), min(script_args.distill_samples, len(dataset)), replace=False))
     sample = samples.select(rows)
+    exactly = scored(sample)
     check_number(len(rows), script_args.distill_coverage)
-    own = {name: vars(script_args)[name] for name in (*OWN, *FURTHER)} | settings(samples=sample)
+    own = {name: vars(script_args)[name] for name in (*OWN, *FURTHER)} | exactly.run_settings(student_args)
     own = as_stored(own | {"corpus": dataset_digest(samples)})
     stored = folder / "distilled.npz"
     if from_all_ranks(lambda: main and is_fitted(stored, own, script_args.overwrite), "Reading the regressors")[0]:
@@ -133,7 +132,8 @@ def distill(script_args, student_args, dataset, samples, settings: Callable, sco
         script_args.set_threads(student.model)
         reader = make_reader(script_args, student_args, student)
     else:
-        with scored(sample, partial(blocks, script_args)) as (results, student, _):
+        with exactly.by(student_args, "attribution.jsonl", partial(blocks, script_args)) as results:
+            student = exactly.student
             reader = make_reader(script_args, student_args, student)
 
             def fit_and_save() -> None:

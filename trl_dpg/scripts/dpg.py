@@ -21,7 +21,7 @@ from typing import Any
 from trl_dpg.files import write_json as write
 
 from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
-from .data import check_model, check_student, load_data, make_folder, make_prompts
+from .data import check_model, check_student, load_data, make_folder, make_prompts, make_replay
 from .flags import in_flags
 from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
 from .manifest import leave_manifest
@@ -88,8 +88,7 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)
     trainer.restart.further = fixed_settings(script_args, model_args)
     check_server(trainer, metric)
-    student = [] if trainer.dpg_reward.client is not None else [trainer.dpg_reward.student.model]
-    script_args.set_threads(trainer.model, *student)
+    script_args.set_threads(trainer.model, *(student.model for student in trainer.dpg_reward.students))
     if not training_args.log_completions:
         show_live_table(trainer)
     evaluate = script_args.evaluate and PartialState().num_processes == 1
@@ -180,7 +179,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
     tokenizer = load_pretrained(
         AutoTokenizer, path, "the generator's tokenizer", **hub_kwargs(training_args, model_args)
     )
-    data = load_prompts(script_args, training_args, dataset_args, tokenizer)
+    data, replay = load_prompts(script_args, training_args, dataset_args, tokenizer), make_replay(training_args)
     model_init_kwargs = dict(
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
@@ -195,6 +194,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args, metric, r
             reward_funcs=rewards,
             train_dataset=data["train"],
             eval_dataset=data.get("eval"),
+            replay_dataset=None if replay is None else replay.rows,
             processing_class=tokenizer,
             quantization_config=get_quantization_config(model_args),
             peft_config=get_peft_config(model_args),

@@ -6,7 +6,8 @@ Test datasets with fresh students: stock SFTTrainer fine-tunes the students, and
 All other datasets are compared with the first one. Each seed draws the samples (with `num_samples`), their order and
 the start of the adapters anew. Intervals are 95 % confidence intervals by Student's t. If the seeds change nothing
 (full fine-tuning with all samples in one step), a note says so. Empty samples are left out. With `--num_processes`,
-several processes share each batch.
+several processes share each batch. With `student_models`, there is a table for each student. With `replay_dataset`,
+replayed rows are mixed into each student's data.
 """
 
 import json
@@ -26,7 +27,7 @@ from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, process_state
+from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, make_replay, process_state
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -119,35 +120,47 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         path = make_folder("output_dir", script_args.output_dir) / "evaluation.json"
     with toy_world(script_args, student_args.seed, student_args):
         check_student(student_args)
-        metric = make_metric(script_args)
-        datasets = load_datasets(script_args)
-        if student_args.inner_loop_config().auto:
-            choose(script_args, student_args, next(iter(datasets.values())), metric)
-        try:
-            comparison = compare_datasets(
-                lambda seed: load_student(script_args, student_args, seed),
-                datasets,
-                metric,
-                student_args.inner_loop_config(),
-                script_args.seeds,
-                script_args.num_samples,
-                progress=main_process,
-                max_tokens=script_args.max_tokens,
-            )
-        except SettingsError as error:
-            raise UsageError(in_flags(str(error), FLAGS)) from error
-        with one_bar_and_each_notice_once():
-            for figures in comparison:
-                for name, row in figures["datasets"].items():
-                    before, after = figures["before"][-1], row["metric"][-1]
-                    say(f"seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}")
+        metric, datasets = make_metric(script_args), load_datasets(script_args)
+        replay, students = make_replay(student_args), student_args.each_student()
+        written: dict[str, Any] = {}
+        for name, own in students.items():
+            found = evaluate(script_args, own, datasets, metric, replay, "" if len(students) == 1 else f"{name}, ")
+            for figures in found:
+                so_far = written.get("students", {}) | {name: figures}
+                written = figures if len(students) == 1 else {"students": so_far}
                 if path is not None and main_process:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(figures, indent=2))
-    say(render(figures))
+                    path.write_text(json.dumps(written, indent=2))
+            say(("" if len(students) == 1 else f"\nStudent {name}") + render(figures))
     if path is not None:
         say(f"All figures: {path}")
-    return figures
+    return written
+
+
+def evaluate(script_args: EvaluateArguments, student_args, datasets, metric, replay, title: str) -> Iterator[dict]:
+    """Compare the datasets by fresh copies of one student. Yields the figures after each seed."""
+    if student_args.inner_loop_config().auto:
+        choose(script_args, student_args, next(iter(datasets.values())), metric)
+    try:
+        comparison = compare_datasets(
+            lambda seed: load_student(script_args, student_args, seed),
+            datasets,
+            metric,
+            student_args.inner_loop_config(),
+            script_args.seeds,
+            script_args.num_samples,
+            progress=process_state().is_main_process,
+            max_tokens=script_args.max_tokens,
+            replay=replay,
+        )
+    except SettingsError as error:
+        raise UsageError(in_flags(str(error), FLAGS)) from error
+    with one_bar_and_each_notice_once():
+        for figures in comparison:
+            for name, row in figures["datasets"].items():
+                before, after = figures["before"][-1], row["metric"][-1]
+                say(f"{title}seed {figures['seeds'][-1]}, {name}: metric {before:.5g} -> {after:.5g}")
+            yield figures
 
 
 def choose(script_args: EvaluateArguments, student_args, dataset, metric) -> None:

@@ -17,5 +17,6 @@ def in_flags(text: str, own: Mapping[str, str] = {}) -> str:
 
     names = [field.name for field in fields(InnerLoopConfig)]
     names += ["model_init_kwargs", "load_in_4bit", "bnb_4bit_compute_dtype", "bnb_4bit_skip_modules"]
-    flags = {name: f"student_{name}" for name in names} | dict(own)
+    replay = {name: name for name in ("replay_dataset", "replay_ratio")}
+    flags = {name: f"student_{name}" for name in names} | replay | dict(own)
     return re.sub(r"`(\w+)`", lambda match: f"--{flags[match[1]]}" if match[1] in flags else match[0], text)

@@ -17,6 +17,7 @@ from ..evaluation import evaluate_dataset, interval, metric_before
 from ..generation import generate_texts, prompt_completion_pairs
 from ..metrics import CombinedMetric, Metric
 from ..metrics.combine import compared, part_values
+from ..replay import Replay
 from ..student_text import StudentText, thinking_figures
 from .arguments import SAMPLING
 
@@ -74,18 +75,21 @@ class FreshStudents:
 
     def judge(self) -> Iterator[dict[str, Any]]:
         """Test all students, seed by seed. After each seed, yield [`figures`]. A line is printed for each student."""
-        student = self.trainer.args.load_student()
         metrics = {"metric": self.metric, **self.held_out}
-        self.before = {name: metric_before(student, metric) for name, metric in metrics.items()}
-        start = part_values(self.metric)
-        del student
+        befores, starts = {}, {}
+        for name, own in self.trainer.args.each_student().items():
+            student = own.load_student()
+            befores[name] = {figure: metric_before(student, metric) for figure, metric in metrics.items()}
+            starts[name] = part_values(self.metric)
+            del student
+        self.before = of_all(befores)
         self.students = {state: [] for state in self.texts}
         for place, seed in enumerate(self.seeds):
             for state, samples in self.texts.items():
                 args = copy(self.trainer.args)
                 args.seed = seed
                 what = self.metric, self.rewards, self.greedy_prompt, self.held_out, self.trainer.processing_class
-                figures = judge(samples[place], self.rows, args, *what) | compared(self.metric, start)
+                figures = judge(samples[place], self.rows, args, *what, self.trainer.dpg_reward.replay, starts)
                 self.students[state].append(figures)
                 title = f"fresh student {place + 1} of {len(self.seeds)}, {state} generator"
                 print(f"{title}: {_line(figures)}", flush=True)
@@ -160,9 +164,12 @@ def judge(
     greedy_prompt: str | None = None,
     held_out: dict[str, Callable] | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
+    replay: Replay | None = None,
+    starts: dict[str, dict[str, float]] | None = None,
 ) -> Figures:
     """
-    Test a fresh student on texts, and compute the further rewards of the texts.
+    Test a fresh student on texts, and compute the further rewards of the texts. Of several students, a figure is the
+    mean, and that of each is called `<figure>/<name>`. What is no number is of the first one.
 
     Args:
         texts (`list[str]`): Completions.
@@ -174,15 +181,25 @@ def judge(
         held_out (`dict[str, Callable]`, *optional*): Further metrics of the student by name.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The generator's tokenizer, which
             tells how it marks its reasoning.
+        replay ([`~trl_dpg.replay.Replay`], *optional*): Rows that are mixed into the students' data.
+        starts (`dict[str, dict[str, float]]`, *optional*): By student, the values of the metric's parts before any
+            fine-tuning, with which those of constrained parts are compared.
     """
     pairs = prompt_completion_pairs(rows["prompt"], texts)
     readings = _reader(args, processing_class).read(rows["prompt"], texts)
     read = [reading.completion for reading in readings]
     with_prompts = args.train_on == "prompt_completion"
     data: Any = Dataset.from_list(prompt_completion_pairs(rows["prompt"], read)) if with_prompts else read  # type: ignore[arg-type]
-    result = evaluate_dataset(args.load_student, data, metric, args.inner_loop_config(), args.seed)
-    figures: Figures = result.figures() | thinking_figures(readings)
-    figures |= {name: result.measure(further) for name, further in (held_out or {}).items()}
+    each: dict[str, dict[str, float]] = {}
+    further: Figures = {}
+    for student, own in args.each_student().items():
+        result = evaluate_dataset(own.load_student, data, metric, args.inner_loop_config(), args.seed, replay)
+        each[student] = result.figures() | (compared(metric, starts[student]) if starts else {})
+        each[student] |= {name: result.measure(held) for name, held in (held_out or {}).items()}
+        if not further:
+            further = metric.readout(result.finetuned) if isinstance(metric, Metric) else {}
+            further |= {} if greedy_prompt is None else {"greedy": result.finetuned.generate(greedy_prompt)}
+    figures: Figures = of_all(each) | thinking_figures(readings)
     columns = {name: list(rows[name]) for name in rows.column_names if name != "prompt"}
     for reward in rewards:
         if callable(reward) and not inspect.iscoroutinefunction(reward):
@@ -190,11 +207,16 @@ def judge(
             values = reward(prompts=list(rows["prompt"]), completions=completions, **columns)
             values = [value for value in values if value is not None]
             figures[reward.__name__] = sum(values) / max(len(values), 1)
-    if isinstance(metric, Metric):
-        figures |= metric.readout(result.finetuned)
-    if greedy_prompt is not None:
-        figures["greedy"] = result.finetuned.generate(greedy_prompt)
-    return figures | {"samples": texts[:8]}
+    return figures | further | {"samples": texts[:8]}
+
+
+def of_all(students: dict[str, dict[str, float]]) -> Figures:
+    """The figures of one student or, of several, their means and those of each: `metric`, `metric/llama`, ..."""
+    first, *others = students.values()
+    if not others:
+        return dict(first)
+    means = {name: statistics.mean(own[name] for own in students.values()) for name in first}
+    return means | {f"{name}/{student}": own[name] for student, own in students.items() for name in own}
 
 
 def _reader(args, processing_class: PreTrainedTokenizerBase | None) -> StudentText:

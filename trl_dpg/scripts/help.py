@@ -35,7 +35,7 @@ FIRST: dict[str, dict[str, list[str]]] = {
     },
     "attribute": {
         "run": ["output_dir", "dataset_name", "dataset_text_field", "keep_top", "num_repeats", "overwrite"],
-        "student": STUDENT,
+        "student": [*STUDENT, "student_models", "replay_dataset"],
         "metric": [*METRIC, "metrics", "contrast"],
     },
     "audit": {
@@ -45,7 +45,7 @@ FIRST: dict[str, dict[str, list[str]]] = {
     },
     "evaluate": {
         "run": ["datasets", "num_samples", "seeds", "output_dir"],
-        "student": STUDENT,
+        "student": [*STUDENT, "student_models", "replay_dataset"],
         "metric": METRIC,
     },
     "serve": {

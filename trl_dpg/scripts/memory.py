@@ -24,7 +24,7 @@ from trl_dpg.files import write_json
 from trl_dpg.memory.estimate import STUDENT_PHASES
 
 from .arguments import DPGScriptArguments, UsageError, at_least
-from .data import check_model, check_student
+from .data import check_model, check_student, the_student
 from .dpg import hub_kwargs, load_prompts, make_toy_world
 from .output import say
 from .registry import make_metric
@@ -32,6 +32,10 @@ from .registry import make_metric
 
 PROMPT_TOKENS = 256
 NUM_PROMPTS = 256
+OF_ONE = (
+    "Of several students, one works at a time, so the peak is that of the largest one. Without --student_offload, the "
+    "weights of the others come in addition. Predict each of them."
+)
 """Prompts that are read."""
 
 
@@ -155,6 +159,9 @@ class PlannedConfig(DPGConfig):
 def main(script_args: MemoryArguments, training_args: PlannedConfig, model_args, dataset_args) -> None:
     from trl_dpg.memory import estimate
 
+    if training_args.student_models:
+        say(OF_ONE)
+    the_student("memory", training_args)
     with TemporaryDirectory() as folder:
         training_args.output_dir = str(Path(folder, "run"))
         if script_args.toy_world is not None:
@@ -211,6 +218,17 @@ def prompt_tokens(script_args: MemoryArguments, training_args: PlannedConfig, mo
     return max(len(row["input_ids"]) for row in encoded)
 
 
+def with_replay(training_args: PlannedConfig, number: int):
+    """The inner loop and its samples, with replayed rows. They are assumed to be as long as the other samples."""
+    from trl_dpg.replay import Replay
+
+    config = training_args.inner_loop_config()
+    if training_args.replay_dataset is None:
+        return config, number
+    replay = Replay([""], training_args.replay_ratio)
+    return replay.widened(config), number + replay.number(number, config.batch_size)
+
+
 def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model_args, prompt: int):
     """The training as a [`Setup`](trl_dpg.memory.estimate.Setup), from configurations alone."""
     import torch
@@ -236,6 +254,7 @@ def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model
     number, num_ranks = training_args.generation_batch_size, training_args.num_processes or 1
     if not training_args.cross_group_batching:  # every dataset is scored by one rank
         number, num_ranks = number // training_args.num_generations, 1
+    config, number = with_replay(training_args, number)
     device_bytes = script_args.device_bytes
     if script_args.on_cpu and script_args.memory is None:  # of which the processes have equal shares
         device_bytes //= training_args.num_processes or 1
@@ -259,7 +278,7 @@ def make_setup(script_args: MemoryArguments, training_args: PlannedConfig, model
     return Setup(
         weight_bytes(student.model),
         lambda config, free: StudentMemory(traces, config, number, metric, free, num_ranks),
-        training_args.inner_loop_config(),
+        config,
         generator,
         device_bytes,
         training_args.student_offload and not script_args.on_cpu,

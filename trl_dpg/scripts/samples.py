@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import GeneratorArguments, MetricArguments, ToyWorldArguments, UsageError, at_least
-from .data import check_student, check_texts, complete_prompts, completion_reader, fits, read_dataset, read_prompts
+from .data import (
+    check_student,
+    check_texts,
+    complete_prompts,
+    completion_reader,
+    fits,
+    make_replay,
+    read_dataset,
+    read_prompts,
+    the_student,
+)
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -86,15 +96,26 @@ def read_samples(script_args: SampleArguments, seed: int) -> list[Any]:
     return texts if script_args.train_on == "completion" else prompt_completion_pairs(prompts, texts)
 
 
-def load_set_up(script_args: SampleArguments, student_args, output_dir: str | None):
-    """The student, the samples and the metric. A toy world is kept beside `output_dir`."""
+def load_set_up(command: str, script_args: SampleArguments, student_args, output_dir: str | None):
+    """
+    The student, the samples and the metric. A toy world is kept beside `output_dir`.
+
+    Replayed rows are among the samples, and `student_args` has the size of the batches with them.
+    """
+    the_student(command, student_args)
     with toy_world(script_args, student_args.seed, student_args, output_dir=output_dir):
         check_student(student_args)
         metric = make_metric(script_args)
         examples = read_samples(script_args, student_args.seed)
+        replay = make_replay(student_args)
         student = student_args.load_student()
         script_args.set_threads(student.model)
-    say(f"Student: {student.describe()}; {len(examples)} samples.")
+    number, replayed = len(examples), ""
+    if replay is not None:
+        examples = replay.mix(examples, student_args.student_batch_size, index=1).examples
+        student_args.student_batch_size = replay.widened(student_args.inner_loop_config()).batch_size
+        replayed = f" and {len(examples) - number} replayed rows, which are treated alike"
+    say(f"Student: {student.describe()}; {number} samples{replayed}.")
     return student, examples, metric
 
 

@@ -20,7 +20,7 @@ from threading import Thread
 from trl_dpg.score_client import TOKEN_VARIABLE, checked_token
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError
-from .data import check_student, process_state
+from .data import check_student, process_state, the_student
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -181,6 +181,9 @@ def make_reward(script_args: ServeArguments, student_args):
             "serve gives scores of samples: it has neither --per_token true nor --attribution dataset. Use them with "
             "`trl-dpg dpg`, where the student is in the same process."
         )
+    the_student("serve", student_args)
+    if student_args.replay_dataset is not None:
+        raise UsageError("serve has no --replay_dataset: a dataset would get other scores each time. Use trl-dpg dpg.")
     with toy_world(script_args, student_args.seed, student_args):
         check_student(student_args)
         metric = make_metric(script_args)

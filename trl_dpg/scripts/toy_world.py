@@ -36,6 +36,14 @@ def toy_world(
         state.wait_for_everyone()
 
 
+OF_A_WORLD = ("student_models", "student_model_name_or_path", "replay_dataset")
+"""Arguments whose values may be names of folders or files in the world."""
+
+
+def _in(world: Path, name: str) -> str:
+    return str(world / name) if (world / name).exists() and not Path(name).exists() else name
+
+
 def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: Any) -> None:
     """Write a toy world, and set the arguments for models and datasets that are not given to its files."""
     from accelerate import PartialState
@@ -52,9 +60,16 @@ def make_world(world: Path, script_args: ToyWorldArguments, seed: int, *others: 
         stand_ins |= {"dataset_name": "samples.jsonl", "control": "control.jsonl"}
         stand_ins["other_student_model_name_or_path"] = "other_student"
     for arguments in (script_args, *others):
+        several = vars(arguments).get("student_models") is not None
         for name, file in stand_ins.items():
-            if vars(arguments).get(name, "") is None:
+            if vars(arguments).get(name, "") is None and not (several and file == "student"):
                 setattr(arguments, name, str(world / file))
+        for name in OF_A_WORLD:
+            values = vars(arguments).get(name)
+            if isinstance(values, list):
+                setattr(arguments, name, [_in(world, value) for value in values])
+            elif isinstance(values, str):
+                setattr(arguments, name, _in(world, values))
     for entry in [vars(script_args), *(vars(script_args).get("metrics") or {}).values()]:
         parts = (entry.get("metric_kwargs") or {}).get("metrics") if entry.get("metric") == "combined" else None
         for own in [entry, *(parts if isinstance(parts, list) else [])]:

@@ -84,7 +84,7 @@ def main(script_args: TuneArguments, student_args) -> None:
     if not student_args.inner_loop_config().auto:
         for name in AUTO:
             setattr(student_args, f"student_{name}", "auto")
-    student, examples, metric = load_set_up(script_args, student_args, script_args.output_dir)
+    student, examples, metric = load_set_up("tune", script_args, student_args, script_args.output_dir)
     config = student_args.inner_loop_config()
     settings = dependencies(student, metric, config, choice_data(script_args, examples))
     report = Report(output_dir / "tune.json", settings, len(examples))

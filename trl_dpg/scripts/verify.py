@@ -83,7 +83,7 @@ def main(script_args: VerifyArguments, student_args) -> None:
         raise UsageError("--attribution dataset computes no scores of samples, so there is nothing to verify.")
     if script_args.output_dir is not None:
         make_folder("output_dir", script_args.output_dir)
-    student, examples, metric = load_set_up(script_args, student_args, script_args.output_dir)
+    student, examples, metric = load_set_up("verify", script_args, student_args, script_args.output_dir)
     folder = script_args.output_dir
     path = None if folder is None else Path(folder) / "verify.json"
     chosen = None if folder is None else tuning_file(folder, "verify")
