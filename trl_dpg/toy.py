@@ -177,7 +177,8 @@ def languages_world(
     A world with two languages, A and B.
 
     The generator rephrases sentences of A, and sometimes answers in B. The student knows A. The benchmark is in B. No
-    prompt mentions B. `language_A.jsonl` has as many sentences in A, to see what the student forgets.
+    prompt mentions B. `language_A.jsonl` has as many other sentences in A, to see what the student forgets, and
+    `replay.jsonl` has 1,024 more.
 
     Args:
         folder (`Path`): The folder to write to.
@@ -185,9 +186,6 @@ def languages_world(
         share (`float`): Share of answers in B in the generator's training data.
         hidden_size (`int`): Width of both models.
         reward_models (`bool`): Whether to write `encoder` and `language_id.bin`, which some baselines need.
-
-    There are also `language_A.jsonl` (64 sentences of A, to measure what is kept of it) and `replay.jsonl` (1,024
-    others).
     """
     rng = random.Random(seed)
     tokenizer = word_tokenizer([*LANGUAGE_A, *LANGUAGE_B, ":"])
