@@ -117,7 +117,7 @@ def test_the_example_of_a_metric_is_valid(name, capsys, tmp_path, monkeypatch):
         return
     metric = make_metric(MetricArguments(**recipe))
     if name == "combined":
-        assert isinstance(metric, CombinedMetric) and metric.weights == [1.0, 0.01]
+        assert isinstance(metric, CombinedMetric) and metric.weights == [1.0, 0.01, 0.0]
 
 
 @pytest.mark.parametrize("name", REWARDS)

@@ -16,6 +16,11 @@ from trl_dpg import cli
 from trl_dpg.score_client import TOKEN_VARIABLE
 
 
+PARTS = [{"metric": "language_modeling", "metric_kwargs": {"texts": ["w1 w2"]}}]
+PARTS += [{"metric": "weight_norm", "name": "a"}]
+CONSTRAINED = json.dumps({"metrics": PARTS, "constraints": {"a": 0.1}})
+
+
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
     """The arguments of a server of a tiny student."""
@@ -39,6 +44,7 @@ def command(tmp_path_factory):
         (["--student_learning_rate", "auto"], "no first batch on which auto could choose student_learning_rate"),
         (["--per_token", "true"], "neither --per_token true nor --attribution dataset"),
         (["--attribution", "dataset"], "neither --per_token true nor --attribution dataset"),
+        (["--metric", "combined", "--metric_kwargs", CONSTRAINED], "it has no multipliers that react to the datasets"),
         (
             ["--student_model_name_or_path", "not-there"],
             "--student_model_name_or_path 'not-there' could not be loaded",

@@ -217,11 +217,7 @@ def _differentiate(
     with modes(student):
         student.verify_quantization()
         times = [time.perf_counter()]  # each phase ends with numbers on the CPU, so a GPU is done, too
-        befores, parts_before = dict(known), {}
-        for name, metric in metrics.items():
-            if not ranks.least(name in known):
-                befores[name] = metric_at_start(metric, student, name, ranks)
-                parts_before[name] = values_of_parts(metric, student, ranks)
+        befores, parts_before = _at_start(metrics, known, student, ranks)
         times.append(time.perf_counter())
         trajectory = fine_tuning.sweep(data_weights, keep_states=attribute, num_metrics=goals[-1].rows.stop)
         losses = trajectory.losses.float().cpu()
@@ -263,6 +259,18 @@ def _differentiate(
         )
         _check_scores(own, fine_tuning, goal.name)
     return outputs
+
+
+def _at_start(
+    metrics: Mapping[Any, MetricFunction], known: Mapping[Any, float], student: Student, ranks: Ranks
+) -> tuple[dict[Any, float], dict[Any, dict[str, float]]]:
+    """Φ(θ_0) of each metric, and the values of the parts of those that were not known."""
+    values, parts = dict(known), {}
+    for name, metric in metrics.items():
+        if not ranks.least(name in known):
+            values[name] = metric_at_start(metric, student, name, ranks)
+            parts[name] = values_of_parts(metric, student, ranks)
+    return values, parts
 
 
 def _reverse(fine_tuning: FineTuning, trajectory: Trajectory, theta_bar: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "metrics": [
             {"metric": "language_modeling", "metric_kwargs": {"dataset": "benchmark.jsonl"}},
             {"metric": "weight_norm", "weight": 0.01},
-            {"metric": "language_modeling", "name": "english", "metric_kwargs": {"dataset": "english.jsonl"}},
+            {"metric": "language_modeling", "name": "english", "metric_kwargs": {"texts": ["One text.", "Another."]}},
         ],
         "constraints": {"english": {"eps": 0.05}},
     },
