@@ -219,8 +219,9 @@ class RestartCallback(TrainerCallback):
         self._seconds = figures["seconds"]
         if self.reward is not None and "num_verifiable" in figures:
             self.reward._num_verifiable = figures["num_verifiable"]
-            self.reward._num_drawn = figures["num_drawn"]
-            self.reward.metric_state.load(self.reward.metric, figures["metric"])
+            self.reward._num_drawn = figures.get("num_drawn", 0)
+            if "metric" in figures:  # not written by earlier versions
+                self.reward.metric_state.load(self.reward.metric, figures["metric"])
             self.reward.last_batch = figures["batch"] and _to_batch(figures["batch"])
             for callback in self._logging():
                 callback.train_batch = self.reward.last_batch
