@@ -37,7 +37,7 @@ def run(recipe, output_dir, *arguments):
     return json.loads((output_dir / "summary.json").read_text())
 
 
-LONG = ("families", "replay")  # they train three students, or six fresh ones
+LONG = ("cot_length", "families", "replay")  # a longer world, three students, or six fresh ones
 
 
 @pytest.mark.parametrize(

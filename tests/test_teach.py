@@ -272,6 +272,7 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(tmp_path):
     assert (tmp_path / "samples.jsonl").read_text() == damaged
 
 
+@pytest.mark.faults
 def test_killed_twice_nothing_stored_is_asked_for_again(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"p{number}"}) + "\n" for number in range(60)))
