@@ -104,10 +104,10 @@ def report(student, texts, languages, rows, scores, args):
             f"{own['num_blocks']:6}  {own['pooling']:16}  {own['regressor']:9}  "
             f"{own['spearman']:.3f} ± {own['standard_error']:.3f}"
         )
-    own, held_out = regressor.described, regressor.held_out
+    own = regressor.described
     print(
-        f"Chosen: {own.num_blocks} blocks, {own.pooling}, {own.regressor}. {own.num_held_out} held-out samples: Spearman "
-        f"{own.spearman:.3f} ({own.spearman_interval[0]:.3f} to {own.spearman_interval[1]:.3f}); half width "
+        f"Chosen: {own.num_blocks} blocks, {own.pooling}, {own.regressor}. {own.num_held_out} held-out samples: "
+        f"Spearman {own.spearman:.3f} ({own.spearman_interval[0]:.3f} to {own.spearman_interval[1]:.3f}); half width "
         f"{own.half_width:.3g}, standard deviation of the scores {scores.std():.3g}; coverage {own.coverage:.3f}"
     )
     known = languages[rows]
@@ -147,7 +147,7 @@ def speed(student, texts, config, repeat):
         for number, own in times.items():
             piece = texts.select(range(1000 * turn, 1000 * (turn + 1)))
             started = time.process_time()
-            features, counts = FeatureReader(student, 1024).read(piece, [number])
+            FeatureReader(student, 1024).read(piece, [number])
             own.append((time.process_time() - started) / 1000)
     exact = np.median(exact_times)
     print(f"exact, without the metric: {1 / exact:.2f} samples per second of one core")
