@@ -15,7 +15,8 @@ it runs on one thread. Stopped and started again, it goes on.
 
 import argparse
 import json
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,14 @@ import torch
 from _debian_texts import debian_texts
 from datasets import Dataset
 from peft import LoraConfig
+from scipy.stats import spearmanr
+from sklearn.model_selection import KFold
 
-from trl_dpg import InnerLoopConfig, Student, attribute, declaration
+from trl_dpg import InnerLoopConfig, Student, attribute, declaration, metagradient
 from trl_dpg.attribution import Journal
-from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.attribution.distil import FOLDS, fit, make_regressor
+from trl_dpg.attribution.features import FeatureReader
+from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
 
 def main():
@@ -39,6 +44,9 @@ def main():
     parser.add_argument("--chunk", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--eps_root", type=float, default=1e-5)
+    parser.add_argument("--blocks", default="1,2,4", help="numbers of blocks that are tried")
+    parser.add_argument("--repeat", type=int, default=3, help="of the measurement of the speed")
+    parser.add_argument("--analyse_only", action="store_true", help="use the scores that the journal has")
     parser.add_argument("--num_threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
@@ -72,12 +80,81 @@ def main():
     scored = np.sort(np.random.default_rng(0).choice(len(texts), args.num_scored, replace=False))
     settings = {name: value for name, value in asdict(config).items() if name != "memory_budget"}
     with Journal(args.output_dir / "attribution.jsonl", settings | {"rows": scored.tolist()}) as journal:
-        exact = attribute(student, texts.select(scored), metric, config, args.chunk, journal=journal, progress=True)
-    print(exact.chance())
-    print(json.dumps(exact.figures(), indent=1))
-    for language in sorted(set(languages)):
-        own = exact.scores[languages[scored] == language]
-        print(f"{language}: mean {own.mean():.3g}, standard deviation {own.std():.3g}, {len(own)} scored")
+        if args.analyse_only:  # what there is so far
+            chunks = list(journal.chunks(args.num_scored // args.chunk))
+            rows_scored = scored[np.concatenate([record["rows"] for record in chunks])]
+            scores = np.concatenate([record["scores"] for record in chunks]).astype(np.float32)
+        else:
+            sample = texts.select(scored)
+            exact = attribute(student, sample, metric, config, args.chunk, journal=journal, progress=True)
+            rows_scored, scores = scored, exact.scores
+            print(exact.chance())
+    report(student, texts, languages, rows_scored, scores, args)
+    speed(student, texts, config, args.repeat)
+
+
+def report(student, texts, languages, rows, scores, args):
+    """What cross-validation finds, and how it does on held-out samples."""
+    numbers = [int(number) for number in args.blocks.split(",")]
+    features, counts = FeatureReader(student, 1024).read(texts.select(rows), numbers)
+    regressor = fit(features, counts, scores)
+    print(f"{len(rows)} samples with exact scores\nblocks  pooling           regressor  Spearman in cross-validation")
+    for own in regressor.described.candidates:
+        print(
+            f"{own['num_blocks']:6}  {own['pooling']:16}  {own['regressor']:9}  "
+            f"{own['spearman']:.3f} ± {own['standard_error']:.3f}"
+        )
+    own = regressor.described
+    print(
+        f"Chosen: {own.num_blocks} blocks, {own.pooling}, {own.regressor}. {own.num_held_out} held-out samples: "
+        f"Spearman {own.spearman:.3f} ({own.spearman_interval[0]:.3f} to {own.spearman_interval[1]:.3f}); half width "
+        f"{own.half_width:.3g}, standard deviation of the scores {scores.std():.3g}; coverage {own.coverage:.3f}"
+    )
+    known = languages[rows]
+    means = np.array([scores[known == language].mean() for language in known])
+    print(f"The mean of each language alone, all samples: Spearman {spearmanr(means, scores).statistic:.3f}")
+    predicted = out_of_fold(features[own.num_blocks, own.pooling], scores, own.regressor)
+    print(
+        f"Within each language, {FOLDS}-fold predictions for all samples (together: "
+        f"{spearmanr(predicted, scores).statistic:.3f}):"
+    )
+    for language in sorted(set(known)):
+        mine = known == language
+        correlation = spearmanr(predicted[mine], scores[mine]).statistic
+        print(f"  {language}: {correlation:.3f} of {mine.sum()}; mean score {scores[mine].mean():.3g}")
+
+
+def out_of_fold(features, scores, name):
+    predicted = np.zeros(len(scores))
+    for fitted, left in KFold(FOLDS, shuffle=True, random_state=1).split(scores):
+        model = make_regressor(name, 0, len(fitted), features.shape[1]).fit(features[fitted], scores[fitted])
+        predicted[left] = model.predict(features[left])
+    return predicted
+
+
+def speed(student, texts, config, repeat):
+    """
+    Samples per second of processor time. They take turns. The time of exact scores is that of a chunk, without the
+    metric, whose share becomes small with large chunks. Features are read from texts, so their time has the tokenizer.
+    """
+    config = replace(config, batch_size=20)
+    silent = WeightNormMetric("model.layers.0.self_attn.q_proj.weight")  # costs next to nothing
+    exact_times, times = [], {number: [] for number in (1, 2, 4)}
+    for turn in range(repeat):
+        started = time.process_time()
+        metagradient(student, texts.select(range(20 * turn, 20 * (turn + 1))), silent, config)
+        exact_times.append((time.process_time() - started) / 20)
+        for number, own in times.items():
+            piece = texts.select(range(1000 * turn, 1000 * (turn + 1)))
+            started = time.process_time()
+            FeatureReader(student, 1024).read(piece, [number])
+            own.append((time.process_time() - started) / 1000)
+    exact = np.median(exact_times)
+    print(f"exact, without the metric: {1 / exact:.2f} samples per second of one core")
+    for number, own in times.items():
+        print(
+            f"{number} blocks: {1 / np.median(own):.1f} samples per second, {exact / np.median(own):.1f} times as many"
+        )
 
 
 if __name__ == "__main__":

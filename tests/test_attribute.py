@@ -19,6 +19,7 @@ from tests.tiny import make_model, make_tokenizer, on_two_processes
 from trl_dpg import InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.attribution import Attribution, plan_chunks, rank_correlation
 from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.provenance import check_manifest
 
 
 BENCHMARK = ["w1 w2 w3", "w5 w4"]
@@ -244,7 +245,9 @@ def test_results_of_an_earlier_command_do_not_stay_beside_the_new_summary(studen
     run(student_path, data, tmp_path / "out", "--keep_top", "0.5")
     cli.main(arguments(student_path, data, tmp_path / "out"))
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"attribution.jsonl", "attribution.lock", "scored.parquet", "summary.json"}
+    manifest = {"manifest.json", "manifest_rows.npz"}
+    assert written == {"attribution.jsonl", "attribution.lock", "scored.parquet", "summary.json"} | manifest
+    assert check_manifest(tmp_path / "out") == []
 
 
 # -- stopped and resumed ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from huggingface_hub import DatasetCard, ModelCard
 
 from tests.tiny import on_two_processes
 from trl_dpg import cli, toy
+from trl_dpg.provenance import check_manifest, read_manifest
 from trl_dpg.scripts.arguments import CommandArguments, num_cores, say_once
 from trl_dpg.scripts.evaluate import interval
 
@@ -50,6 +51,10 @@ def test_a_generated_dataset_has_a_text_for_each_prompt_and_a_valid_card(world, 
     card = DatasetCard.load(tmp_path / "README.md")
     card.data.to_dict()
     assert "dpg" in card.data.tags and '"temperature": 0.7' in card.text and "2604.08423" in card.text
+    manifest = read_manifest(tmp_path)
+    assert check_manifest(tmp_path) == [] and manifest["settings"]["temperature"] == 0.7
+    assert manifest["models"]["model_name_or_path"]["name"] == str(world / "generator")
+    assert list(manifest["files"]) == ["train.parquet"] and "## Manifest" in card.text
 
 
 def test_texts_that_were_sampled_again_are_not_read_from_a_cache(world, tmp_path):
@@ -81,6 +86,12 @@ def test_a_toy_worlds_recipe_serves_all_commands(tmp_path, capsys):
     assert (tmp_path / "ev" / "evaluation.json").exists()
     cli.main(["attribute", "--dataset_name", str(data / "train.parquet"), "--output_dir", str(tmp_path / "at"), *few])
     assert (tmp_path / "at" / "scored.parquet").exists() and "metric before" in capsys.readouterr().out
+    for folder in ("run", "data", "at"):
+        assert check_manifest(tmp_path / folder) == []
+    manifest = read_manifest(tmp_path / "run")
+    assert manifest["settings"]["run"]["metric"].startswith("WeightPatternMetric") and manifest["inputs"]["prompts"]
+    assert {"model.safetensors", "dpg_log.jsonl", "summary.json"} <= set(manifest["files"])
+    assert "## Manifest" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_pairs_keep_their_prompts(world, tmp_path):
@@ -414,8 +425,10 @@ def test_a_generator_is_pushed_with_its_card(tmp_path, hub):
         '"optimizer": "adamw"',
         "pixel_accuracy",
         "2604.08423",
+        "## Manifest",
     ):
         assert word in card
+    assert files["manifest.json"] == (tmp_path / "manifest.json").read_bytes()
     ModelCard(card).data.to_dict()
 
 
@@ -428,7 +441,8 @@ def test_a_dataset_is_pushed_with_its_card(world, tmp_path, hub):
     assert created["type"] == "dataset" and created["visibility"] == "private"
     files = committed(hub)
     assert files["train.parquet"] == (tmp_path / "train.parquet").read_bytes()
-    assert files["README.md"] == (tmp_path / "README.md").read_bytes()
+    for name in ("README.md", "manifest.json", "manifest_rows.npz"):
+        assert files[name] == (tmp_path / name).read_bytes()
 
 
 def test_a_command_prints_what_is_its_own(tmp_path):

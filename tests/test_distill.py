@@ -18,6 +18,7 @@ from trl_dpg.attribution.corpus import Shards
 from trl_dpg.attribution.distil import ALPHAS, choose, fit
 from trl_dpg.attribution.distilled import Distilled
 from trl_dpg.attribution.features import FeatureReader
+from trl_dpg.provenance import check_manifest
 
 
 def make_texts(n, seed=0):
@@ -200,6 +201,7 @@ def test_all_rows_are_scored_by_the_regressor_and_the_sample_has_its_exact_score
     exact = load_dataset("parquet", data_files=str(place / "alone" / "scored.parquet"), split="train")
     assert exact["dpg_score"] == sample["dpg_score"]
 
+    assert check_manifest(whole) == []
     top = load_dataset("parquet", data_files=str(whole / "top.parquet"), split="train")
     order = np.argsort([-row["dpg_score"] for row in rows], kind="stable")
     assert top["id"] == sorted(order[:28].tolist())

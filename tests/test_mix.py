@@ -26,6 +26,7 @@ from trl_dpg.practice.mixing import (
     rewrite,
 )
 from trl_dpg.practice.mixing.resampling import round_shares
+from trl_dpg.provenance import check_manifest
 
 
 RNG = np.random.default_rng(0)
@@ -296,6 +297,7 @@ def test_the_command_writes_a_dataset_that_trl_can_load_its_figures_and_a_card(f
     dataset = load_dataset(str(tmp_path / "out"), split="train")
     assert len(dataset) == 200 and {"length", "difficulty", "source", "reasoning"} <= set(dataset.column_names)
     assert "lognormal:50,0.4" in (tmp_path / "out" / "README.md").read_text()
+    assert check_manifest(tmp_path / "out") == []
     assert "200 of 200 samples (200 data). Left out: 18 truncated" in capsys.readouterr().out
 
 

@@ -54,6 +54,7 @@ GIVEN = {  # names that a page's Python takes for granted
     "distill.md": {"dataset": Dataset.from_dict({"text": MANY}), "benchmark": TEXTS[:2]},
     "goals.md": {"spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "audit.md": {name: Dataset.from_dict({"text": TEXTS}) for name in ("dataset", "control")},
+    "provenance.md": {},
     "concepts.md": {"texts": TEXTS, "spanish": TEXTS[:2], "english": TEXTS[2:5]},
     "serve.md": {"dataset": PROMPTS},
     "README.md": {"texts": TEXTS, "benchmark": TEXTS[:2], "dataset": PROMPTS},

@@ -43,6 +43,7 @@ from trl_dpg.practice.teaching.client import Client
 from trl_dpg.practice.teaching.errors import Refused, Unanswered, Unreachable, seconds_to_wait
 from trl_dpg.practice.teaching.sft import check_rendered, render
 from trl_dpg.practice.teaching.throttle import Throttle
+from trl_dpg.provenance import check_manifest, read_manifest
 
 
 ROWS = [{"prompt": f"question {number}", "solution": str(number)} for number in range(12)]
@@ -413,6 +414,9 @@ def test_the_command_says_how_to_go_on_without_the_server(tmp_path, capsys):
         with pytest.raises(SystemExit, match=r"Stopped: the server does not answer any more.*same command goes on"):
             cli.main([*command, "--output_dir", str(out), "--max_wait", "1"])
     assert len(lines(out / "samples.jsonl")) == len(lines(out / "train.jsonl")) >= 10
+    manifest = read_manifest(out)
+    assert check_manifest(out) == [] and manifest["models"]["model"]["name"] == "teacher"
+    assert manifest["files"]["samples.jsonl"]["rows"] == len(lines(out / "samples.jsonl"))
 
 
 # -- rates and costs --------------------------------------------------------------------------------------------------

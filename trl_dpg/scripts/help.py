@@ -35,6 +35,7 @@ FIRST: dict[str, dict[str, list[str]]] = {
     },
     "attribute": {
         "run": ["output_dir", "dataset_name", "dataset_text_field", "keep_top", "num_repeats", "overwrite"],
+        "large datasets": ["distill", "distill_samples", "distill_blocks", "distill_floor"],
         "student": [*STUDENT, "student_models", "replay_dataset"],
         "metric": [*METRIC, "metrics", "contrast"],
     },
