@@ -14,6 +14,7 @@ from scipy.stats import t
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cli
 from trl_dpg.auditing import AuditConfig, adjust_for_many, audit, default_panel, undirected_control
+from trl_dpg.auditing.audit import Auditor
 from trl_dpg.auditing.effects import Values, disjoint_parts, look_at_panel, p_of_zero_mean, summarize_effects
 from trl_dpg.auditing.rows import scores_against_control
 from trl_dpg.evaluation import Evaluation
@@ -232,6 +233,13 @@ def test_a_control_is_written_by_the_student_after_the_same_prompts():
     assert set(undirected_control(student(), sentences(3, 0))[0]) == {"text"}
     with pytest.raises(ValueError, match="not for the columns \\['input_ids'\\]"):
         undirected_control(student(), [{"input_ids": [5, 6, 7]}])
+
+
+def test_without_a_control_the_student_writes_one():
+    auditor = Auditor(student(), sentences(20, 0), None, panel(), CONFIG, None, None, False)
+    assert len(auditor.others) == 20 and auditor.others["text"] != sentences(20, 0)
+    longest = max(len(text.split()) for text in auditor.others["text"])
+    assert 1 <= longest <= 6  # no longer than the dataset's, with eos
 
 
 def test_the_default_panel_has_a_finite_value_and_a_gradient_for_each_metric():
