@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from itertools import product
 
 import numpy as np
@@ -274,7 +275,9 @@ def command(files, data, output_dir, *more):
 
 
 def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trl_dpg.auditing.audit.check_removal", lambda *arguments: None)  # as tested above
+    monkeypatch.setattr(
+        sys.modules["trl_dpg.auditing.audit"], "check_removal", lambda *arguments: None
+    )  # as tested above
     with pytest.raises(SystemExit) as stopped:
         cli.main(command(files, "data", tmp_path / "out"))
     assert stopped.value.code == 3 and "Unwanted effects were found: 1 of 1 metrics." in capsys.readouterr().out
