@@ -12,6 +12,7 @@ from tests.small_runs import CONFIG, PROMPTS, TEXTS, TOKENIZER, make_student
 from tests.tiny import make_model
 from trl_dpg import DPGReward, InnerLoopConfig, Student, metagradient
 from trl_dpg.evaluation import compare_datasets
+from trl_dpg.metric_state import MetricState
 from trl_dpg.metrics import CombinedMetric, Constraint, LanguageModelingMetric, WeightNormMetric
 from trl_dpg.metrics.combine import compared
 from trl_dpg.metrics.constraints import Multiplier
@@ -191,6 +192,23 @@ def test_a_part_without_texts_has_those_of_its_name_in_a_toy_world(tmp_path):
 def test_a_wrong_constraint_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Constraint(**kwargs)
+
+
+def test_a_constrained_part_without_a_name_has_the_weight_0_as_well():
+    entries = [{"metric": "weight_norm", "metric_kwargs": {"weight": own}} for own in ("a", "b")]
+    metric = named_metric("combined", {"metrics": entries, "constraints": {"weight_norm_1": 0.05}})
+    assert metric.names == ["weight_norm", "weight_norm_1"] and metric.weights == [1.0, 0.0]
+
+
+def test_a_state_of_other_constraints_leaves_the_new_ones_alone():
+    """A run that goes on with `accept_changed_setup` may have other constraints."""
+    old, state = constrained(), MetricState(None, 0)
+    old.react({"target": 0.0, "known": -0.5})
+    new = CombinedMetric([TARGET, KNOWN, KNOWN], names=[*NAMES, "more"], constraints={"known": 0.1, "more": 0.1})
+    state.load(new, json.loads(json.dumps(state.state(old))))
+    assert new.multipliers["known"] == old.multipliers["known"] and new.multipliers["more"] == Multiplier(0.0)
+    state.load(old, state.state(new))
+    assert set(old.multipliers) == {"known"}
 
 
 def test_constraints_need_parts_and_something_to_raise():

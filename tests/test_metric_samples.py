@@ -21,8 +21,8 @@ SIZES = np.array([len(sample["input_ids"]) - 1 for sample in SAMPLES])
 SAME = [{"input_ids": [5, k, 7, k + 20, 9]} for k in range(12)]
 
 
-def finetuned(change=0.05):
-    student = make_student()
+def finetuned(change=0.05, student=None):
+    student = student or make_student()
     theta = student.initial_theta()
     torch.manual_seed(1)
     return FinetunedStudent(student, (theta + change * torch.randn_like(theta)).requires_grad_(), theta)
@@ -75,7 +75,8 @@ def test_the_mean_over_draws_is_the_whole_metric_and_its_gradient():
 
 
 def test_the_noise_is_the_standard_error_of_the_change():
-    before, after = finetuned(0.0), finetuned(0.05)
+    before = finetuned(0.0)
+    after = finetuned(0.05, before.student)
     metric, number = LanguageModelingMetric(SAME, batch_size=5), 7
     assert set(metric.proxies(after, -1.0)) == {"perplexity"}
     with drawn(metric, number, [0]):

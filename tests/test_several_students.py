@@ -13,7 +13,9 @@ from tests.test_reward import character_student, on_two_ranks
 from tests.tiny import make_model
 from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient, toy
 from trl_dpg.metagradients.config import SettingsError
+from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.replay import Replay
+from trl_dpg.reward_checks import check_token_ids
 from trl_dpg.scripts.arguments import ToyWorldArguments
 from trl_dpg.scripts.toy_world import toy_world
 from trl_dpg.several_students import aggregate, factors, student_names
@@ -115,7 +117,7 @@ RANKS = """
         reward, columns = DPGReward(students, METRIC, CONFIG, replay=Replay(["w5 w6", "w8"])), {{}}
         reward(PROMPTS[mine], TEXTS[mine], log_extra=columns.__setitem__)
         results[name] = columns["dpg_score"]
-        results[name + " worked"] = [scorer._start is not None for scorer in reward._scorers]
+        results[name + " worked"] = [s in reward.metric_state._starts for s in reward.students]
     pathlib.Path({out!r}, f"{{state.process_index}}.json").write_text(json.dumps(results))
 """
 
@@ -132,6 +134,19 @@ def test_two_ranks_have_a_student_each_and_find_what_one_finds(tmp_path):
     assert [rank["one worked"] for rank in both] == [[True], [True]]
 
 
+def test_each_student_has_its_own_draw_of_the_metrics_texts():
+    """The two tokenizers count tokens in other ways, so that a long text is drawn more often for one of them."""
+    texts = ["w1 w2 w3 w4 w5 w6 w7 w8 w9 w10", *(f"w{k} w{k + 1}" for k in range(6))]
+    found, names = {}, student_names(make_students())
+    reward = DPGReward(make_students(), LanguageModelingMetric(texts), CONFIG, metric_samples=4)
+    reward(PROMPTS, TEXTS, log_metric=found.__setitem__)
+    for student, name in zip(make_students(), names, strict=True):
+        alone = {}
+        own = DPGReward(student, LanguageModelingMetric(texts), CONFIG, metric_samples=4)
+        own(PROMPTS, TEXTS, log_metric=alone.__setitem__)
+        assert found[f"dpg/metric_noise/{name}"] == pytest.approx(alone["dpg/metric_noise"])
+
+
 def refuse(message, error=ValueError, student=None, config=CONFIG, **kwargs):
     with pytest.raises(error, match=message):
         DPGReward(student or make_students(), METRIC, config, **kwargs)
@@ -146,6 +161,9 @@ def test_what_several_students_cannot_share_is_named():
     naive = InnerLoopConfig(attribution="dataset")
     refuse("by the metric of one student", config=naive, cross_group_batching=False, num_generations=2)
     refuse("Unknown student_aggregation 'best'", student_aggregation="best")
+    assert check_token_ids(1, samples=[{"input_ids": [5, 6, 7]}]) is None
+    with pytest.raises(ValueError, match=r"`dataset_name` has token ids \(`input_ids`\).* there are 2 students"):
+        check_token_ids(2, dataset_name=[{"input_ids": [5, 6, 7]}])
     refuse(r"token ids \(`input_ids`\)", replay=Replay([{"input_ids": [5, 6, 7]}], ratio=1))
     with pytest.raises(ValueError, match="A student is required"):
         DPGReward([], METRIC, CONFIG)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from .metrics.base import Metric
+from .metrics.draw import drawn
 
 
 if TYPE_CHECKING:
@@ -211,9 +212,10 @@ def work_of_a_step(args, reward: "DPGReward") -> str:
         return f"{samples} completions, scored by {reward.client.url}."
     completion = args.max_completion_length or config.max_length
     length = min(completion, config.max_length) if reward.train_on == "completion" else config.max_length
-    steps = config.num_epochs * math.ceil(samples / config.batch_size)
+    steps = config.num_epochs * math.ceil(samples / reward.batch_size)
     work = f"{samples} completions of up to {completion} tokens, {steps} student step{'s' * (steps > 1)}"
-    num_tokens = reward.metric.num_tokens(reward.student) if isinstance(reward.metric, Metric) else 0
+    with drawn(reward.metric, reward.metric_state.num_samples, [args.seed]):
+        num_tokens = reward.metric.num_tokens(reward.student) if isinstance(reward.metric, Metric) else 0
     if num_tokens:
         work += f", a metric of {num_tokens:,} tokens"
     if num_tokens >= _LARGE * samples * length:

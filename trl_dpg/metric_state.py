@@ -121,7 +121,8 @@ class MetricState:
         """Take a state of [`MetricState.state`]."""
         self.num_draws = state["num_draws"]
         if is_constrained(metric):
-            metric.multipliers = {name: Multiplier(**own) for name, own in state["multipliers"].items()}  # type: ignore[attr-defined]
+            known = {name: Multiplier(**own) for name, own in state["multipliers"].items()}
+            metric.multipliers = {name: known.get(name, own) for name, own in metric.multipliers.items()}  # type: ignore[attr-defined]
 
 
 def is_constrained(metric: Any) -> bool:

@@ -96,12 +96,6 @@ class Replay:
             rows = list(rows)
         self.rows, self.ratio, self.seed = rows, ratio, seed
 
-    @property
-    def has_token_ids(self) -> bool:
-        """Whether the rows are token ids, which belong to one tokenizer."""
-        first = self.rows[0]
-        return not isinstance(first, str) and "input_ids" in first
-
     def number(self, num_samples: int, batch_size: int) -> int:
         """Replayed rows beside this number of samples."""
         whole, left = divmod(num_samples, batch_size)

@@ -109,7 +109,7 @@ class DPGReward:
             an evaluation all have the same ones.
 
     Attributes:
-        students (`list[Student]`): All students. `student` is the first one.
+        students (`list[Student]`): All students. `student` is the first.
         tuning ([`~trl_dpg.tuning.Tuning`] or `None`):
             The choice of the `"auto"` values, after the first call.
         choice ([`~trl_dpg.tuning.Choice`]):
@@ -170,7 +170,7 @@ class DPGReward:
         self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs
         self.metric: Callable[[FinetunedStudent], Tensor] = metric  # type: ignore[assignment]  # none with a server
-        self.replay, self._own_batch_size = replay, inner_loop_config.batch_size
+        self.replay, self.batch_size = replay, inner_loop_config.batch_size  # without replayed rows
         self.inner_loop_config = inner_loop_config if replay is None else replay.widened(inner_loop_config)
         self.student_aggregation, self.cross_group_batching = student_aggregation, cross_group_batching
         self.num_generations = num_generations
@@ -302,7 +302,7 @@ class DPGReward:
         if self.replay is None:
             return mixtures
         self._num_drawn += self.choice.training
-        draw = partial(self.replay.mix, batch_size=self._own_batch_size, index=self._num_drawn * self.choice.training)
+        draw = partial(self.replay.mix, batch_size=self.batch_size, index=self._num_drawn * self.choice.training)
         mixed: list[Mixture] = []
         from_all_ranks(lambda: mixed.extend(draw(own.examples) for own in mixtures), "Drawing replayed rows")
         return mixed

@@ -40,11 +40,23 @@ def check_several(
             "attribution='dataset' rewards whole datasets by the metric of one student. With several, use scores of "
             "samples (attribution='metagradient')."
         )
-    if replay is not None and replay.has_token_ids:
-        raise ValueError(
-            "The replayed rows are token ids (`input_ids`), which are those of one tokenizer, but there are "
-            f"{len(students)} students. Give texts."
-        )
+    check_token_ids(len(students), replay_dataset=None if replay is None else replay.rows)
+
+
+def check_token_ids(number: int, **examples: Any) -> None:
+    """
+    Refuse token ids, by their argument, which several students would read by their own tokenizers.
+
+    Raises:
+        `ValueError`: If there are several students and the first row of some examples has `input_ids`.
+    """
+    for name, rows in examples.items():
+        first = rows[0] if number > 1 and rows is not None and len(rows) else ""
+        if not isinstance(first, str) and "input_ids" in first:
+            raise SettingsError(
+                f"`{name}` has token ids (`input_ids`), which are those of one tokenizer, but there are {number} "
+                "students. Give texts."
+            )
 
 
 def check_not_given(**arguments: Any) -> None:

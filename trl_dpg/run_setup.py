@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from datasets import Dataset
 
 from .callbacks import run_config
+from .config import DPGConfig
 from .metagradients.config import MEMORY_ONLY
 from .metrics.base import Metric, metric_name
 from .redaction import as_stored
@@ -57,6 +58,7 @@ OF_THE_STUDENT = (
 )
 """The other settings of the student are those of the inner loop, which is compared as the numbers that it uses."""
 NUM_ROWS, NUM_ELEMENTS = 1000, 64
+DEFAULTS = {own.name: own.default for own in fields(DPGConfig)}
 
 
 def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +86,8 @@ def run_setup(trainer, reward: DPGReward | None, further: dict[str, Any]) -> dic
         setup["run"] |= {"metric": own["metric"], "student": own["student"], "student's weights": own["weights"]}
         if reward.replay is not None:
             replay = reward.replay
-            setup["run"]["replayed rows"] = f"{dataset_digest(replay.rows)}, {replay.ratio:g} for each sample"
+            described_rows = f"{dataset_digest(replay.rows)}, {replay.ratio:g} for each sample, seed {replay.seed}"
+            setup["run"]["replayed rows"] = described_rows
         setup["inner loop"] = own["inner_loop"]
     return as_stored(setup)
 
@@ -109,14 +112,18 @@ def metric_setup(metric: Any) -> str:
 
 
 def changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is different in two set-ups. An `"auto"` of the inner loop stands for the number that was chosen."""
-    return [
-        f"{name} (was {then[part].get(name)!r}, is {now[part].get(name)!r})"
-        for part in now
-        if part in then
-        for name in {**then[part], **now[part]}
-        if then[part].get(name) != now[part].get(name) and not (part == "inner loop" and now[part].get(name) == "auto")
-    ]
+    """
+    What is different in two set-ups. An `"auto"` of the inner loop stands for the number that was chosen. A setting
+    that an earlier version did not have had its default.
+    """
+    found = []
+    for part in now.keys() & then.keys():
+        defaults = DEFAULTS if part == "settings" else {}
+        for name in {**then[part], **now[part]}:
+            was, own = then[part].get(name, defaults.get(name)), now[part].get(name)
+            if was != own and not (part == "inner loop" and own == "auto"):
+                found.append(f"{name} (was {was!r}, is {own!r})")
+    return found
 
 
 def digest(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -141,7 +148,7 @@ def _frozen_weights(trainer) -> str | None:
 def _content(value: Any) -> Any:
     """What makes a metric of this package what it is. Of other objects, only their type is known."""
     if isinstance(value, Metric):
-        return {name: _content(own) for name, own in vars(value).items() if not name.startswith("_")}
+        return {name: _content(own) for name, own in vars(value).items() if not name.startswith("_") and own != {}}
     if isinstance(value, torch.Tensor):
         return digest([("", value)])
     if isinstance(value, Dataset):

@@ -14,9 +14,9 @@ from tests.small_runs import TRAIN_METRIC, TRAIN_PROMPTS, dpg_config, make_train
 from tests.tiny import make_model
 from trl_dpg.callbacks import cut_log
 from trl_dpg.checkpoints import newest_whole, put_aside, why_not_whole
-from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.metrics import CombinedMetric, LanguageModelingMetric, WeightNormMetric
 from trl_dpg.report.runs import read_run
-from trl_dpg.run_setup import run_setup
+from trl_dpg.run_setup import changes, metric_setup, run_setup
 from trl_dpg.scripts.errors import explain
 from trl_dpg.scripts.resuming import one_run
 
@@ -200,6 +200,20 @@ def test_a_changed_set_up_is_accepted_with_a_warning(run, caplog):
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     assert trainer.state.global_step == 3
     assert "eps_root (was" in caplog.text and "student's weights (was" in caplog.text
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_had_its_default():
+    then, now = {"settings": {"a": 1}}, {"settings": {"a": 1, "replay_ratio": 0.25, "student_aggregation": "mean"}}
+    assert changes(then, now) == []
+    now["settings"] |= {"replay_ratio": 0.5}
+    assert changes(then, now) == ["replay_ratio (was 0.25, is 0.5)"]
+
+
+def test_a_combined_metric_without_constraints_is_the_one_that_had_none():
+    metric = CombinedMetric([WeightNormMetric("lm_head.weight")], [1.0])
+    found = metric_setup(metric)
+    del metric.constraints  # as in earlier versions
+    assert metric_setup(metric) == found
 
 
 def test_what_does_not_change_the_run_may_change(run):

@@ -209,7 +209,7 @@ def _settings(
 ) -> dict[str, Any]:
     """The settings on which the scores depend."""
     return {
-        **({} if replay is None else {"replay_ratio": replay.ratio, "replay_digest": digest(replay.rows)}),
+        **({} if replay is None else {f"replay_{name}": own for name, own in _replay_settings(replay).items()}),
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
@@ -217,6 +217,10 @@ def _settings(
         "dataset_digest": digest(dataset),
         **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},
     }
+
+
+def _replay_settings(replay: Replay) -> dict[str, Any]:
+    return {"ratio": replay.ratio, "seed": replay.seed, "digest": digest(replay.rows)}
 
 
 def _shared_folder(stack: ExitStack) -> Path:

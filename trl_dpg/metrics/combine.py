@@ -28,9 +28,9 @@ class CombinedMetric(Metric):
     Args:
         metrics (`Sequence[Callable]`):
             The metrics. They can be any callables.
-        weights (`Sequence[float]`, *optional*):
-            The weight of each metric. When `None`, 1 for each, but 0 for those with a constraint. The multiplier of a
-            constrained part is added to its weight.
+        weights (`Sequence[float | None]`, *optional*):
+            The weight of each metric. `None`, as a whole or of one: 1, but 0 for those with a constraint. The
+            multiplier of a constrained part is added to its weight.
         score_parts (`bool`, *optional*):
             Whether [`metagradient`] and [`DPGReward`] score the samples by each part as well. When `None`, where this
             costs next to nothing: with one student step, and with `attribution="first_order"`, if `per_token` is off.
@@ -54,7 +54,7 @@ class CombinedMetric(Metric):
     def __init__(
         self,
         metrics: Sequence[Callable[[FinetunedStudent], Tensor]],
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float | None] | None = None,
         score_parts: bool | None = None,
         names: Sequence[str] | None = None,
         constraints: Mapping[str, Constraint | float] | None = None,
@@ -72,11 +72,12 @@ class CombinedMetric(Metric):
             name: own if isinstance(own, Constraint) else Constraint(own) for name, own in (constraints or {}).items()
         }
         free = [float(name not in self.constraints) for name in self.names]
-        self.weights = free if weights is None else list(weights)
-        if not metrics or len(self.weights) != len(metrics):
+        given = [None] * len(metrics) if weights is None else list(weights)
+        if not metrics or len(given) != len(metrics):
             raise ValueError(
-                f"A CombinedMetric needs as many weights as metrics, got {len(self.weights)} and {len(metrics)}."
+                f"A CombinedMetric needs as many weights as metrics, got {len(given)} and {len(metrics)}."
             )
+        self.weights = [own if weight is None else weight for own, weight in zip(free, given, strict=True)]
         strangers = [name for name in self.constraints if name not in self.names]
         if strangers:
             raise ValueError(f"A constraint is of {strangers[0]!r}, but the parts are {self.names}. Give `names`.")

@@ -57,7 +57,8 @@ class LanguageModelingMetric(Metric):
         self._tokenized: WeakKeyDictionary[Student, list[TokenizedExample]] = WeakKeyDictionary()
         self._warned_of = 0  # samples that are cut off
         self._draw: tuple[int, tuple[int, ...]] | None = None  # number of texts and seed
-        self._drawn: list[np.ndarray] = []  # Φ at each drawn text: in the first evaluation, and in the last
+        # Of each student, Φ at each drawn text: in the first evaluation, and in the last
+        self._drawn: WeakKeyDictionary[Student, list[np.ndarray]] = WeakKeyDictionary()
 
     @classmethod
     def from_lm_eval(
@@ -137,14 +138,15 @@ class LanguageModelingMetric(Metric):
         value = student.accumulate(log_likelihood, range(0, len(examples), self.batch_size))
         if self._draw is not None:
             at_texts = -student.ranks.sum(losses).double().cpu().numpy()
-            self._drawn = [*self._drawn[:1], at_texts]
+            self._drawn[student.student] = [*self._drawn.get(student.student, [])[:1], at_texts]
         return value
 
     def proxies(self, student: FinetunedStudent, value: float) -> dict[str, float]:
         found = {"perplexity": math.exp(min(-value, 700.0))}
         counts = self._chosen(student.student)[1]
-        if len(self._drawn) == 2 and counts.sum() > 1:
-            before, after = self._drawn
+        at_texts = self._drawn.get(student.student, [])
+        if len(at_texts) == 2 and counts.sum() > 1:
+            before, after = at_texts
             found["metric_noise"] = standard_error(before, after, counts, len(self._examples(student.student)))
         return found
 
@@ -157,7 +159,7 @@ class LanguageModelingMetric(Metric):
         all texts. The proxy `metric_noise` is the standard error of Φ's change between the first evaluation after the
         draw and the last one.
         """
-        self._draw, self._drawn = None, []
+        self._draw, self._drawn = None, WeakKeyDictionary()
         if number is not None and number < len(self.dataset):
             self._draw = number, tuple(seed)
         return True
@@ -172,7 +174,7 @@ class LanguageModelingMetric(Metric):
         return [examples[row] for row in rows], counts[rows]
 
     def num_tokens(self, student: Student) -> int:
-        return sum(len(example.input_ids) for example in self._examples(student))
+        return sum(len(example.input_ids) for example in self._chosen(student)[0])
 
     def _examples(self, student: Student) -> list[TokenizedExample]:
         """

@@ -39,6 +39,7 @@ from trl_dpg.attribution.journal import digest as digest
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
 from trl_dpg.metagradients.config import SettingsError
+from trl_dpg.reward_checks import check_token_ids
 from trl_dpg.tuning import check_scores
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
@@ -215,6 +216,7 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
         check_scores(config)
+        check_token_ids(len(students), dataset_name=samples)
         scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=make_replay(student_args))
         if script_args.distill:
             distill(script_args, student_args, dataset, samples, scored)

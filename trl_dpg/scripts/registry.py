@@ -121,9 +121,7 @@ def combined(
         name: call_with(Constraint, own if isinstance(own, dict) else {"eps": own}, "metric_kwargs", "constraints")
         for name, own in (constraints or {}).items()
     }
-    weights = [
-        float(entry.get("weight", 0 if name in limits else 1)) for entry, name in zip(metrics, names, strict=True)
-    ]
+    weights = [None if entry.get("weight") is None else float(entry["weight"]) for entry in metrics]
     return CombinedMetric(parts, weights, score_parts, names, limits)
 
 
