@@ -1,6 +1,7 @@
 """`trl-dpg attribute --distill`: features, the choice and calibration of a regressor, and the shards of a dataset."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -19,6 +20,8 @@ from trl_dpg.attribution.distil import ALPHAS, choose, fit
 from trl_dpg.attribution.distilled import Distilled
 from trl_dpg.attribution.features import FeatureReader
 from trl_dpg.provenance import check_manifest
+from trl_dpg.scripts.distill import check_columns
+from trl_dpg.scripts.usage import UsageError
 
 
 def make_texts(n, seed=0):
@@ -130,11 +133,11 @@ def test_scores_that_cannot_be_learned_are_refused():
     with pytest.raises(ValueError, match=rf"held-out samples, .* of {noise.spearman:.2f}, below the `floor` of 0.3"):
         noise.check(0.3)
     noise.check(-1)
-    with pytest.raises(ValueError, match=r"at least 61 samples .* got 59"):
+    with pytest.raises(ValueError, match=r"at least 60 samples .* got 59"):
         fit(*(part[:59] if isinstance(part, np.ndarray) else part for part in (features, counts, scores)))
     with pytest.raises(ValueError, match="All scores are equal"):
         fit(features, counts, 0 * scores)
-    with pytest.raises(ValueError, match="at least 661 samples"):
+    with pytest.raises(ValueError, match="at least 655 samples"):
         fit(features, counts, scores, coverage=0.99)
 
 
@@ -230,13 +233,59 @@ def test_only_the_missing_shards_are_scored_again(place, whole, tmp_path, capsys
 
 def test_each_shard_is_given_to_one_process(tmp_path):
     (tmp_path / "notes").mkdir()
-    shards = Shards(tmp_path, 25, 10, "parquet")
+    shards = Shards(tmp_path, 25, 10, "parquet", "regressors")
     with shards.next() as first, shards.next() as second, shards.next() as third, shards.next() as none:
         assert (first, second, third, none) == (0, 1, 2, None)
         assert shards.rows(third) == range(20, 25)
-    shards.note(0).write_text('{"rows": 10}')
+    note = {"rows": 10, "regressors": "regressors"}
+    shards.note(0).write_text(json.dumps(note))
     with shards.next() as first:
-        assert first == 1 and shards.notes() == [{"rows": 10}]
+        assert first == 1 and shards.notes() == [note]
+    shards.note(0).write_text(json.dumps(note | {"regressors": "others"}))
+    with shards.next() as first:
+        assert first == 0 and shards.notes() == []
+
+
+def test_empty_samples_alone_have_no_features_and_score_zero(whole, place):
+    regressor = Distilled.load(whole / "distilled.npz").regressors[None]
+    reader = FeatureReader(Student(str(place / "student")), 1024)
+    assert regressor.predict(*reader.read(["", ""], [regressor.described.num_blocks])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.91, 0.92, 0.93, 0.97, 0.99])
+def test_a_number_of_samples_that_is_accepted_gives_a_half_width(coverage):
+    accepted = []
+    for number in range(1, 1200):
+        try:
+            distil.check_number(number, coverage)
+        except ValueError:
+            continue
+        _, calibrating, _ = np.split(np.arange(number), [round(share * number) for share in distil.SHARES])
+        assert np.ceil(coverage * (len(calibrating) + 1)) <= len(calibrating), number
+        accepted.append(number)
+    assert accepted and min(accepted) >= distil.LEAST
+
+
+def test_shards_of_lost_regressors_are_not_taken_for_new_ones(place, whole, tmp_path, capsys):
+    """Also if the folder of the shards is a link to another disk."""
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.move(tmp_path / "out" / "scored", tmp_path / "disk")
+    (tmp_path / "out" / "scored").symlink_to(tmp_path / "disk")
+    (tmp_path / "out" / "distilled.npz").unlink()
+    with pytest.raises(SystemExit):
+        cli.main(arguments(place, tmp_path / "out"))
+    assert "distilled.npz is missing" in " ".join(capsys.readouterr().err.split())
+    stale = tmp_path / "disk" / "00000-of-00009.parquet"
+    stale.write_bytes(b"")
+    cli.main(arguments(place, tmp_path / "out", "--overwrite"))
+    assert not stale.exists() and len(list((tmp_path / "disk").glob("*.parquet"))) == 3
+
+
+def test_columns_of_exact_scores_are_those_of_no_other_metric():
+    check_columns(["a", "b"], ["text"])
+    for names, there in ((["a", "a_exact"], []), ([None], ["dpg_score_exact"])):
+        with pytest.raises(UsageError, match="Rename it"):
+            check_columns(names, there)
 
 
 @pytest.mark.faults
@@ -284,7 +333,7 @@ def test_each_of_several_metrics_is_distilled_and_their_contrast(place, tmp_path
         (["--distill_blocks", "-1"], "--distill_blocks must be at least 0"),
         (["--per_token"], "--per_token: distilled scores are of samples"),
         (["--distill_blocks", "3"], "--distill_blocks 3: the student has 2 blocks"),
-        (["--distill_samples", "40"], "at least 61 samples"),
+        (["--distill_samples", "40"], "at least 60 samples"),
     ],
 )
 def test_wrong_input_is_named_and_ends_with_status_2(more, message, place, tmp_path, capsys):

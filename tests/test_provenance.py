@@ -9,7 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from trl_dpg import cli
-from trl_dpg.provenance import check_manifest, compare_rows, model_state, row_hashes, write_manifest
+from trl_dpg.provenance import (
+    check_manifest,
+    compare_rows,
+    model_state,
+    model_states,
+    revision_of,
+    row_hashes,
+    write_manifest,
+)
 
 
 ROWS = [{"text": f"text {k}", "score": k / 3, "tags": ["a"] * (k % 3)} for k in range(8)]
@@ -132,6 +140,10 @@ def test_models_are_told_apart_by_their_files(tmp_path):
     assert before["name"] == str(tmp_path) and model_state(str(tmp_path)) == before
     (tmp_path / "model.safetensors").write_bytes(b"b" * 100)
     assert model_state(str(tmp_path)) != before
+    own = {"student_models": ["a", "b"], "student_model_init_kwargs": {"revision": "v2"}, "model_name_or_path": "c"}
+    assert list(model_states(own)) == ["model_name_or_path", "student_models[0]", "student_models[1]"]
+    assert revision_of("student_model_name_or_path", own) == "v2" and revision_of("model_name_or_path", own) is None
+    assert revision_of("model_name_or_path", {"model_revision": "v3"}) == "v3"
     assert model_state("no/model/of the Hub") == {"name": "no/model/of the Hub", "revision": None}
 
 
@@ -150,6 +162,7 @@ def test_the_command_says_what_differs_by_its_exit_status(folder, capsys):
         (None, "has no manifest.json that can be read (No such file or directory)"),
         ("{", "is not JSON"),
         ('{"files": {}}', "is not one of trl-dpg"),
+        ('{"layout": "trl-dpg manifest 1"}', "is not one of trl-dpg"),
     ],
 )
 def test_a_folder_without_a_manifest_is_refused(content, message, tmp_path, capsys):

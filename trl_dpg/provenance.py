@@ -64,12 +64,13 @@ def write_manifest(folder: str | Path, command: str, settings: Mapping[str, Any]
         "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": environment(),
-        "models": {name: model_state(value) for name, value in stored.items() if is_model(name, value)},
+        "models": model_states(stored),
         "inputs": as_stored(inputs),
         "settings": stored,
         "files": files,
     }
-    with (folder / f"{ROW_HASHES}.tmp").open("wb") as file:
+    (folder / f"{ROW_HASHES}.tmp").unlink(missing_ok=True)  # it may be a link
+    with (folder / f"{ROW_HASHES}.tmp").open("xb") as file:
         arrays: dict[str, Any] = {str(number): values for number, values in enumerate(rows.values())}
         np.savez(file, **arrays)
     (folder / f"{ROW_HASHES}.tmp").replace(folder / ROW_HASHES)
@@ -92,7 +93,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} has no {MANIFEST} that can be read ({error.strerror}).") from error
     except ValueError as error:
         raise ValueError(f"The {MANIFEST} of {str(folder)!r} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT:
+    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT or "files" not in manifest:
         raise ValueError(f"The {MANIFEST} of {str(folder)!r} is not one of trl-dpg ({LAYOUT!r}).")
     return manifest
 
@@ -161,11 +162,28 @@ def is_model(name: str, value: Any) -> bool:
     return isinstance(value, str) and (name in ("model", "teacher") or name.endswith("model_name_or_path"))
 
 
-def model_state(name: str) -> dict[str, Any]:
+def model_states(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of all models that settings name. Of several students, each has a number."""
+    found = {
+        name: model_state(own, revision_of(name, settings)) for name, own in settings.items() if is_model(name, own)
+    }
+    for number, own in enumerate(settings.get("student_models") or []):
+        found[f"student_models[{number}]"] = model_state(own, revision_of("student_model_name_or_path", settings))
+    return found
+
+
+def revision_of(name: str, settings: Mapping[str, Any]) -> str | None:
+    """The revision that is set for the model of a setting: `model_revision`, or in the arguments of its loading."""
+    prefix = name.removesuffix("model_name_or_path")
+    further = settings.get(f"{prefix}model_init_kwargs")
+    return settings.get(f"{prefix}model_revision") or (further.get("revision") if isinstance(further, dict) else None)
+
+
+def model_state(name: str, revision: str | None = None) -> dict[str, Any]:
     """The revision of a model of the Hub, or a hash of the sizes and the beginnings of a folder's files."""
     if not Path(name).is_dir():
         try:
-            config = try_to_load_from_cache(name, "config.json")
+            config = try_to_load_from_cache(name, "config.json", revision=revision)
         except HFValidationError:  # a teacher's id need not be one of the Hub
             config = None
         return {"name": name, "revision": Path(config).parent.name if isinstance(config, str) else None}

@@ -39,12 +39,14 @@ class Shards:
         num_rows (`int`): Rows of the dataset.
         size (`int`): Rows of a shard.
         output_format (`str`): `"parquet"` or `"jsonl"`.
+        regressors (`str`): A hash of the regressors. Shards of others are not done.
     """
 
     folder: Path
     num_rows: int
     size: int
     output_format: str
+    regressors: str
 
     @property
     def number(self) -> int:
@@ -70,23 +72,28 @@ class Shards:
 
     def notes(self) -> list[dict[str, Any]]:
         """What is noted of the shards that are done."""
-        paths = [self.note(shard) for shard in range(self.number)]
-        return [json.loads(path.read_bytes()) for path in paths if path.exists()]
+        found = (self.noted(shard) for shard in range(self.number))
+        return [own for own in found if own is not None]
+
+    def noted(self, shard: int) -> dict[str, Any] | None:
+        """What is noted of a shard, if it was done with these regressors."""
+        path = self.note(shard)
+        found = json.loads(path.read_bytes()) if path.exists() else {}
+        return found if found.get("regressors") == self.regressors else None
 
     @contextmanager
     def next(self) -> Iterator[int | None]:
         """Hold the lock of a shard that is not done, and on which no other process works. `None`: there is none."""
         for shard in range(self.number):
-            note = self.note(shard)
-            if note.exists():
+            if self.noted(shard) is not None:
                 continue
-            lock = FileLock(note.with_suffix(".lock"))
+            lock = FileLock(self.note(shard).with_suffix(".lock"))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 continue
             try:
-                if not note.exists():  # another process may have been faster
+                if self.noted(shard) is None:  # another process may have been faster
                     yield shard
                     return
             finally:
@@ -136,7 +143,9 @@ def score_shards(
                     results[name] = Estimates(np.concatenate(found))
                     results[exact_name(name)] = Estimates(exact[name][rows.start : rows.stop])
                 write(results, dataset.select(rows), shards.folder, shards.output_format, None, shards.name(shard))
-                write_json(shards.note(shard), {"rows": len(rows), "seconds": time.perf_counter() - started})
+                seconds = time.perf_counter() - started
+                note = {"rows": len(rows), "seconds": seconds, "regressors": shards.regressors}
+                write_json(shards.note(shard), note)
                 return len(rows)
 
         scored = [1]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,8 @@ class Regressor:
 
     def predict(self, features: Features, counts: np.ndarray) -> np.ndarray:
         """Distilled scores `[N]`, float32, of what [`FeatureReader.read`] returns. 0 for empty samples."""
+        if not counts.any():
+            return np.zeros(len(counts), dtype=np.float32)
         own = features[self.described.num_blocks, self.described.pooling]
         return np.where(counts > 0, self.model.predict(own), 0.0).astype(np.float32)
 
@@ -186,7 +189,12 @@ def check_number(number: int, coverage: float = COVERAGE) -> None:
     Raises:
         `ValueError`: If there are too few samples with exact scores and a token to learn from.
     """
-    least = max(LEAST, math.ceil(coverage / (1 - coverage) / (SHARES[1] - SHARES[0])) + 1)
+
+    def is_enough(number: int) -> bool:
+        calibrating = round(SHARES[1] * number) - round(SHARES[0] * number)
+        return math.ceil(coverage * (calibrating + 1)) <= calibrating
+
+    least = next(enough for enough in count(max(number, LEAST)) if is_enough(enough))
     if number < least:
         raise SettingsError(
             f"Scores are distilled from at least {least} samples with a token to learn from, got {number}. Score more "

@@ -56,7 +56,8 @@ class Distilled:
         for index, (name, own) in enumerate(self.regressors.items()):
             arrays |= {f"{kind}_{index}": vars(own)[kind] for kind in ARRAYS} | {f"exact_{index}": self.exact[name]}
         beside = path.with_name(f"{path.name}.tmp")
-        with beside.open("wb") as file:
+        beside.unlink(missing_ok=True)  # it may be a link
+        with beside.open("xb") as file:
             np.savez(file, **arrays)
         os.replace(beside, path)
 

@@ -51,7 +51,8 @@ def differentiate_path(
         rows (`list[int]`): The samples whose weights are random. The others, which are replayed, keep the weight 1.
 
     Returns:
-        The output of each metric by name. What is not a score is that of the fine-tuning with w = 1.
+        The output of each metric by name. `metric_after` is that of the fine-tuning with w = 1. What is neither this
+        nor a score is that of the first random weights.
     """
     ones, points = torch.ones(len(fine_tuning.samples)), []
     for drawn in path_weights(num_points, len(rows), fine_tuning.config.seed):

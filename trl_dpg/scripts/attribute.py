@@ -48,7 +48,7 @@ from .distill import DistillArguments, distill
 from .flags import in_flags
 from .manifest import leave_manifest
 from .registry import make_metric, make_metrics
-from .scored_by_student import FLAGS, RESULTS, Scored, check_several, journal_name
+from .scored_by_student import FLAGS, OF_SEVERAL, RESULTS, Scored, check_several, journal_name
 from .scored_by_student import MEMORY_ONLY as MEMORY_ONLY
 from .scored_samples import best_and_worst, load_samples, ranking_lines
 from .scored_samples import preview as preview
@@ -232,7 +232,9 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
                 if len(each) > 1:
                     found = {name: own[None] for name, own in each.items()}
                     results = {None: combine_attributions(found, student_args.student_aggregation), **found}
-                finish(script_args, results, dataset, samples, scored.student, scored.settings)
+                several_students = {name: vars(student_args)[name] for name in OF_SEVERAL} if len(each) > 1 else {}
+                settings = scored.settings | several_students
+                finish(script_args, results, dataset, samples, scored.student, settings)
     except JournalError as error:
         raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
     except SettingsError as error:

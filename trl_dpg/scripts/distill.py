@@ -10,7 +10,6 @@ The library side is `trl_dpg.attribution.distil`. Files in `output_dir`, beside 
 - `top.parquet`, with `keep_top`, and `summary.json`.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,12 +19,13 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from trl_dpg.attribution.corpus import Shards, read_scores, score_shards
+from trl_dpg.attribution.corpus import Shards, exact_name, read_scores, score_shards
 from trl_dpg.attribution.distil import COVERAGE, FLOOR, check_number, fit, make_regressor
 from trl_dpg.attribution.distilled import Distilled
 from trl_dpg.attribution.features import FeatureReader, blocks_of
-from trl_dpg.attribution.result import Estimates, quantiles, top_rows, write
+from trl_dpg.attribution.result import Estimates, quantiles, score_columns, top_rows, write
 from trl_dpg.files import write_json
+from trl_dpg.provenance import file_hash
 from trl_dpg.ranks import from_all_ranks
 from trl_dpg.redaction import as_stored
 from trl_dpg.run_setup import dataset_digest
@@ -118,6 +118,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     if student_args.per_token:
         raise UsageError("--per_token: distilled scores are of samples. Leave out --distill or --per_token.")
     make_regressor("ridge", seed=0, num_samples=1, num_features=1)  # scikit-learn is there
+    check_columns(script_args.names, dataset.column_names)
     folder, main = Path(script_args.output_dir), process_state().is_main_process
     rng = np.random.default_rng(student_args.seed)
     rows = np.sort(rng.choice(len(dataset), min(script_args.distill_samples, len(dataset)), replace=False))
@@ -153,7 +154,8 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     if script_args.distill_fit_only:
         return
     notes = make(folder / "scored" / "notes")
-    shards = Shards(notes.parent, len(dataset), script_args.distill_shard_size, script_args.output_format)
+    own_format = script_args.distill_shard_size, script_args.output_format
+    shards = Shards(notes.parent, len(dataset), *own_format, regressors=file_hash(stored))
     exact = distilled.exact_scores(len(dataset))
     score_shards(shards, dataset, samples, reader, distilled.regressors, exact, progress=True)
     if not main:
@@ -166,26 +168,41 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
         finish(script_args, distilled, shards, dataset, samples, student)
 
 
+def check_columns(names: list[Any], there: list[str]) -> None:
+    """Refuse names of metrics, and columns of the dataset, that are those of exact scores."""
+    taken = {*there, *(score_columns(name)[0] for name in names)}
+    for name in names:
+        column = score_columns(exact_name(name))[0]
+        if column in taken:
+            raise UsageError(
+                f"--distill writes exact scores to the column {column!r}, which is that of another metric or of the "
+                "dataset. Rename it."
+            )
+
+
 def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether regressors for these settings are there. Those of others are deleted, with their shards."""
-    if not stored.exists():
-        return False
-    found = Distilled.settings_of(stored)
+    found = Distilled.settings_of(stored) if stored.exists() else None
     if found == settings:
         return True
     shards = stored.parent / "scored"
     if any(shards.glob("notes/*.json")) and not overwrite:
-        changes = ", ".join(
-            f"{name} (was {found.get(name)!r}, is {settings.get(name)!r})"
-            for name in {**settings, **found}
-            if settings.get(name) != found.get(name)
+        changes = (
+            f"{stored.name} is missing"
+            if found is None
+            else ", ".join(
+                f"{name} (was {found.get(name)!r}, is {settings.get(name)!r})"
+                for name in {**settings, **found}
+                if settings.get(name) != found.get(name)
+            )
         )
         raise UsageError(
             f"--output_dir: {str(stored.parent)!r} has distilled scores of other settings: {changes}. Choose another "
             "folder, or delete these scores with --overwrite."
         )
-    shutil.rmtree(shards, ignore_errors=True)
-    stored.unlink()
+    for path in (*shards.glob("notes/*"), *shards.glob("*-of-*.*")):  # the folder may be a link to another disk
+        path.unlink()
+    stored.unlink(missing_ok=True)
     return False
 
 

@@ -22,6 +22,7 @@ from .samples import choose_numbers, tuning_file
 
 
 MEMORY_ONLY = tuple(f"student_{name}" for name in MEMORY_ONLY_FIELDS)  # may change when a run is resumed
+OF_SEVERAL = ("student_models", "student_model_name_or_path", "student_aggregation")
 NOT_OF_ONE = ("student_models", "student_aggregation", "replay_dataset", "replay_split", "replay_ratio")
 """Arguments that do not change what one student finds, or that are described apart."""
 RESULTS = ("scored.parquet", "scored.jsonl", "top.parquet", "top.jsonl")
