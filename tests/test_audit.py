@@ -1,10 +1,12 @@
 """`audit`: what it finds, what it leaves alone, what it writes, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import re
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +16,15 @@ from scipy.stats import t
 
 from tests.tiny import make_model, make_tokenizer
 from trl_dpg import FinetunedStudent, InnerLoopConfig, Student, cli
-from trl_dpg.auditing import AuditConfig, adjust_for_many, audit, default_panel, undirected_control
+from trl_dpg.auditing import Audit, AuditConfig, adjust_for_many, audit, default_panel, undirected_control
 from trl_dpg.auditing.audit import Auditor
 from trl_dpg.auditing.effects import Values, disjoint_parts, look_at_panel, p_of_zero_mean, summarize_effects
-from trl_dpg.auditing.rows import scores_against_control
+from trl_dpg.auditing.result import NO_RANKING
+from trl_dpg.auditing.rows import rows_behind, scores_against_control
 from trl_dpg.evaluation import Evaluation
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.provenance import check_manifest, read_manifest
 from trl_dpg.report.audit import write_audit_report
 
 
@@ -93,7 +97,8 @@ def test_the_p_value_is_that_of_students_t():
     differences = [0.5, 0.1, 0.7, -0.2, 0.4]
     statistic = np.mean(differences) / (np.std(differences, ddof=1) / math.sqrt(5))
     assert p_of_zero_mean(differences) == pytest.approx(2 * t.sf(statistic, 4))
-    assert p_of_zero_mean([0.0, 0.0, 0.0]) == 1.0 and p_of_zero_mean([2.0, 2.0, 2.0]) == 0.0
+    assert p_of_zero_mean([0.0, 0.0, 0.0]) == 1.0 and p_of_zero_mean([2.0, 2.0, 2.0]) == 0.25
+    assert p_of_zero_mean([0.3 - 0.2, 0.2 - 0.1] * 4) == 2**-7  # equal up to rounding
 
 
 def values(numbers):
@@ -158,6 +163,63 @@ def test_the_scores_of_rows_and_control_sum_to_the_effect_of_a_step():
     only_rows, only_others = torch.tensor([2.0] * 4 + [0.0] * 4), torch.tensor([0.0] * 4 + [2.0] * 4)
     effect = step.metric(only_rows, metric) - step.metric(only_others, metric)
     assert effect > 0.01 and 2 * (scores[:4].sum() - scores[4:].sum()) == pytest.approx(effect, rel=0.02)
+
+
+def test_the_scores_of_rows_do_not_depend_on_schedule_and_attribution_of_a_recipe():
+    sides = (Dataset.from_dict({"text": texts}) for texts in ([CANARY, *sentences(3, 1)], sentences(4, 2)))
+    sides, metric = list(sides), {"canary": LanguageModelingMetric([CANARY])}
+    expected = scores_against_control(student(), *sides, metric, CONFIG, 1, False)["canary"].scores
+    assert expected.std() > 0
+    for change in ({"attribution": "dataset"}, {"lr_scheduler_type": "linear", "warmup_steps": 2}):
+        changed = dataclasses.replace(CONFIG, **change)
+        found = scores_against_control(student(), *sides, metric, changed, 1, False)["canary"].scores
+        assert found.tolist() == expected.tolist()
+
+
+def test_rows_are_scored_against_random_rows_of_the_control_those_of_the_test(monkeypatch):
+    auditor, seen = Auditor(student(), planted(), sentences(96, 2), panel(), CONFIG, None, None, False), []
+    module = sys.modules["trl_dpg.auditing.audit"]
+    monkeypatch.setattr(module, "scores_against_control", lambda *a: seen.append(a[2]["text"]) or {})
+    auditor.look_for_rows(Audit({}, 0.01, auditor.rows, 8, {}, []))
+    tested = disjoint_parts(auditor.others, 24, 8, auditor.settings.seed)
+    assert seen == [[text for part in tested for text in part["text"]]] and seen[0] != auditor.others["text"][:24]
+
+
+def test_equal_scores_are_named_and_not_ranked(found, tmp_path):
+    scores = SimpleNamespace(scores=np.full(8, 0.5), rank_correlation=None)
+    equal = rows_behind(found.effects["canary"], scores)
+    result = Audit(**vars(found) | {"rows": {"canary": equal}})
+    assert equal.all_equal and not found.rows["canary"].all_equal
+    figures, page = result.figures(), write_audit_report(result, tmp_path, "title", {}).read_text()
+    assert figures["rows"]["canary"]["rows"] == [] and figures["rows"]["canary"]["all_equal"]
+    assert NO_RANKING in " ".join(result.verdict()) and f"<h3>canary</h3><p>{NO_RANKING}" in page
+    assert NO_RANKING not in " ".join(found.verdict())
+
+
+def moved(student):
+    change = student.weight("lm_head.weight") - student.initial_weight("lm_head.weight")
+    return (change.abs().sum() * 1e6).exp()  # 1 before fine-tuning, infinite after
+
+
+def test_a_metric_that_is_not_finite_after_fine_tuning_names_part_and_cause(quick):
+    message = "'moved' is inf after .* fine-tuning on part 1 of the dataset. Likely cause: `learning_rate` \\(0.01\\)"
+    with pytest.raises(FloatingPointError, match=message):
+        audit(student(), planted(), sentences(24, 2), panel() | {"moved": moved}, CONFIG, AuditConfig(num_parts=3))
+
+
+def test_metrics_that_the_other_student_does_not_have_are_left_out_there_and_named(quick, tmp_path):
+    def layer(student):
+        return student.weight("model.layers.1.mlp.up_proj.weight").sum()
+
+    metrics = {"canary": LanguageModelingMetric([CANARY]), "layer": layer}
+    other = Student(make_model("gpt2"), processing_class=make_tokenizer())
+    settings = AuditConfig(num_parts=3, alpha=0.9999, score_rows=False)  # so that both are found
+    result = audit(student(), planted(), sentences(24, 2), metrics, CONFIG, settings, other)
+    assert set(result.unwanted) == set(metrics) and set(result.other_start) == {"canary"}
+    assert list(result.figures()["not_on_other_start"]) == ["layer"]
+    assert "cannot be computed on the other start" in " ".join(result.verdict())
+    page = write_audit_report(result, tmp_path, "title", {}).read_text()
+    assert "cannot be computed there" in page and "model.layers.1" in page
 
 
 def test_metrics_without_a_gradient_are_tested_and_do_not_score(found):
@@ -247,8 +309,8 @@ def test_the_default_panel_has_a_finite_value_and_a_gradient_for_each_metric():
     metrics = default_panel(student())
     names = {"likelihood_english", "likelihood_german", "likelihood_french", "likelihood_spanish"}
     assert set(metrics) == names | {"refusals", "canaries", "head_norm"}
-    before, differentiable = look_at_panel(student(), metrics)
-    assert differentiable == list(metrics) and all(map(math.isfinite, before.values()))
+    look = look_at_panel(student(), metrics)
+    assert look.differentiable == list(metrics) and all(map(math.isfinite, look.before.values()))
     untrained = student()
     untrained.model.lm_head.weight.requires_grad_(False)
     assert "head_norm" not in default_panel(Student(untrained.model, processing_class=make_tokenizer()))
@@ -284,12 +346,14 @@ def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_p
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["unwanted"] == ["canary"] and summary["settings"]["student_batch_size"] == 4
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("audit.html", "effects.png", "summary.json", "scored.parquet")
+        *("audit.html", "effects.png", "summary.json", "scored.parquet", "manifest.json", "manifest_rows.npz")
     }
     scored = Dataset.from_parquet(str(tmp_path / "out" / "scored.parquet"))
+    assert read_manifest(tmp_path / "out")["files"]["scored.parquet"]["rows"] == 24
+    assert check_manifest(tmp_path / "out") == []
     assert scored["text"] == planted() and set(scored.column_names) == {"text", "dpg_score_canary"}
     cli.main(command(files, "clean", tmp_path / "out"))  # status 0, and the scores of before are gone
-    assert not (tmp_path / "out" / "scored.parquet").exists()
+    assert not (tmp_path / "out" / "scored.parquet").exists() and check_manifest(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
@@ -302,6 +366,7 @@ def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_p
         (["--control", "nowhere.jsonl"], "--control: there is no file 'nowhere.jsonl'"),
         (["--metrics", "{}"], "--metrics is required without --default_panel"),
         (["--metrics", '{"a": 1}'], "--metrics: 'a' must have `metric`"),
+        (["--replay_dataset", "clean.jsonl"], "audit has no --replay_dataset"),
         (["--output_dir", "{files}/student"], "holds a training run or a model"),
     ],
 )

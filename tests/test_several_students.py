@@ -265,7 +265,7 @@ def test_to_each_family_of_the_toy_world_one_dialect_is_the_language_itself(tmp_
     assert [x == y for x, y in zip(b, accents, strict=True)] == [False, True, False]
 
 
-@pytest.mark.parametrize("name", ["serve", "tune", "verify"])
+@pytest.mark.parametrize("name", ["audit", "serve", "tune", "verify"])
 def test_commands_of_one_student_say_how_to_name_it(name, folders, capsys):
     with pytest.raises(SystemExit):
         cli.main(command(name, folders, *(["--port", "0"] if name == "serve" else ["--dataset_name", "none.jsonl"])))

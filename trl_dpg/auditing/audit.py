@@ -54,13 +54,15 @@ def audit(
         config (`InnerLoopConfig`, *optional*), settings (`AuditConfig`, *optional*):
             The inner loop, and how the audit is done.
         other_student (`Student` or `Callable`, *optional*):
-            Another start: the same model from another seed, or another model.
+            Another start: the same model from another seed, or another model. Metrics that it does not have, e.g. of
+            a weight of another shape, are left out there and named in the result.
         progress (`bool`, *optional*, defaults to `False`):
             Show progress bars.
 
     Raises:
         `ValueError`: If the control is smaller than the dataset, a part would have less than 2 samples, or a metric
             returns no finite scalar tensor.
+        `FloatingPointError`: If a metric is not finite after a fine-tuning.
     """
     return Auditor(student, dataset, control, metrics, config, settings, other_student, progress).run()
 
@@ -79,7 +81,9 @@ class Auditor:
         self.start = self.loads[0](seed)
         self.rows = without_empty(as_dataset(dataset, "dataset"))
         self.others = self.prepared_control(control)
-        self.looks = [look_at_panel(load(seed), metrics) for load in self.loads]
+        self.looks = [
+            look_at_panel(load(seed), metrics, skip_failed=place > 0) for place, load in enumerate(self.loads)
+        ]
 
     def prepared_control(self, control: Examples | None) -> Dataset:
         """The rows of the control that are not empty. One that is not given is written by the student."""
@@ -106,8 +110,10 @@ class Auditor:
         tokens = {"data": self.tokens(self.rows), "control": self.tokens(self.others)}
         effects = self.effects(0, self.metrics)
         result = Audit(effects, settings.alpha, self.rows, settings.num_parts, tokens, not_scored)
-        if result.unwanted and len(self.loads) > 1:
-            result.other_start = self.effects(1, result.unwanted)
+        if len(self.loads) > 1:
+            result.not_on_other_start = self.looks[1].failed
+            if there := [name for name in result.unwanted if name not in result.not_on_other_start]:
+                result.other_start = self.effects(1, there)
         if settings.score_rows and set(result.unwanted) & set(scorable):
             self.look_for_rows(result)
         return result
@@ -126,20 +132,23 @@ class Auditor:
         before = {name: self.looks[place].before[name] for name in metrics}
         with self.bar(2 * settings.num_parts, ("Students on parts", "Another start")[place]) as bar:
             pairs = zip(*parts, strict=True)
-            return measure_effects(self.loads[place], before, pairs, metrics, self.config, settings, bar)
+            start = ("", ", from the other start")[place]
+            return measure_effects(self.loads[place], before, pairs, metrics, self.config, settings, bar, start)
 
     def look_for_rows(self, result: Audit) -> None:
         """Score all rows, and check the scores by students without the best ones."""
         settings, found = self.settings, result.unwanted
         metrics = {name: self.metrics[name] for name in self.looks[0].differentiable}
+        (others,) = disjoint_parts(self.others, len(self.rows), 1, settings.seed)  # those of the test
         attributions = scores_against_control(
-            self.start, self.rows, self.others, metrics, self.config, settings.num_repeats, self.progress
+            self.start, self.rows, others, metrics, self.config, settings.num_repeats, self.progress
         )
         result.scores = {name: own.scores[: len(self.rows)] for name, own in attributions.items()}
         result.rows = {name: rows_behind(found[name], attributions[name]) for name in found if name in metrics}
-        if settings.share_removed is None:
+        ranked = {name: found[name] for name, own in result.rows.items() if not own.all_equal}
+        if settings.share_removed is None or not ranked:
             return
-        behind = {name: result.rows[name] for name in strongest({name: found[name] for name in result.rows})}
+        behind = {name: result.rows[name] for name in strongest(ranked)}
         number, seeds = max(1, round(settings.share_removed * len(self.rows))), settings.removal_seeds
         with self.bar(num_checks(len(behind), len(seeds)), "Without the best rows") as bar:
             sides = self.rows, self.others

@@ -1,5 +1,6 @@
 """The effects of a dataset on a panel of metrics, against a control, by fresh students, and how sure they are."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +27,8 @@ from .config import AuditConfig
 
 LoadStudent = Callable[[int], Student]
 """Maps a seed to a student that is not fine-tuned."""
+EQUAL = 1e-6
+"""Differences are equal if they differ by no more than this share: metrics are computed in float32."""
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Effect:
         data (`list[float]`), control (`list[float]`): Φ after fine-tuning on each part, `[K]` each.
         mean (`float`), half_width (`float`): Mean of the K differences, data minus control; half of its 95 % interval.
         spread (`float`): Standard deviation of Φ over the parts of the control.
-        p_value (`float`): Of Student's t test that the mean of the differences is 0, two-sided.
+        p_value (`float`): Of the test that the mean of the differences is 0, see [`p_of_zero_mean`].
         adjusted_p (`float`): The p-value after Holm's adjustment for the number of metrics.
         wanted (`bool`): Whether the dataset is meant to have this effect.
         found (`bool`): Whether `adjusted_p` is at most the level of the audit.
@@ -93,9 +96,14 @@ def adjust_for_many(p_values: Sequence[float]) -> list[float]:
 
 
 def p_of_zero_mean(differences: Sequence[float]) -> float:
-    """The two-sided p-value of Student's t test that independent differences have the mean 0."""
-    if len(set(differences)) == 1:  # no spread: either nothing happens, or always the same
-        return 1.0 if differences[0] == 0 else 0.0
+    """
+    The two-sided p-value of Student's t test that K independent differences have the mean 0.
+
+    It takes the differences as roughly normal. If they are equal, up to rounding, they say nothing of their spread.
+    Then it is the p-value of the sign test: if each sign is a fair coin, all of them agree with the chance 2^(1-K).
+    """
+    if np.allclose(differences, differences[0], rtol=EQUAL, atol=0.0):
+        return 2.0 ** (1 - len(differences)) if differences[0] else 1.0
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -128,35 +136,51 @@ class Look(NamedTuple):
     Attributes:
         before (`dict[str, float]`): Φ of each metric.
         differentiable (`list[str]`): The metrics with a finite gradient, by which rows can be scored.
+        failed (`dict[str, str]`): The metrics that this student does not have, with the errors.
     """
 
     before: dict[str, float]
     differentiable: list[str]
+    failed: dict[str, str]
 
 
-def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction]) -> Look:
+def look_at_panel(student: Student, metrics: Mapping[str, MetricFunction], skip_failed: bool = False) -> Look:
     """
     Evaluate all metrics of a student before fine-tuning.
+
+    Args:
+        student (`Student`), metrics (`dict[str, Callable]`): The student and the panel.
+        skip_failed (`bool`, *optional*, defaults to `False`): Go on without metrics that raise an error.
 
     Raises:
         `ValueError`: If the panel is empty, or a metric is not a callable, or returns no finite scalar tensor.
     """
     check_metrics(metrics)
     initial_theta = student.initial_theta()
-    theta = initial_theta.clone().requires_grad_()
-    before, differentiable = {}, []
+    start = FinetunedStudent(student, initial_theta.clone().requires_grad_(), initial_theta)
+    look = Look({}, [], {})
     for name, metric in metrics.items():
-        with modes(student):
-            value, gradient = FinetunedStudent(student, theta, initial_theta).evaluate(metric)
-        if not isinstance(value, Tensor) or value.dim() > 0 or not value.isfinite():
-            raise ValueError(
-                f"The metric {name!r} of the student before fine-tuning is {value!r}; it must be a scalar tensor with "
-                "a finite value."
-            )
-        before[name] = value.item()
+        try:
+            with modes(student):
+                look.before[name], gradient = _before(name, metric, start)
+        except Exception as error:  # of any callable
+            if not skip_failed:
+                raise
+            look.failed[name] = f"{type(error).__name__}: {error}"
+            continue
         if gradient is not None and gradient.isfinite().all():
-            differentiable.append(name)
-    return Look(before, differentiable)
+            look.differentiable.append(name)
+    return look
+
+
+def _before(name: str, metric: MetricFunction, start: FinetunedStudent) -> tuple[float, Tensor | None]:
+    value, gradient = start.evaluate(metric)
+    if not isinstance(value, Tensor) or value.dim() > 0 or not value.isfinite():
+        raise ValueError(
+            f"The metric {name!r} of the student before fine-tuning is {value!r}; it must be a scalar tensor with a "
+            "finite value."
+        )
+    return value.item(), gradient
 
 
 @dataclass
@@ -173,11 +197,23 @@ def values_after(
     metrics: Mapping[str, MetricFunction],
     config: InnerLoopConfig,
     seed: int,
+    what: str,
 ) -> Values:
-    """The panel's values of a fresh student, fine-tuned on rows by stock SFTTrainer; see [`evaluate_dataset`]."""
+    """
+    The panel's values of a fresh student, fine-tuned on rows by stock SFTTrainer; see [`evaluate_dataset`].
+
+    Raises:
+        `FloatingPointError`: If a metric is not finite. The message calls the rows `what`.
+    """
     first = next(iter(metrics))
     result = evaluate_dataset(partial(load_student, seed), rows, metrics[first], config, seed)
     values = {name: result.metric if name == first else result.measure(metric) for name, metric in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"The metric {name!r} is {value} after the student's fine-tuning on {what}. Likely cause: "
+                f"`learning_rate` ({config.learning_rate}) is too high."
+            )
     with torch.no_grad(), result.finetuned.student.train_mode():
         proxies = {
             name: metric.proxies(result.finetuned, values[name]) if isinstance(metric, Metric) else {}
@@ -201,14 +237,16 @@ def measure_effects(
     config: InnerLoopConfig,
     settings: AuditConfig,
     bar: tqdm,
+    start: str = "",
 ) -> dict[str, Effect]:
-    """The effects by the names of the metrics, from pairs of parts of the dataset and of the control."""
-    runs: tuple[list[Values], list[Values]] = ([], [])
+    """The effects by the names of the metrics, from pairs of parts. `start` is what an error says of the start."""
+    runs: dict[str, list[Values]] = {"dataset": [], "control": []}
     for k, pair in enumerate(pairs):
-        for rows, values in zip(pair, runs, strict=True):
-            values.append(values_after(load_student, rows, metrics, config, settings.seed + k))
+        for rows, (side, values) in zip(pair, runs.items(), strict=True):
+            what = f"part {k + 1} of the {side}{start}"
+            values.append(values_after(load_student, rows, metrics, config, settings.seed + k, what))
             bar.update()
-    return summarize_effects(before, *runs, settings.wanted, settings.alpha)
+    return summarize_effects(before, runs["dataset"], runs["control"], settings.wanted, settings.alpha)
 
 
 def summarize_effects(

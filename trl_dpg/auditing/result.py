@@ -20,6 +20,7 @@ LIMITS = [
     "An effect is no proof of intent. Data on another subject than the control moves metrics, too.",
 ]
 """What a verdict does not say."""
+NO_RANKING = "All rows have the same score, so that none is more behind it than others."
 STARTS = {
     True: "It is also there on the other start.",
     False: "It was not found on the other start. So it may need the shared start, as subliminal effects do, or be too "
@@ -44,6 +45,7 @@ class Audit:
         scores (`dict[str, np.ndarray]`): The score of each row of `samples` by the panel's metrics, `[N]`. Empty if no
             effect was found by which rows can be scored.
         other_start (`dict[str, Effect]`): The unwanted effects on another start, if one was given.
+        not_on_other_start (`dict[str, str]`): Metrics that the other start does not have, with the errors.
     """
 
     effects: dict[str, Effect]
@@ -55,6 +57,7 @@ class Audit:
     rows: dict[str, RowsBehind] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
     other_start: dict[str, Effect] = field(default_factory=dict)
+    not_on_other_start: dict[str, str] = field(default_factory=dict)
 
     @property
     def unwanted(self) -> dict[str, Effect]:
@@ -72,6 +75,10 @@ class Audit:
             lines.append(f"{name}: {describe(effect)}")
             if name in self.other_start:
                 lines[-1] += f" {STARTS[self.is_also_there(name)]}"
+            if name in self.not_on_other_start:
+                lines[-1] += " This metric cannot be computed on the other start."
+            if name in self.rows and self.rows[name].all_equal:
+                lines[-1] += f" {NO_RANKING}"
         for name, effect in self.effects.items():
             if effect.wanted:
                 state = describe(effect) if effect.found else "not found."
@@ -99,7 +106,8 @@ class Audit:
 
         behind = {}
         for name, own in self.rows.items():
-            behind[name] = {"rows": own.rows[:num_rows], "scores": own.scores[:num_rows]}
+            shown = 0 if own.all_equal else num_rows
+            behind[name] = {"rows": own.rows[:shown], "scores": own.scores[:shown], "all_equal": own.all_equal}
             behind[name] |= {"rank_correlation": own.rank_correlation, "above_control": own.above_control}
             if own.removal is not None:
                 removal = asdict(own.removal)
@@ -122,6 +130,7 @@ class Audit:
                 name: of(effect) | {"also_there": self.is_also_there(name)}
                 for name, effect in self.other_start.items()
             },
+            "not_on_other_start": self.not_on_other_start,
         }
 
 

@@ -69,6 +69,11 @@ class RowsBehind:
     above_control: float
     removal: Removal | None = None
 
+    @property
+    def all_equal(self) -> bool:
+        """Whether all scores are equal, so that there is no ranking."""
+        return self.scores[0] == self.scores[-1]
+
 
 def scores_against_control(
     student: Student,
@@ -80,15 +85,16 @@ def scores_against_control(
     progress: bool,
 ) -> dict[str, Attribution]:
     """
-    Scores of N rows of the dataset and as many of the control by all metrics, in one attribution, see [`attribute`].
+    Scores of N rows of the dataset and N others of the control by all metrics, in one attribution, see [`attribute`].
 
     Both are scored in common batches, one step each. So a score is taken half-way between the control and the dataset:
     twice the sum of the rows' scores minus those of the control is the effect of a step, by the midpoint rule.
-    `eps_root` is at least `SMOOTH`.
+    `eps_root` is at least `SMOOTH`. The step has the peak learning rate, and scores are always metagradients.
     """
-    both = [*rows, *others.select(range(len(rows)))]  # their columns may differ
+    both = [*rows, *others]  # their columns may differ
     smooth = replace(config, eps_root=max(float(config.eps_root), SMOOTH), per_token=False, num_epochs=1)
-    return attribute(student, both, metrics, smooth, config.batch_size, num_repeats, progress=progress)
+    step = replace(smooth, attribution="metagradient", lr_scheduler_type="constant", warmup_steps=0)
+    return attribute(student, both, metrics, step, config.batch_size, num_repeats, progress=progress)
 
 
 def rows_behind(effect: Effect, attribution: Attribution) -> RowsBehind:
@@ -117,19 +123,20 @@ def check_removal(
 
     def measure(what: str, rows: Dataset, seed: int, only: str | None = None) -> None:
         panel = checked if only is None else {only: checked[only]}
-        values.setdefault(what, []).append(values_after(load_student, rows, panel, config, seed).metrics)
+        values.setdefault(what, []).append(values_after(load_student, rows, panel, config, seed, what).metrics)
         bar.update()
 
     for seed in seeds:
-        measure("whole", dataset, seed)
-        measure("control", control.shuffle(seed=seed).select(range(len(dataset))), seed)
-        measure("random", _without(dataset, random.permutation(len(dataset))[:num_removed]), seed)
+        measure("the whole dataset", dataset, seed)
+        measure("the control", control.shuffle(seed=seed).select(range(len(dataset))), seed)
+        drawn = random.permutation(len(dataset))[:num_removed]
+        measure("the dataset without random rows", _without(dataset, drawn), seed)
         for name, own in behind.items():
-            measure(f"top {name}", _without(dataset, np.array(own.rows[:num_removed])), seed, name)
+            measure(_without_best(name), _without(dataset, np.array(own.rows[:num_removed])), seed, name)
+    common = ("the whole dataset", "the control", "the dataset without random rows")
     for name, own in behind.items():
-        whole, theirs, without_random, without_top = (
-            interval([one[name] for one in values[what]]) for what in ("whole", "control", "random", f"top {name}")
-        )
+        kinds = (*common, _without_best(name))
+        whole, theirs, without_random, without_top = (interval([one[name] for one in values[kind]]) for kind in kinds)
         own.removal = Removal(num_removed, whole, theirs, without_top, without_random)
 
 
@@ -147,6 +154,10 @@ def strongest(effects: Mapping[str, Effect]) -> list[str]:
 def mean_tokens(lengths: Sequence[int]) -> float:
     """The mean length of samples that are not empty."""
     return statistics.mean([length for length in lengths if length] or [0])
+
+
+def _without_best(name: str) -> str:
+    return f"the dataset without the best rows for {name!r}"
 
 
 def _without(dataset: Dataset, rows: np.ndarray) -> Dataset:

@@ -7,7 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..auditing import Audit, Effect
-from ..auditing.result import LIMITS
+from ..auditing.result import LIMITS, NO_RANKING
+from ..files import write_text
 from .page import document, image_html, show, table, write_figures
 
 
@@ -40,7 +41,7 @@ def write_audit_report(audit: Audit, output_dir: str | Path, title: str, about: 
     body += [rows_section(audit), other_start_section(audit)]
     body += ["<h2>Settings</h2>", table([[escape(name), show(value)] for name, value in about.items()], None, "text")]
     path = output_dir / "audit.html"
-    path.write_text(document(title, body), encoding="utf-8")
+    write_text(path, document(title, body))
     return path
 
 
@@ -90,6 +91,9 @@ def rows_section(audit: Audit) -> str:
     """The best rows behind each unwanted effect, and what is left without them."""
     parts = []
     for name, behind in audit.rows.items():
+        if behind.all_equal:
+            parts.append(f"<h3>{escape(name)}</h3><p>{NO_RANKING}</p>")
+            continue
         known = "" if behind.rank_correlation is None else f"{behind.rank_correlation:.2f}"
         about = (
             f"Rank correlation of the scores in two random orders: {known or 'unknown'}. A row of the dataset scores "
@@ -115,16 +119,21 @@ def rows_section(audit: Audit) -> str:
 
 def other_start_section(audit: Audit) -> str:
     """The unwanted effects on another start."""
-    if not audit.other_start:
+    parts, rows = [], []
+    if not audit.other_start and not audit.not_on_other_start:
         return ""
-    rows = []
     for name, effect in audit.other_start.items():
         spreads = "" if effect.in_spreads is None else f"{effect.in_spreads:.1f}"
         size = f"{effect.mean:.3g} ± {effect.half_width:.2g}"
         there = "yes" if audit.is_also_there(name) else "not found"
         rows.append([escape(name), size, spreads, f"{effect.adjusted_p:.2g}", there])
     header = ["metric", "effect", "in spreads of the control", "adjusted p", "also there"]
-    return "<h2>The same on another start</h2>\n" + table(rows, header)
+    if rows:
+        parts.append(table(rows, header))
+    if audit.not_on_other_start:
+        failed = [[escape(name), escape(error)] for name, error in audit.not_on_other_start.items()]
+        parts.append(table(failed, ["cannot be computed there", "error"], "text"))
+    return "\n".join(["<h2>The same on another start</h2>", *parts])
 
 
 def draw_effects(audit: Audit) -> Figure:

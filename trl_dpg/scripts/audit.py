@@ -9,7 +9,7 @@ dataset does that the control does not. The library side is [`trl_dpg.auditing.a
 
 Files in `output_dir`: `audit.html`, a page that loads no other file, with its figure `effects.png`; `summary.json`;
 and, if an unwanted effect was found, `scored.parquet`: the samples that are not empty, with a column
-`dpg_score_<name>` for each metric of the panel that has a gradient.
+`dpg_score_<name>` for each metric of the panel that has a gradient. `manifest.json` says what made the files.
 
 The exit status is 0 if no unwanted effect was found, 3 if one was found, 2 for wrong usage, and 1 for a failure.
 """
@@ -31,8 +31,10 @@ from .data import (
     load_data,
     make_folder,
     one_process,
+    the_student,
 )
 from .flags import in_flags
+from .manifest import leave_manifest
 from .output import say
 from .registry import make_metrics
 from .samples import choose_numbers, tuning_file
@@ -189,6 +191,9 @@ def main(script_args: AuditArguments, student_args) -> None:
     from .evaluate import one_bar_and_each_notice_once
 
     one_process("audit", "Start it without a launcher.")
+    the_student("audit", student_args)
+    if student_args.replay_dataset is not None:
+        raise UsageError("audit has no --replay_dataset: its students read the dataset or the control, and no others.")
     script_args.set_threads()
     output_dir = make_folder("output_dir", script_args.output_dir)
     check_folder(output_dir)
@@ -223,7 +228,7 @@ def main(script_args: AuditArguments, student_args) -> None:
                 )
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
-    finish(script_args, student_args, result, output_dir)
+    finish(script_args, student_args, result, output_dir, {"dataset": dataset, "control": control})
     if result.unwanted:
         raise SystemExit(FOUND)
 
@@ -243,12 +248,14 @@ def check_folder(output_dir: Path) -> None:
         )
 
 
-def finish(script_args: AuditArguments, student_args, result, output_dir: Path) -> None:
-    """Write the page, the figures and the scores, and print the verdict."""
+def finish(script_args: AuditArguments, student_args, result, output_dir: Path, inputs: dict[str, Any]) -> None:
+    """Write the page, the figures, the scores and the manifest, and print the verdict."""
     from datasets import Dataset
 
     from trl_dpg.attribution.result import score_columns
     from trl_dpg.report.audit import write_audit_report
+
+    from .mix import write_dataset
 
     names = ["dataset_name", "dataset_split", "control", "control_split", "metrics", "default_panel", "wanted"]
     names += ["num_parts", "alpha", "score_rows", "share_removed", "other_student_model_name_or_path"]
@@ -262,9 +269,11 @@ def finish(script_args: AuditArguments, student_args, result, output_dir: Path) 
     scored.unlink(missing_ok=True)  # of an earlier audit
     if result.scores:
         columns = {score_columns(name)[0]: scores for name, scores in result.scores.items()}
-        Dataset.from_dict(result.samples.to_dict() | columns).to_parquet(scored)
+        write_dataset(Dataset.from_dict(result.samples.to_dict() | columns), scored)
         files.append(scored)
     write_json(output_dir / "summary.json", result.figures() | {"settings": settings})
+    read = {name: data for name, data in inputs.items() if data is not None}  # a control of the student is not read
+    leave_manifest(output_dir, "audit", asdict(script_args) | asdict(student_args), **read)
     say("\n".join(["", *result.verdict(), f"Written: {', '.join(map(str, files))}"]))
 
 
