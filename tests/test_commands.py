@@ -89,6 +89,7 @@ def test_a_toy_worlds_recipe_serves_all_commands(tmp_path, capsys):
     for folder in ("run", "data", "at"):
         assert check_manifest(tmp_path / folder) == []
     manifest = read_manifest(tmp_path / "run")
+    assert manifest["settings"]["max_steps"] > 0 and manifest["settings"]["num_train_epochs"]
     assert manifest["settings"]["run"]["metric"].startswith("WeightPatternMetric") and manifest["inputs"]["prompts"]
     assert {"model.safetensors", "dpg_log.jsonl", "summary.json"} <= set(manifest["files"])
     assert "## Manifest" in (tmp_path / "run" / "README.md").read_text()

@@ -275,10 +275,13 @@ def test_shards_of_lost_regressors_are_not_taken_for_new_ones(place, whole, tmp_
     with pytest.raises(SystemExit):
         cli.main(arguments(place, tmp_path / "out"))
     assert "distilled.npz is missing" in " ".join(capsys.readouterr().err.split())
+    theirs = tmp_path / "disk" / "train-00000-of-00002.parquet"
+    theirs.write_bytes(b"theirs")
     stale = tmp_path / "disk" / "00000-of-00009.parquet"
     stale.write_bytes(b"")
     cli.main(arguments(place, tmp_path / "out", "--overwrite"))
-    assert not stale.exists() and len(list((tmp_path / "disk").glob("*.parquet"))) == 3
+    assert not stale.exists() and len(list((tmp_path / "disk").glob("*.parquet"))) == 4
+    assert theirs.read_bytes() == b"theirs"
 
 
 def test_columns_of_exact_scores_are_those_of_no_other_metric():

@@ -163,6 +163,11 @@ def test_the_command_says_what_differs_by_its_exit_status(folder, capsys):
         ("{", "is not JSON"),
         ('{"files": {}}', "is not one of trl-dpg"),
         ('{"layout": "trl-dpg manifest 1"}', "is not one of trl-dpg"),
+        ('{"layout": "trl-dpg manifest 1", "command": "", "created": "", "files": []}', "is not one of trl-dpg"),
+        (
+            '{"layout": "trl-dpg manifest 1", "command": "", "created": "", "files": {"": {}}}',
+            "is not one of trl-dpg",
+        ),
     ],
 )
 def test_a_folder_without_a_manifest_is_refused(content, message, tmp_path, capsys):

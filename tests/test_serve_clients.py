@@ -252,13 +252,13 @@ RANKS = """
     # A server on two processes, on the second of which one dataset fails
     served, calls = DPGReward(make_student(), METRIC, CONFIG), []
 
-    def fails(*arguments, score=served._score_dataset):
+    def fails(*arguments, score=served._scorers[0].score):
         calls.append(arguments)
         if rank == 1 and len(calls) == 2:
             raise RuntimeError("out of luck")
         return score(*arguments)
 
-    served._score_dataset = fails
+    served._scorers[0].score = fails
     if rank == 0:
         with ScoreServer(served) as server:
             results["served"] = [server.post(TEXTS[: 8 - number]) for number in range(3)]

@@ -22,6 +22,7 @@ from trl_dpg.config import StudentArguments
 from trl_dpg.metagradients.config import SettingsError
 from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.scripts.tune import TuneArguments, entry, tuned_recipe
+from trl_dpg.student_scorer import StudentScorer
 from trl_dpg.tuning import MAX_REWARD_STEPS, Trial, reuse, search, trials, tune, tune_together
 from trl_dpg.tuning.search import _rounded
 from trl_dpg.verification import Agreement, predicted_and_actual, random_signs, reweighting, verify
@@ -366,7 +367,7 @@ def test_the_student_is_moved_where_an_error_reaches_all_processes(monkeypatch):
     for module in (reuse, reward_module):
         monkeypatch.setattr(module, "from_all_ranks", from_all_ranks)
     monkeypatch.setattr(ranks.Ranks, "guard", guard)
-    monkeypatch.setattr(DPGReward, "_move", lambda self, move: moved.append((move.__name__, *inside)))
+    monkeypatch.setattr(StudentScorer, "move", lambda self, move, metric: moved.append((move.__name__, *inside)))
     reward = DPGReward(make_student(), small_runs.METRIC, replace(AUTO, batch_size=4))
     moved.clear()
     reward(PROMPTS, TEXTS)

@@ -2,8 +2,11 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 PACKAGES = (
@@ -35,6 +38,8 @@ def environment() -> dict[str, str]:
     return versions
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """The model of a GPU, or the type of any other device."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -3,14 +3,15 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
@@ -20,11 +21,15 @@ from .files import write_json, write_text
 from .redaction import as_stored
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 LAYOUT = "trl-dpg manifest 1"
 MANIFEST, ROW_HASHES, CARD = "manifest.json", "manifest_rows.npz", "README.md"
 LEFT_OUT = (MANIFEST, ROW_HASHES, CARD, "*.lock", "*.tmp", ".*", "_*", "checkpoint-*", "notes", "runs", "wandb")
 """Names of files and folders that no manifest lists. The card shows the manifest, so it is written after it."""
 TABLES = (".parquet", ".jsonl")
+ROWS_PER_READ = 1000
 SHOWN = 5
 """Rows that are named, at most, where several differ."""
 START, END = "<!-- manifest -->", "<!-- end of manifest -->"
@@ -93,9 +98,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{str(folder)!r} has no {MANIFEST} that can be read ({error.strerror}).") from error
     except ValueError as error:
         raise ValueError(f"The {MANIFEST} of {str(folder)!r} is not JSON ({error}).") from error
-    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT or "files" not in manifest:
+    if not isinstance(manifest, dict) or manifest.get("layout") != LAYOUT or not _is_whole(manifest):
         raise ValueError(f"The {MANIFEST} of {str(folder)!r} is not one of trl-dpg ({LAYOUT!r}).")
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has what is read of it."""
+    files = manifest.get("files")
+    return (
+        {"command", "created"} <= set(manifest)
+        and isinstance(files, dict)
+        and all(
+            isinstance(own, dict)
+            and ("link" in own or {"size", "sha256"} <= set(own))
+            and ("rows" in own) == ("rows_sha256" in own)
+            for own in files.values()
+        )
+    )
 
 
 def check_manifest(folder: str | Path) -> list[str]:
@@ -157,6 +177,28 @@ def row_hashes(path: Path) -> np.ndarray:
     return np.frombuffer(hashes, dtype="<u8")
 
 
+def row_as_json(row: str | Mapping[str, Any]) -> str:
+    """A sample as text, by which samples can be compared. Arrays and tensors are lists."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=lambda value: value.tolist())
+
+
+def digest(dataset: "Dataset | Sequence[Any]") -> str:
+    """A hash of a dataset's contents."""
+    from datasets import Dataset
+
+    sha = hashlib.sha256()
+    if not isinstance(dataset, Dataset):
+        for row in dataset:
+            sha.update(row_as_json(row).encode() + b"\n")
+        return sha.hexdigest()
+    for table in dataset.with_format("arrow").iter(ROWS_PER_READ):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        sha.update(sink.getvalue())
+    return sha.hexdigest()
+
+
 def is_model(name: str, value: Any) -> bool:
     """Whether a setting names a model."""
     return isinstance(value, str) and (name in ("model", "teacher") or name.endswith("model_name_or_path"))
@@ -176,7 +218,8 @@ def revision_of(name: str, settings: Mapping[str, Any]) -> str | None:
     """The revision that is set for the model of a setting: `model_revision`, or in the arguments of its loading."""
     prefix = name.removesuffix("model_name_or_path")
     further = settings.get(f"{prefix}model_init_kwargs")
-    return settings.get(f"{prefix}model_revision") or (further.get("revision") if isinstance(further, dict) else None)
+    given = further.get("revision") if isinstance(further, dict) else None
+    return given or settings.get(f"{prefix}model_revision")
 
 
 def model_state(name: str, revision: str | None = None) -> dict[str, Any]:

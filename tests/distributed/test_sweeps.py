@@ -34,6 +34,7 @@ def difference(found, expected):
 
 
 @pytest.mark.first
+@pytest.mark.faults
 def test_scores_are_those_of_one_rank(four):
     one = {name.removesuffix(", 1"): found for name, found in four[0].items() if name.endswith(", 1")}
     assert len(one) == 11
@@ -48,11 +49,13 @@ def test_scores_are_those_of_one_rank(four):
                 assert difference(found["tokens"], expected["tokens"]) <= 1e-5, name
 
 
+@pytest.mark.faults
 def test_all_ranks_have_the_same_result(four):
     for name in ("full, four steps, 4", "lora, one step, 4", "float64", "verify", "attribute"):
         assert all(rank[name] == four[0][name] for rank in four[1:]), name
 
 
+@pytest.mark.faults
 def test_multipliers_and_draws_are_the_same_on_all_ranks(four):
     alone = [
         sweeps.constrained_reward(),
@@ -70,6 +73,7 @@ def test_multipliers_and_draws_are_the_same_on_all_ranks(four):
             assert len({tuple(step["weights"]) for step in found}) > 1
 
 
+@pytest.mark.faults
 def test_scores_on_four_ranks_are_exact_in_float64(four):
     weights = torch.linspace(0, 1.5, 12, dtype=torch.float64)
     benchmarks = {"benchmark": sweeps.BENCHMARK, "one text": sweeps.BENCHMARK[:1]}
@@ -82,18 +86,21 @@ def test_scores_on_four_ranks_are_exact_in_float64(four):
         assert difference(found["tokens"], tokens.tolist()) <= 1e-6
 
 
+@pytest.mark.faults
 def test_a_rank_keeps_its_share_of_the_trajectory(four):
     alone, shared = four[0]["kept"]
     assert shared <= 0.27 * alone
     assert four[0]["kept with checkpoints"] < shared
 
 
+@pytest.mark.faults
 def test_the_predicted_peak_is_that_of_a_rank(four):
     for rank in four:
         for name, (predicted, measured) in rank["peaks"].items():
             assert predicted == pytest.approx(measured, rel=0.15), name
 
 
+@pytest.mark.faults
 def test_changed_weights_and_verification_are_those_of_one_rank(four):
     (found,) = four[:1]
     for steps in ("one", "four"):
@@ -102,11 +109,13 @@ def test_changed_weights_and_verification_are_those_of_one_rank(four):
     assert found["verify"]["pearson"] > 0.99
 
 
+@pytest.mark.faults
 def test_attribute_shares_a_chunk_between_ranks(four):
     apart, together = four[0]["attribute"]
     assert len(together) == 24 and difference(together, apart) <= 1e-5
 
 
+@pytest.mark.faults
 def test_fresh_students_are_those_of_one_process(four):
     config = replace(sweeps.CONFIG, batch_size=4, learning_rate=1e-2)
     alone = evaluate_dataset(
@@ -116,6 +125,7 @@ def test_fresh_students_are_those_of_one_process(four):
     assert all("6 samples in batches of 4 leave 2" in rank["uneven"] for rank in four)
 
 
+@pytest.mark.faults
 def test_an_error_on_one_rank_is_raised_on_all(four):
     first, second, *others = (rank["errors"] for rank in four)
     for name in ("first", "second", "text", "saved", "saved again"):

@@ -515,7 +515,7 @@ def test_an_error_of_another_library_is_one_message_with_its_place(world, tmp_pa
     def fail(*args, **kwargs):
         raise KeyError("columns")
 
-    monkeypatch.setattr("trl_dpg.scripts.attribute.load_data", fail)
+    monkeypatch.setattr("trl_dpg.scripts.scored_samples.load_data", fail)
     code, error = outcome("attribute", "", world, tmp_path / "out", capsys)
     assert code == 1 and "KeyError: 'columns' (" in error and "TRL_DPG_TRACEBACK=1" in error
     monkeypatch.setenv("TRL_DPG_TRACEBACK", "1")

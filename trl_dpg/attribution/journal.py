@@ -1,6 +1,5 @@
 """The journal of an attribution: a file with a line for each scored chunk, so that an interrupted run can continue."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -8,36 +7,17 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from accelerate import PartialState
-from datasets import Dataset
 
 from ..files import append_line, locked, remove_half_line
 from ..metagradients.config import SettingsError
+from ..provenance import digest as digest
 from ..ranks import from_all_ranks
 from ..redaction import as_stored
-from ..student import Examples
-from ..student.tokenization import row_as_json
 
 
 LAYOUT = "trl-dpg attribution 1"
 """Stands at the beginning of every journal."""
-ROWS_PER_READ = 1000
-
-
-def digest(dataset: Examples) -> str:
-    """A hash of a dataset's contents."""
-    sha = hashlib.sha256()
-    if not isinstance(dataset, Dataset):
-        for row in dataset:
-            sha.update(row_as_json(row).encode() + b"\n")
-        return sha.hexdigest()
-    for table in dataset.with_format("arrow").iter(ROWS_PER_READ):
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        sha.update(sink.getvalue())
-    return sha.hexdigest()
 
 
 class JournalError(SettingsError):

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..provenance import row_as_json
 from ..ranks import ALONE, Ranks
 from ..student import Examples, FinetunedStudent, Student, TokenizedExample
-from ..student.tokenization import row_as_json
 from .batches import rows_of_steps
 from .config import InnerLoopConfig, NotFiniteError, SettingsError
 from .fine_tuning import FineTuning, modes

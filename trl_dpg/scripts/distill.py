@@ -37,6 +37,7 @@ from .output import say
 from .scored_samples import best_and_worst, ranking_lines
 
 
+OF_A_SHARD = "[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].*"
 NUM_BLOCKS = (1, 2, 4)
 """Numbers of the student's blocks that are tried by default."""
 OWN = ("distill_samples", "distill_blocks", "distill_window", "distill_coverage", "distill_shard_size")
@@ -186,7 +187,8 @@ def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if found == settings:
         return True
     shards = stored.parent / "scored"
-    if any(shards.glob("notes/*.json")) and not overwrite:
+    left = [*shards.glob("notes/*"), *shards.glob(OF_A_SHARD)]
+    if left and not overwrite:
         changes = (
             f"{stored.name} is missing"
             if found is None
@@ -200,7 +202,7 @@ def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
             f"--output_dir: {str(stored.parent)!r} has distilled scores of other settings: {changes}. Choose another "
             "folder, or delete these scores with --overwrite."
         )
-    for path in (*shards.glob("notes/*"), *shards.glob("*-of-*.*")):  # the folder may be a link to another disk
+    for path in left:  # the folder may be a link to another disk
         path.unlink()
     stored.unlink(missing_ok=True)
     return False

@@ -14,6 +14,7 @@ starts anew. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end with exit sta
 
 import gc
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def publish(trainer, dataset_name: str | None) -> None:
 
     if trainer.is_world_process_zero():
         setup = run_setup(trainer, trainer.dpg_reward, trainer.restart.further)
-        settings = setup.pop("settings") | setup.pop("further") | setup
+        further = trainer.restart.further | setup.pop("further")
+        settings = json.loads(trainer.args.to_json_string()) | further | setup.pop("settings") | setup
         leave_manifest(trainer.args.output_dir, "dpg", settings, prompts=setup["run"]["data"])
     trainer.create_model_card(dataset_name=dataset_name)
     if trainer.args.push_to_hub:

@@ -15,8 +15,7 @@ def leave_manifest(folder: str | Path, command: str, settings: Mapping[str, Any]
         settings (`Mapping[str, Any]`): Its settings.
         inputs: What it read, e.g. its prompts: a dataset or a list, of which the hash is written, or a hash.
     """
-    from trl_dpg.attribution.journal import digest
-    from trl_dpg.provenance import write_manifest
+    from trl_dpg.provenance import digest, write_manifest
 
     hashes = {name: value if isinstance(value, str) else digest(value) for name, value in inputs.items()}
     write_manifest(folder, command, settings, **hashes)

@@ -1,6 +1,5 @@
 """Tokenisation of samples: from rows to token ids and labels, and from these to batches."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import repeat
@@ -58,11 +57,6 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None
     labels: Tensor
     targets: Tensor
-
-
-def row_as_json(row: str | Mapping[str, Any]) -> str:
-    """A sample as text, by which samples can be compared. Arrays and tensors are lists."""
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=lambda value: value.tolist())
 
 
 def check_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
