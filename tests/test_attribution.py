@@ -94,6 +94,7 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(content, student, tmp_path):
     assert path.read_text() == content
 
 
+@pytest.mark.faults
 def test_two_processes_wait_for_each_other_and_an_error_on_one_is_raised_on_both(tmp_path):
     process = on_two_processes("tests.test_attribution", str(tmp_path))
     assert process.returncode == 0, process.stderr

@@ -382,6 +382,7 @@ def test_fresh_students_have_the_numbers_that_auto_chose(tmp_path):
     assert torch.isfinite(torch.tensor(summary["trained"]["metric"]))
 
 
+@pytest.mark.faults
 def test_a_finished_run_takes_the_numbers_of_auto_from_its_file(tmp_path, capsys):
     arguments = ["--save_strategy", "steps", "--save_steps", "2", "--evaluate", "false", "--max_steps", "2"]
     arguments += ["--student_learning_rate", "auto", "--student_eps_root", "auto"]

@@ -224,6 +224,7 @@ def some_rewards():
     ]
 
 
+@pytest.mark.faults
 def test_two_processes_match_their_lengths_together(tmp_path):
     process = on_two_processes("tests.test_lengths_rewards", str(tmp_path))
     assert process.returncode == 0, process.stderr[-3000:]

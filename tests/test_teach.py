@@ -438,6 +438,7 @@ async def ideal(url, number, at_once):
         return time.monotonic() - began
 
 
+@pytest.mark.faults
 def test_a_limit_of_requests_at_once_is_found_among_random_refusals(tmp_path):
     def unreliable(request, number):
         chance = rng.random()
