@@ -208,8 +208,11 @@ def _settings(
     student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, replay: Replay | None
 ) -> dict[str, Any]:
     """The settings on which the scores depend."""
+    replayed: dict[str, Any] = {}
+    if replay is not None:
+        replayed = {"replay_ratio": replay.ratio, "replay_seed": replay.seed, "replay_digest": digest(replay.rows)}
     return {
-        **({} if replay is None else {f"replay_{name}": own for name, own in _replay_settings(replay).items()}),
+        **replayed,
         "metric": _each(metric, lambda _, own: metric_name(own)),
         "student": student.describe(),
         "chunk_size": size,
@@ -217,10 +220,6 @@ def _settings(
         "dataset_digest": digest(dataset),
         **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},
     }
-
-
-def _replay_settings(replay: Replay) -> dict[str, Any]:
-    return {"ratio": replay.ratio, "seed": replay.seed, "digest": digest(replay.rows)}
 
 
 def _shared_folder(stack: ExitStack) -> Path:
