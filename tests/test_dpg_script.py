@@ -47,7 +47,7 @@ def test_a_mini_recipe_runs_and_ends_with_the_figures_of_fresh_students(recipe, 
     assert summary["steps"] == 2 and summary["seconds"] > 0
     figure = {"pattern_67": "pixel_accuracy", "qr_code": "scanned_text", "l2_norm": "weight_norm"}
     figure |= {"new_language": "word_share", "uuid": "contains", "cot_length": "right_answer"}
-    figure |= {"families": "metric/gpt2", "replay": "A", "constrained": "kept/language_A"}
+    figure |= {"families": "metric/gpt2", "replay": "language_A", "constrained": "kept/language_A"}
     for texts in ("untrained", "trained"):
         assert torch.isfinite(torch.tensor(summary[texts]["metric"]))
         assert figure[recipe.parent.name] in summary[texts]
