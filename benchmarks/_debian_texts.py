@@ -32,17 +32,19 @@ def debian_texts(folder: Path, number: int, tokenizer, low: int, high: int, seed
         seed (`int`): Seed of the choice.
     """
     rng = random.Random(seed)
-    rows = []
+    rows, rest = [], []
     for language, share in SHARES.items():
         found = sorted({text for package in PACKAGES[language] for text in texts_of(unpacked(folder, package))})
         lengths = [len(ids) for ids in tokenizer(found)["input_ids"]]
         fitting = [text for text, length in zip(found, lengths, strict=True) if low <= length <= high]
-        wanted = round(share * number)
-        if len(fitting) < wanted:
-            raise ValueError(f"{language}: {len(fitting)} texts of {low} to {high} tokens, {wanted} are wanted.")
-        rows += [{"text": text, "language": language} for text in rng.sample(fitting, wanted)]
+        chosen = [{"text": text, "language": language} for text in rng.sample(fitting, len(fitting))]
+        rows += chosen[: round(share * number)]
+        rest += chosen[round(share * number) :]
+    if len(rows) + len(rest) < number:
+        raise ValueError(f"{len(rows) + len(rest)} texts of {low} to {high} tokens, {number} are wanted.")
+    rows += rng.sample(rest, max(number - len(rows), 0))  # in the place of languages with too few
     rng.shuffle(rows)
-    return rows
+    return rows[:number]
 
 
 def unpacked(folder: Path, package: str) -> Path:

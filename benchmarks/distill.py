@@ -40,6 +40,7 @@ def main():
     parser.add_argument("--packages", type=Path, help="where the packages of Debian are kept")
     parser.add_argument("--num_texts", type=int, default=10_000)
     parser.add_argument("--num_scored", type=int, default=2_000)
+    parser.add_argument("--min_tokens", type=int, default=16)
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--chunk", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -62,7 +63,7 @@ def main():
     corpus = args.output_dir / "corpus.jsonl"
     if not corpus.exists():
         folder = args.packages or args.output_dir / "packages"
-        rows = debian_texts(folder, args.num_texts, student.processing_class, 16, args.max_tokens)
+        rows = debian_texts(folder, args.num_texts, student.processing_class, args.min_tokens, args.max_tokens)
         corpus.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     rows = [json.loads(line) for line in corpus.open()]
     texts = Dataset.from_list([{"text": row["text"]} for row in rows])
