@@ -54,6 +54,7 @@ class Traveller:
     [
         ("auto", "cuda:3", "cuda:3"),
         ("auto", "cpu", "cpu"),
+        ("auto", "cpu:1", "cpu"),  # as accelerate calls it on the second of several processes
         ("cpu", "cuda:0", "cpu"),
         ("cuda:1", "cuda:0", "cuda:1"),
         ("cuda", "cuda:2", "cuda:2"),

@@ -171,7 +171,12 @@ class Ranks:
                     )
 
     def is_new(self, model: torch.nn.Module) -> bool:
-        """Whether this is the first time that the ranks compute with a model."""
+        """
+        Whether this is the first time that the ranks compute with a model.
+
+        Frozen weights are compared then, and not again: nothing writes them. Their addresses would not tell whether
+        they are the same, because another tensor of the same shape gets the address when the student is moved.
+        """
         new = model not in self._models
         self._models.add(model)
         return new

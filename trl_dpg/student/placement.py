@@ -55,6 +55,8 @@ class Placement:
             `ValueError`: If this machine has no such device, or if all processes would use a single one.
         """
         own = PartialState().device
+        if own.type == "cpu":  # of several processes "cpu:1", to which a tensor on "cpu" would be copied every time
+            own = torch.device("cpu")
         if self.device == "auto":
             return own
         device = torch.device(self.device)
