@@ -9,6 +9,8 @@ from trl_dpg.metagradients.fine_tuning import FineTuning
 from trl_dpg.metagradients.out_of_memory import NotEnoughMemory, within_memory
 from trl_dpg.metrics import LanguageModelingMetric
 from trl_dpg.scripts.errors import explain
+from trl_dpg.tuning import tune
+from trl_dpg.verification import gradient_noise
 
 
 SAMPLES = make_samples(16)
@@ -129,3 +131,52 @@ def test_the_memory_of_a_failed_attempt_is_freed():
 
     within_memory(fine_tuning, run, "The test")
     assert seen == [0, 0, 0]
+
+
+class Short:
+    """A metric for which the memory does not suffice in some of its calls."""
+
+    def __init__(self, *short):
+        self.short, self.calls = short, 0
+
+    def __call__(self, student):
+        self.calls += 1
+        value = METRIC(student)
+        if self.calls in self.short:
+            value.register_hook(self.fail) if value.requires_grad else self.fail()
+        return value
+
+    def fail(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_metric_in_a_verification_during_training_is_computed_again():
+    texts = [f"w{k} w{k + 1} w3" for k in range(8)]
+
+    def figures(*short):
+        metric, logs = Short(*short), {}
+        student = make_student(make_tokenizer())
+        reward = DPGReward(student, metric, InnerLoopConfig(batch_size=4), verify_steps=1)
+        reward(["p"] * 8, texts, log_metric=logs.__setitem__)
+        return logs["dpg/verify/pearson"], student.micro_batch_size, metric.calls
+
+    whole, none, calls = figures()
+    again, size, more = figures(5, 9)  # after those before and after the fine-tuning
+    assert again == pytest.approx(whole, rel=1e-6) and none is None
+    assert size == 1 and more == calls + 2
+
+
+def test_the_gradient_noise_finds_the_size_as_well():
+    student, sizes = student_with(1)
+    config = InnerLoopConfig(batch_size=4)
+    found = gradient_noise(FineTuning(student, SAMPLES, config))
+    assert found == pytest.approx(gradient_noise(FineTuning(make_student(), SAMPLES, config)), rel=1e-6)
+    assert sizes[0] == 2 and student.micro_batch_size == 1
+
+
+def test_a_search_finds_the_size_as_well():
+    config = InnerLoopConfig(learning_rate="auto", eps_root=1e-6, batch_size=16)
+    whole = tune(make_student(), SAMPLES, METRIC, config)
+    student, _ = student_with(4)
+    found = tune(student, SAMPLES, Short(1, 3), config)  # at the start, and when a trial differentiates it
+    assert found.chosen == pytest.approx(whole.chosen, rel=1e-6) and student.micro_batch_size == 2

@@ -120,12 +120,18 @@ class FineTuning:
 
     def evaluate(self, theta: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         """Φ(θ), for θ of shape `[P]`."""
+        return within_memory(self, lambda: self._evaluate(theta, metric), "The metric")
+
+    def _evaluate(self, theta: Tensor, metric: Callable[[FinetunedStudent], Tensor]) -> float:
         finetuned = FinetunedStudent(self.student, theta, self.initial_theta(), self.ranks)
         with modes(self.student), torch.no_grad():
             return self.ranks.first(finetuned.evaluate(metric)[0].detach().clone().to(theta.device)).item()
 
     def losses(self, theta: Tensor) -> Tensor:
         """The training loss of each step's samples for one θ of shape `[P]`. Shape `[T]`, in nats, on the CPU."""
+        return within_memory(self, lambda: self._losses(theta), "The student's losses")
+
+    def _losses(self, theta: Tensor) -> Tensor:
         parameters = self.student.unflatten(theta)
 
         def loss(micro_batch: MicroBatch) -> float:

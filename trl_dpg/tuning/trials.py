@@ -10,6 +10,7 @@ from ..metagradients import InnerLoopConfig
 from ..metagradients.fine_tuning import FineTuning, modes
 from ..metagradients.goals import metric_at_start
 from ..metagradients.metagradient import differentiate
+from ..metagradients.out_of_memory import within_memory
 from ..student import FinetunedStudent
 from ..verification import SMOOTH, STEP, Agreement, random_signs
 from ..verification.measurements import changes_along, predicted_changes
@@ -96,7 +97,7 @@ class Prober:
         self.directions = random_signs(self.num_directions(), len(plan.samples), seed)
         bar.measuring("the start")
         self.start = Remembering(metric)
-        self.metric_before = metric_at_start(self.start, self.student)
+        self.metric_before = within_memory(plan, lambda: metric_at_start(self.start, self.student), "The metric")
         self.losses_before = plan.losses(self.student.initial_theta())
         bar.done(3)
         self.mean_square = self._mean_square()
@@ -110,12 +111,15 @@ class Prober:
 
     def _mean_square(self) -> float:
         """The mean square of the first step's gradient, over the parameters that have one."""
+        gradient = within_memory(self.plan, self._first_gradient, "The first gradient")
+        self.bar.done(round(2 / len(self.plan.steps)))
+        return _mean_square(gradient)
+
+    def _first_gradient(self) -> Tensor:
         theta = self.student.initial_theta()
         weights = torch.ones(len(self.plan.samples), dtype=theta.dtype, device=theta.device)
         with self.plan.sweeping():
-            gradient = step_gradient(self.plan, theta, self.plan.steps[0], weights)
-        self.bar.done(round(2 / len(self.plan.steps)))
-        return _mean_square(gradient)
+            return step_gradient(self.plan, theta, self.plan.steps[0], weights)
 
     def loss_change(self, theta: Tensor) -> float:
         """The mean training loss for θ minus that for the student before fine-tuning."""
@@ -180,7 +184,7 @@ class OneStepProber(Prober):
         theta = self.single.end(config).requires_grad_()
         finetuned = FinetunedStudent(self.student, theta, self.single.theta)
         with modes(self.student):
-            value, gradient = finetuned.evaluate(self.metric)
+            value, gradient = within_memory(self.plan, lambda: finetuned.evaluate(self.metric), "The metric")
         trial.metric_change, trial.metasmoothness = value.item() - self.metric_before, 1.0
         self.bar.done(self.PASSES_OF_SCORES)
         if gradient is None or not math.isfinite(value.item()):

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..metagradients.batches import plan_steps
 from ..metagradients.fine_tuning import FineTuning
-from ..student import FinetunedStudent
+from ..metagradients.out_of_memory import within_memory
+from ..student import FinetunedStudent, TokenizedExample
 from .reweighting import ends, step_gradient
 
 
@@ -209,31 +210,37 @@ def gradient_noise(fine_tuning: FineTuning) -> GradientNoise:
     Args:
         fine_tuning (`FineTuning`): The student's fine-tuning; needs at least 2 samples with a supervised token.
     """
-    student, config = fine_tuning.student, fine_tuning.config
     examples = [example for example in fine_tuning.samples if example.num_supervised]
     if len(examples) < 2:
         raise ValueError(f"Gradient noise needs two samples with a token to learn from, got {len(examples)}.")
     size = max(1, len(examples) // NUM_GROUPS)
     num_groups = len(examples) // size
-    grouping = replace(config, batch_size=size, num_epochs=1, shuffle=False)
-    groups = plan_steps(student, examples[: size * num_groups], grouping)
+    groups = examples[: size * num_groups]
+    mean, mean_norm = within_memory(fine_tuning, lambda: _mean(fine_tuning, groups, size), "The gradient noise")
+    norm_of_mean = mean.square().sum().item()
+    variance = max(mean_norm - norm_of_mean, 0.0) * num_groups / (num_groups - 1) * size  # tr(Σ)
+    signal = max(norm_of_mean - variance / (size * num_groups), 0.0)  # |G|²
+    step_noise = variance / min(fine_tuning.config.batch_size, len(examples))
+    return GradientNoise(
+        noise_scale=variance / signal if signal else math.inf,
+        noise_share=step_noise / (signal + step_noise) if signal + step_noise else 0.0,
+        mean_square=(signal + step_noise) / max(1, mean.count_nonzero().item()),
+    )
+
+
+def _mean(fine_tuning: FineTuning, examples: list[TokenizedExample], size: int) -> tuple[Tensor, float]:
+    """The mean gradient `[P]` of groups of `size` samples, and the mean of |g|²."""
+    grouping = replace(fine_tuning.config, batch_size=size, num_epochs=1, shuffle=False)
+    groups = plan_steps(fine_tuning.student, examples, grouping)
     theta = fine_tuning.initial_theta()
     weights = torch.ones(len(examples), dtype=theta.dtype, device=theta.device)
     mean, mean_norm = torch.zeros_like(theta), 0.0
     with fine_tuning.sweeping():
         for group in groups:
             gradient = step_gradient(fine_tuning, theta, group, weights)
-            mean += gradient / num_groups
-            mean_norm += gradient.square().sum().item() / num_groups
-    norm_of_mean = mean.square().sum().item()
-    variance = max(mean_norm - norm_of_mean, 0.0) * num_groups / (num_groups - 1) * size  # tr(Σ)
-    signal = max(norm_of_mean - variance / (size * num_groups), 0.0)  # |G|²
-    step_noise = variance / min(config.batch_size, len(examples))
-    return GradientNoise(
-        noise_scale=variance / signal if signal else math.inf,
-        noise_share=step_noise / (signal + step_noise) if signal + step_noise else 0.0,
-        mean_square=(signal + step_noise) / max(1, mean.count_nonzero().item()),
-    )
+            mean += gradient / len(groups)
+            mean_norm += gradient.square().sum().item() / len(groups)
+    return mean, mean_norm
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
