@@ -13,11 +13,12 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Thread
 
 from trl_dpg.score_client import TOKEN_VARIABLE, checked_token
+from trl_dpg.score_limits import Limits
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError
 from .data import check_student, process_state, the_student
@@ -33,9 +34,10 @@ FAREWELL = 5  # seconds for open requests and the end of the other processes, wh
 
 
 @dataclass
-class ServeArguments(MetricArguments, ToyWorldArguments):
+class ServeArguments(Limits, MetricArguments, ToyWorldArguments):
     """
-    Arguments of `trl-dpg serve`, in addition to those of the metric and of the student.
+    Arguments of `trl-dpg serve`, in addition to those of the metric and of the student, and to
+    [`~trl_dpg.serving.Limits`].
 
     Args:
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
@@ -45,11 +47,6 @@ class ServeArguments(MetricArguments, ToyWorldArguments):
         token_file (`str`, *optional*):
             A file with the token that each request must have. By default the environment variable
             `TRL_DPG_SERVER_TOKEN`, if it is set.
-        max_request_bytes (`int`, *optional*, defaults to 64 MiB), max_samples (`int`, *optional*, defaults to
-        `65536`), max_text_length (`int`, *optional*, defaults to `1000000`), max_waiting (`int`, *optional*, defaults
-        to `4`), dataset_timeout (`float`, *optional*, defaults to `600.0`), poll_timeout (`float`, *optional*,
-        defaults to `30.0`), keep (`float`, *optional*, defaults to `600.0`):
-            How much the server takes, and how long it waits; see [`~trl_dpg.serving.Limits`].
         log_level (`str`, *optional*, defaults to `"info"`):
             Log level of uvicorn: `"critical"`, `"error"`, `"warning"`, `"info"` or `"debug"`.
     """
@@ -59,19 +56,14 @@ class ServeArguments(MetricArguments, ToyWorldArguments):
     token_file: str | None = field(
         default=None, metadata={"help": f"File with the token of requests; otherwise {TOKEN_VARIABLE}, if it is set."}
     )
-    max_request_bytes: int = field(default=64 * 2**20, metadata={"help": "Bytes of a request, at most."})
-    max_samples: int = field(default=65536, metadata={"help": "Samples of a dataset, at most."})
-    max_text_length: int = field(default=1_000_000, metadata={"help": "Characters of a sample, at most."})
-    max_waiting: int = field(default=4, metadata={"help": "Complete datasets that wait for their turn, at most."})
-    dataset_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds without a new sample after which a dataset is given up."}
-    )
-    poll_timeout: float = field(default=30.0, metadata={"help": "Seconds that a request waits for scores, at most."})
-    keep: float = field(default=600.0, metadata={"help": "Seconds for which the scores of a dataset are kept."})
     log_level: str = field(default="info", metadata={"help": f"Log level of uvicorn: {', '.join(LEVELS)}."})
 
     def __post_init__(self):
-        super().__post_init__()
+        MetricArguments.__post_init__(self)
+        try:
+            Limits.__post_init__(self)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
         if not 0 <= self.port <= 65535:
             raise UsageError(f"--port must be from 0 to 65535, got {self.port}.")
         if self.log_level not in LEVELS:
@@ -82,14 +74,11 @@ def main(script_args: ServeArguments, student_args) -> None:
     try:
         import uvicorn
 
-        from trl_dpg.serving import Engine, Limits, make_app
+        from trl_dpg.serving import Engine, make_app
     except ImportError as error:
         raise UsageError(f"serve needs the extra `serve`: pip install 'trl-dpg[serve]' ({error}).") from error
     token = read_token(script_args)
-    try:
-        limits = Limits(**{name: vars(script_args)[name] for name in Limits.__dataclass_fields__})
-    except ValueError as error:
-        raise UsageError(f"--{error}") from error
+    limits = Limits(**{own.name: vars(script_args)[own.name] for own in fields(Limits)})
     state = process_state()
     script_args.set_threads()
     listener = listen(script_args) if state.is_main_process else None

@@ -17,10 +17,11 @@ from ..environment import environment
 from ..files import finite
 from ..redaction import as_stored
 from ..run_setup import reward_setup
+from ..score_limits import Limits
 from ..scored_batch import to_json
 from .datasets import Dataset, Datasets, Id
 from .engine import Engine
-from .requests import Limits, Refused, ScoreRequest, digest
+from .requests import Refused, ScoreRequest, digest
 
 
 LOCAL = ("127.0.0.1", "localhost")

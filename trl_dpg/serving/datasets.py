@@ -7,8 +7,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..redaction import redacted_text
+from ..score_limits import Limits
 from ..scored_batch import ScoredDataset
-from .requests import Limits, Refused, ScoreRequest, bytes_of, digest
+from .requests import Refused, ScoreRequest, bytes_of, digest
 
 
 Id = int | str

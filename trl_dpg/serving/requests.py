@@ -3,10 +3,11 @@
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
+
+from ..score_limits import Limits
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.:/-]+$", max_length=200)]
@@ -25,40 +26,6 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str, retry_after: float | None = None):
         super().__init__(reason)
         self.status, self.reason, self.retry_after = status, reason, retry_after
-
-
-@dataclass(frozen=True)
-class Limits:
-    """
-    How much the server takes, and how long it waits.
-
-    Args:
-        max_request_bytes (`int`): Bytes of a request's body.
-        max_samples (`int`): Samples of a dataset.
-        max_text_length (`int`): Characters of a sample. Messages count as the JSON that they are.
-        max_waiting (`int`): Complete datasets that wait while another is scored.
-        dataset_timeout (`float`): Seconds without a new sample after which an incomplete dataset is given up.
-        poll_timeout (`float`): Seconds that a request waits for its dataset, at most.
-        keep (`float`): Seconds for which the end of a dataset is kept: its scores, or why there are none.
-    """
-
-    max_request_bytes: int = 64 * 2**20
-    max_samples: int = 65536
-    max_text_length: int = 1_000_000
-    max_waiting: int = 4
-    dataset_timeout: float = 600.0
-    poll_timeout: float = 30.0
-    keep: float = 600.0
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not value >= (0 if name == "max_waiting" else 1):
-                raise ValueError(f"{name} must be at least {0 if name == 'max_waiting' else 1}, got {value}.")
-
-    @property
-    def max_held_bytes(self) -> int:
-        """Bytes of all datasets that are not finished."""
-        return 16 * self.max_request_bytes
 
 
 class Message(BaseModel):
