@@ -11,8 +11,9 @@ from tests.tiny import make_tokenizer
 from trl_dpg import InnerLoopConfig, Student, cli, metagradient
 from trl_dpg.memory import Setup, StudentMemory, StudentTraces, empty_model, estimate, weight_bytes
 from trl_dpg.memory.live_bytes import LiveBytes
-from trl_dpg.memory.trajectory_bytes import interval_length, trajectory_bytes
+from trl_dpg.memory.trajectory_bytes import trajectory_bytes
 from trl_dpg.metagradients.fine_tuning import FineTuning
+from trl_dpg.metagradients.memory_plan import MemoryPlan
 from trl_dpg.metagradients.trajectory import forward_sweep
 from trl_dpg.metrics import LanguageModelingMetric, WeightNormMetric
 
@@ -103,7 +104,7 @@ def test_the_trajectory_has_the_size_that_the_plan_says(interval, optimizer, tmp
         size = live.now
     assert kept.last is not None
     theta = student.initial_theta().nbytes
-    expected = trajectory_bytes(config, theta, 6, interval_length(config, theta, 6, GIGABYTE))
+    expected = trajectory_bytes(config, theta, 6, MemoryPlan(config, theta, 6, 1).stretch(GIGABYTE))
     assert expected == pytest.approx(size, rel=0.02)
     assert trajectory_bytes(config, theta, 6, 6, num_ranks=4) == trajectory_bytes(config, theta, 6, 6) // 4
 

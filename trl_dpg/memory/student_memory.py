@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from ..metagradients import InnerLoopConfig
 from ..metagradients.goals import MetricFunction, plan_goals
+from ..metagradients.memory_plan import MemoryPlan
 from .student_traces import Needs, StudentTraces
-from .trajectory_bytes import interval_length, num_moments, trajectory_bytes
+from .trajectory_bytes import num_moments, trajectory_bytes
 
 
 VJP_TENSORS = 6
@@ -93,19 +94,20 @@ class StudentMemory:
     ):
         self.traces, self.config, self.metric, self.num_ranks = traces, config, metric, num_ranks
         self.vector, self.shard = traces.theta_bytes, traces.theta_bytes // num_ranks
-        self.plan = self._plan(num_samples, free)
-        one_step = self.plan.num_steps == 1 or config.attribution == "first_order"
+        num_steps = config.num_epochs * math.ceil(num_samples / config.batch_size)
+        one_step = num_steps == 1 or config.attribution == "first_order"
         goals = [] if metric is None else plan_goals({None: metric}, True, one_step and not config.per_token)
         self.num_rows = goals[-1].rows.stop if goals and config.attribution != "dataset" else 1
         self.metrics = [part for goal in goals for part in (goal.parts.values() or [goal.metric])]
-        self.budget = self._budget(free)
+        rules = MemoryPlan(config, self.shard, num_steps, self.num_rows)
+        length = rules.stretch(free)
+        self.plan = self._plan(num_samples, num_steps, length)
+        self.budget = rules.graphs(free, length, traces.accelerator)
 
-    def _plan(self, num_samples: int, free: int) -> Plan:
+    def _plan(self, num_samples: int, num_steps: int, length: int) -> Plan:
         config = self.config
         batch = math.ceil(min(config.batch_size, num_samples) / self.num_ranks)  # this rank's share
         size = min(config.micro_batch_size or batch, batch)
-        num_steps = config.num_epochs * math.ceil(num_samples / config.batch_size)
-        length = interval_length(config, self.shard, num_steps, free)
         attribution = config.attribution != "dataset"
         by_sample = 0
         if attribution and not config.per_token and self._tells_samples_apart(size):
@@ -115,15 +117,6 @@ class StudentMemory:
 
     def _tells_samples_apart(self, size: int) -> bool:
         return self.traces.by_sample(size, self.config, self.config.memory_budget != 0, 1) is not None
-
-    def _budget(self, free: int) -> int:
-        """Bytes for graphs and samples' gradients, as `_plan_memory` of `metagradients/trajectory.py` plans them."""
-        if not isinstance(self.config.memory_budget, str):
-            return self.config.memory_budget
-        plan, vectors = self.plan, 4 if self.plan.num_steps > 1 else 1
-        held = 4 * self.shard * (plan.length + plan.num_steps // plan.length)
-        held = (0 if self.config.offload_trajectory else held) + vectors * self.shard * (self.num_rows - 1)
-        return max(0, free - held) // (2 if self.traces.accelerator else 4)
 
     # -- micro-batches ----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
-"""What the forward sweep keeps of the inner loop for the reverse sweep. The engine has the same plan."""
+"""What the forward sweep keeps of the inner loop for the reverse sweep."""
 
-import math
 from collections.abc import Iterator
 
 from ..metagradients import InnerLoopConfig
@@ -9,14 +8,6 @@ from ..metagradients import InnerLoopConfig
 def num_moments(config: InnerLoopConfig) -> int:
     """σ: vectors `[P]` in the optimizer's state."""
     return 2 if config.optimizer == "adamw" else 1
-
-
-def interval_length(config: InnerLoopConfig, theta_bytes: int, num_steps: int, free: int) -> int:
-    """Steps in a stretch, as `_plan_memory` of `metagradients/trajectory.py` chooses it with this much memory."""
-    interval = config.checkpoint_interval
-    if isinstance(interval, str):
-        interval = 1 if 4 * theta_bytes * num_steps <= free // 2 else math.isqrt(num_steps)
-    return num_steps if interval == 1 else min(interval, num_steps)
 
 
 def trajectory_bytes(

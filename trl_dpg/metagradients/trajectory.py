@@ -1,6 +1,5 @@
 """The forward sweep: fine-tunes the student on the data, one optimizer step after the other."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from .batches import MicroBatch
 from .config import InnerLoopConfig
 from .gradient import Gradient, micro_batch_gradient
 from .memory import GraphBudget, GraphSize, free_memory, map_state, pinned
+from .memory_plan import MemoryPlan
 from .optimizers import Optimizer, clip
 from .per_sample import SampleGradients, estimated_bytes, sample_gradients
 
@@ -275,21 +275,9 @@ def forward_sweep(
 
 
 def _plan_memory(loop: InnerLoop, own: Tensor, num_metrics: int) -> tuple[int, int]:
-    """Steps in a stretch, the same on all ranks, and bytes for the graphs of a stretch, see [`InnerLoopConfig`]."""
-    config, device, num_steps = loop.config, loop.student.device, len(loop.steps)
-    step_bytes = 4 * own.nbytes  # θ, g and two moments
-    vectors = 4 if num_steps > 1 else 1  # λ, u and those of the moments, or λ alone
-    cotangents = vectors * own.nbytes * (num_metrics - 1)  # what is left free has room for those of one metric
-    if isinstance(config.checkpoint_interval, int):
-        interval = config.checkpoint_interval
-    else:
-        free = free_memory(torch.device("cpu")) if config.offload_trajectory else free_memory(device) - cotangents
-        fits = loop.ranks.least(step_bytes * num_steps <= free // 2)
-        interval = 1 if fits else math.isqrt(num_steps)
-    # With stretches of one step, each would be computed again. So interval 1 is one stretch, which keeps every state
-    length = num_steps if interval == 1 else interval
-    if isinstance(config.memory_budget, int):
-        return length, config.memory_budget
-    held = 0 if config.offload_trajectory else step_bytes * (length + num_steps // length)
-    share = 2 if device.type == "cuda" else 4  # the generator uses the host's memory, too
-    return length, max(0, free_memory(device) - held - cotangents) // share
+    """Steps in a stretch, the same on all ranks, and bytes for the graphs of a stretch."""
+    config, device = loop.config, loop.student.device
+    plan = MemoryPlan(config, own.nbytes, len(loop.steps), num_metrics)
+    kept_on = torch.device("cpu") if config.offload_trajectory else device
+    length = plan.stretch(free_memory(kept_on), agreed=lambda fits: bool(loop.ranks.least(fits)))
+    return length, plan.graphs(free_memory(device), length, device.type == "cuda")
