@@ -208,12 +208,21 @@ def test_switches_of_accelerate_may_stand_in_a_recipe(tmp_path, monkeypatch):
     assert arguments.training_script_args == ["--config", str(own)]
 
 
-def test_batches_are_checked_as_those_of_the_processes_that_will_run(monkeypatch, capsys):
+def test_batches_are_checked_as_those_of_the_processes_that_will_run(tmp_path, monkeypatch, capsys):
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
-    half = ["dpg", "--config", str(RECIPES / "new_language" / "mini.yaml"), "--per_device_train_batch_size", "64"]
-    cli.main([*half, "--num_processes", "2"])
-    assert launched[0].num_processes == 2
+    recipe, accelerates = RECIPES / "new_language" / "mini.yaml", tmp_path / "accelerate.yaml"
+    half = ["dpg", "--config", str(recipe), "--per_device_train_batch_size", "64"]
+    accelerates.write_text("num_processes: 2\n")
+    cli.main([*half, "--num_processes=2"])
+    cli.main([*half, "--accelerate_config", str(accelerates)])
+    own = tmp_path / "own.yaml"
+    own.write_text(recipe.read_text() + "num_processes: 2\n")
+    cli.main(["dpg", "--config", str(own), *half[3:]])
+    assert [arguments.num_processes for arguments in launched] == [2, None, 2]
+    with pytest.raises(SystemExit):
+        cli.main(["dpg", "--config", str(own), *half[3:], "--num_processes", "1"])
+    assert "must divide the 64 samples" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(half)
     assert "must divide the 64 samples" in capsys.readouterr().err

@@ -23,16 +23,19 @@ KINDS = {
 }
 
 
-def check_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def check_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Mapping[str, Any]:
     """
     Refuse values of a config file that are of another type than their argument: `student_batch_size: true`.
 
     Args:
         parser ([`~trl.TrlParser`]): The command's parser.
         argv (`Sequence[str]`): The command line, which has the file's path after `--config`.
+
+    Returns:
+        `Mapping[str, Any]`: The file's values. Empty without a file.
     """
     if "--config" not in argv:
-        return
+        return {}
     path = argv[argv.index("--config") + 1]
     config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(config, Mapping):
@@ -46,6 +49,7 @@ def check_config_file(parser: argparse.ArgumentParser, argv: Sequence[str]) -> N
             wanted = describe(kinds[name])
             hint = " Put a text such as no or 7 into quotes." if wanted == "a text" else ""
             raise UsageError(f"--config: {name} must be {wanted}, but {path!r} has {shown}.{hint}")
+    return config
 
 
 def types(arguments: type) -> dict[str, Any]:

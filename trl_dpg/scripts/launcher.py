@@ -2,11 +2,8 @@
 
 import argparse
 import difflib
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import pairwise
+from collections.abc import Callable
 
 from trl import TrlParser
 from yaml import YAMLError
@@ -16,6 +13,7 @@ from .arguments import make_recipe_parser
 from .config_file import check_config_file
 from .errors import explained
 from .help import show_help
+from .planned_processes import batches_of, processes_to_start
 
 
 def run(
@@ -45,8 +43,8 @@ def run(
     if argv[-1:] == ["--config"]:
         parser.error("argument --config: expected one argument")
     try:
-        check_config_file(parser, argv)
-        with _batches_of(_planned_processes(argv)):
+        recipe = check_config_file(parser, argv)
+        with batches_of(processes_to_start(argv, recipe)):
             *arguments, from_config, unknown = parser.parse_args_and_config(
                 args=argv, return_remaining_strings=True, separate_remaining_strings=True
             )
@@ -62,28 +60,6 @@ def run(
         return
     with explained(parser):
         main(*arguments)
-
-
-def _planned_processes(argv: list[str]) -> int:
-    """The processes that this one is going to start, as far as the command line says it; else 1."""
-    given = [value for flag, value in pairwise(argv) if flag == "--num_processes"]
-    return int(given[-1]) if given and given[-1].isdecimal() and "RANK" not in os.environ else 1
-
-
-@contextmanager
-def _batches_of(number: int) -> Iterator[None]:
-    """Context in which a trainer's arguments are checked as those of one of several processes."""
-    if number < 2:
-        yield
-        return
-    from transformers import TrainingArguments
-
-    usual = TrainingArguments.world_size
-    TrainingArguments.world_size = property(lambda self: number)  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        TrainingArguments.world_size = usual  # type: ignore[method-assign]
 
 
 def _for_accelerate(parser: argparse.ArgumentParser, from_config: list[str], unknown: list[str]) -> list[str]:

@@ -27,6 +27,7 @@ from .arguments import DPGScriptArguments, UsageError, at_least
 from .data import check_model, check_student, the_student
 from .dpg import hub_kwargs, load_prompts, make_toy_world
 from .output import say
+from .planned_processes import accelerate_settings, batches_of, number_of_processes
 from .registry import make_metric
 
 
@@ -123,34 +124,17 @@ class PlannedConfig(DPGConfig):
 
     def __post_init__(self):
         at_least(1, num_processes=self.num_processes)
-        planned = self.num_processes or self.launch.get("num_processes")
-        self.num_processes = 1 if planned is None else int(planned)
-        super().__post_init__()
-
-    @property
-    def world_size(self):
-        return self.num_processes
-
-    @property
-    def launch(self) -> dict[str, Any]:
-        """What the file of accelerate says."""
-        import yaml
-        from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
-        if self.accelerate_config is None:
-            return {}
-        try:
-            _, path = resolve_accelerate_config_argument(["--accelerate_config", self.accelerate_config])
-        except ValueError as error:
-            raise UsageError(f"--accelerate_config: {error}") from error
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        self.num_processes = number_of_processes(self.num_processes, self.accelerate_config)
+        with batches_of(self.num_processes):
+            super().__post_init__()
 
     def sharding(self):
         """What the processes share, a [`Sharding`](trl_dpg.memory.generator_memory.Sharding)."""
         from trl_dpg.memory import Sharding
 
-        kind = self.launch.get("distributed_type")
-        stage = self.launch.get("deepspeed_config", {}).get("zero_stage", 0) if kind == "DEEPSPEED" else 0
+        launch = accelerate_settings(self.accelerate_config)
+        kind = launch.get("distributed_type")
+        stage = launch.get("deepspeed_config", {}).get("zero_stage", 0) if kind == "DEEPSPEED" else 0
         stage = 3 if kind == "FSDP" else stage
         deepspeed = kind == "DEEPSPEED"
         return Sharding(self.num_processes or 1, stage >= 1, stage >= 2, stage >= 3, master_weights=deepspeed)
