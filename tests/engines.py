@@ -18,17 +18,22 @@ from tests.small_runs import dpg_config, make_trainer
 from trl_dpg.run_setup import digest
 
 
-def main(folder: Path, engine: str) -> None:
-    """Run under an accelerate config of TRL. The launcher's environment is used, but no further process is started."""
+def main(folder: Path, name: str) -> None:
+    """
+    Run under an accelerate config of TRL. The launcher's environment is used, but no further process is started.
+
+    The generator of a `name` such as `fsdp2-lora` has adapters.
+    """
+    engine = name.partition("-")[0]
     flags = ["--num_processes", "2", "--mixed_precision", "no"]
     arguments = resolve_accelerate_config_argument(["--accelerate_config", engine, *flags, str(folder)])
-    with patch("torch.distributed.run.run", lambda _: train_and_restart(folder, engine)):
+    with patch("torch.distributed.run.run", lambda _: train_and_restart(folder, name)):
         launch_command(launch_command_parser().parse_args(arguments))
 
 
-def train_and_restart(folder: Path, engine: str) -> None:
+def train_and_restart(folder: Path, name: str) -> None:
     """Three steps, of which the third is made again from the checkpoint of the second."""
-    rank = int(os.environ["RANK"])
+    rank, (engine, _, adapters) = int(os.environ["RANK"]), name.partition("-")
     with ExitStack() as stack:
         if engine != "multi_gpu":
             for mocked in as_if_on_gpus():
@@ -37,7 +42,7 @@ def train_and_restart(folder: Path, engine: str) -> None:
 
         def train(checkpoint=None):
             args = dpg_config(
-                folder / engine,
+                folder / name,
                 max_steps=3,
                 per_device_train_batch_size=8,
                 learning_rate=1e-3,
@@ -46,7 +51,7 @@ def train_and_restart(folder: Path, engine: str) -> None:
                 save_steps=2,
             )
             names = dict(model=str(folder / "generator"), student=str(folder / "student"))
-            trainer = make_trainer(args, student_peft_config=lora, **names)
+            trainer = make_trainer(args, student_peft_config=lora, peft_config=lora if adapters else None, **names)
             trainer.train(resume_from_checkpoint=checkpoint)
             return trainer
 
@@ -56,13 +61,14 @@ def train_and_restart(folder: Path, engine: str) -> None:
         results = {
             "kind": kind,
             "sharded": sum(isinstance(own, DTensor) or hasattr(own, "ds_id") for own in parameters) / len(parameters),
+            "trained": sorted({"lora" in own for own, p in trainer.model.named_parameters() if p.requires_grad}),
             "student": digest(trainer.dpg_reward.student.model.named_parameters()),
             "buffers": [float(own.double().sum()) for own in trainer.dpg_reward.student.model.buffers()],
             "logs": logs(trainer),
-            "restarted": logs(train(str(folder / engine / "checkpoint-2"))),
+            "restarted": logs(train(str(folder / name / "checkpoint-2"))),
             "scores": trainer.dpg_reward.last_batch.scores.tolist(),
         }
-    (folder / f"{engine}-{rank}.json").write_text(json.dumps(results))
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(results))
 
 
 def logs(trainer) -> list[dict]:

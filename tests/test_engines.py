@@ -31,7 +31,7 @@ def runs(tmp_path_factory):
     for name, seed in dict(generator=1, student=2).items():
         make_model(seed=seed, scale=1.0).save_pretrained(folder / name)
         TOKENIZER.save_pretrained(folder / name)
-    engines = ["multi_gpu", "fsdp2", *["zero2", "zero3"] * DEEPSPEED]
+    engines = ["multi_gpu", "fsdp2", "multi_gpu-lora", "fsdp2-lora", *["zero2", "zero3"] * DEEPSPEED]
     process = on_two_processes("tests.engines", str(folder), *engines)
     assert process.returncode == 0, process.stderr[-3000:]
     return {
@@ -40,10 +40,14 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)])
-def test_a_generator_that_is_sharded_has_the_rewards_of_one_that_is_not(engine, runs):
-    (whole, _), (first, second) = runs["multi_gpu"], runs[engine]
+@pytest.mark.parametrize(
+    "name", ["fsdp2", "fsdp2-lora", pytest.param("zero2", marks=ZERO), pytest.param("zero3", marks=ZERO)]
+)
+def test_a_generator_that_is_sharded_has_the_rewards_of_one_that_is_not(name, runs):
+    engine, _, adapters = name.partition("-")
+    (whole, _), (first, second) = runs[f"multi_gpu-{adapters}".rstrip("-")], runs[name]
     assert first["kind"] == ("FSDP" if engine == "fsdp2" else "DEEPSPEED") and first["sharded"] == SHARE[engine]
+    assert first["trained"] == whole["trained"] == [bool(adapters)]
     assert first["student"] == second["student"] == whole["student"]  # whole on every rank
     assert first["buffers"] == second["buffers"] == whole["buffers"]
     assert len(whole["logs"]) == len(first["logs"]) == 3
