@@ -39,11 +39,10 @@ from trl_dpg.attribution.journal import digest as digest
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
 from trl_dpg.metagradients.config import SettingsError
-from trl_dpg.reward_checks import check_token_ids
 from trl_dpg.tuning import check_scores
 
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import check_no_training, check_student, make_folder, make_replay, process_state
+from .data import check_no_training, check_student, check_token_ids, make_folder, make_replay, process_state
 from .distill import DistillArguments, distill
 from .flags import in_flags
 from .manifest import leave_manifest
@@ -215,9 +214,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             several = script_args.metrics
             metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
+            replay = make_replay(student_args)
+            check_token_ids(student_args, {str(script_args.metric): metric}, {"dataset_name": samples}, replay)
         check_scores(config)
-        check_token_ids(len(students), dataset_name=samples)
-        scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=make_replay(student_args))
+        scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=replay)
         if script_args.distill:
             distill(script_args, student_args, dataset, samples, scored)
             return

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from trl_dpg.files import check_links
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError
+from .flags import in_flags
 
 
 FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # of samples
@@ -287,11 +288,29 @@ def the_student(command: str, student_args) -> None:
     student_args.student_models = None
 
 
+def check_token_ids(student_args, metrics: Mapping[str, Any], examples: Mapping[str, Any] = {}, replay=None) -> None:
+    """Refuse token ids that several students would read by other vocabularies, before one of them is loaded."""
+    from transformers import AutoTokenizer
+
+    from trl_dpg.reward_checks import check_token_ids
+    from trl_dpg.student.loading import load_pretrained
+
+    students = student_args.each_student()
+    if len(students) == 1:
+        return
+    paths = {name: own.student_model_name_or_path for name, own in students.items()}
+    tokenizers = {name: load_pretrained(AutoTokenizer, own, "the student's tokenizer") for name, own in paths.items()}
+    rows = {} if replay is None else {"replay_dataset": replay.rows}
+    try:
+        check_token_ids(tokenizers, metrics, {**examples, **rows})
+    except ValueError as error:
+        flags = {name: name for name in ("dataset_name", "replay_dataset")}
+        raise UsageError(in_flags(str(error), flags)) from error
+
+
 def make_replay(student_args):
     """The replayed rows that the arguments name, or `None`."""
     from trl_dpg.metagradients.config import SettingsError
-
-    from .flags import in_flags
 
     try:
         return student_args.replay()

@@ -26,9 +26,17 @@ from transformers.utils import logging as transformers_logging
 from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
-from ..reward_checks import check_token_ids
 from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, make_replay, process_state
+from .data import (
+    FORMATS,
+    as_the_student_reads,
+    check_student,
+    check_token_ids,
+    load_data,
+    make_folder,
+    make_replay,
+    process_state,
+)
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -123,11 +131,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         check_student(student_args)
         metric, datasets = make_metric(script_args), load_datasets(script_args)
         replay, students = make_replay(student_args), student_args.each_student()
-        try:
-            rows: dict[str, Any] = {} if replay is None else {"replay_dataset": replay.rows}
-            check_token_ids(len(students), **datasets | rows)
-        except SettingsError as error:
-            raise UsageError(in_flags(str(error), FLAGS)) from error
+        check_token_ids(student_args, {str(script_args.metric): metric}, datasets, replay)
         written: dict[str, Any] = {}
         for name, own in students.items():
             found = evaluate(script_args, own, datasets, metric, replay, "" if len(students) == 1 else f"{name}, ")
