@@ -31,13 +31,14 @@ from trl_dpg.redaction import as_stored
 from trl_dpg.run_setup import dataset_digest
 
 from .arguments import CommandArguments, UsageError, at_least
-from .data import process_state
+from .data import make_folder, process_state
 from .manifest import leave_manifest
 from .output import say
 from .scored_samples import best_and_worst, ranking_lines
 
 
 OF_A_SHARD = "[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].*"
+FOLDERS = ("exact", "scored", "scored/notes")
 NUM_BLOCKS = (1, 2, 4)
 """Numbers of the student's blocks that are tried by default."""
 OWN = ("distill_samples", "distill_blocks", "distill_window", "distill_coverage", "distill_shard_size")
@@ -120,6 +121,9 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
         raise UsageError("--per_token: distilled scores are of samples. Leave out --distill or --per_token.")
     make_regressor("ridge", seed=0, num_samples=1, num_features=1)  # scikit-learn is there
     check_columns(script_args.names, dataset.column_names)
+    for name in FOLDERS:
+        if Path(script_args.output_dir, name).exists():
+            make_folder("output_dir", Path(script_args.output_dir, name))  # it refuses files and links
     folder, main = Path(script_args.output_dir), process_state().is_main_process
     rng = np.random.default_rng(student_args.seed)
     rows = np.sort(rng.choice(len(dataset), min(script_args.distill_samples, len(dataset)), replace=False))
@@ -139,7 +143,8 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
             reader = make_reader(script_args, student_args, student)
 
             def fit_and_save() -> None:
-                write(results, dataset.select(rows), make(folder / "exact"), script_args.output_format)
+                own_folder = make_folder("output_dir", folder / "exact")
+                write(results, dataset.select(rows), own_folder, script_args.output_format)
                 say("Choosing a regressor ...")
                 read = reader.read(sample, blocks(script_args, student))
                 exact = {name: result.scores for name, result in results.items()}
@@ -154,7 +159,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     distilled.check(script_args.distill_floor)
     if script_args.distill_fit_only:
         return
-    notes = make(folder / "scored" / "notes")
+    notes = make_folder("output_dir", folder / "scored" / "notes")
     own_format = script_args.distill_shard_size, script_args.output_format
     shards = Shards(notes.parent, len(dataset), *own_format, regressors=file_hash(stored))
     exact = distilled.exact_scores(len(dataset))
@@ -206,11 +211,6 @@ def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         path.unlink()
     stored.unlink(missing_ok=True)
     return False
-
-
-def make(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def make_reader(script_args, student_args, student) -> FeatureReader:
