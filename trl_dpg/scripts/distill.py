@@ -120,10 +120,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     if student_args.per_token:
         raise UsageError("--per_token: distilled scores are of samples. Leave out --distill or --per_token.")
     make_regressor("ridge", seed=0, num_samples=1, num_features=1)  # scikit-learn is there
-    check_columns(script_args.names, dataset.column_names)
-    for name in FOLDERS:
-        if Path(script_args.output_dir, name).exists():
-            make_folder("output_dir", Path(script_args.output_dir, name))  # it refuses files and links
+    check_output(script_args, dataset.column_names)
     folder, main = Path(script_args.output_dir), process_state().is_main_process
     rng = np.random.default_rng(student_args.seed)
     rows = np.sort(rng.choice(len(dataset), min(script_args.distill_samples, len(dataset)), replace=False))
@@ -143,8 +140,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
             reader = make_reader(script_args, student_args, student)
 
             def fit_and_save() -> None:
-                own_folder = make_folder("output_dir", folder / "exact")
-                write(results, dataset.select(rows), own_folder, script_args.output_format)
+                write(results, dataset.select(rows), make(folder / "exact"), script_args.output_format)
                 say("Choosing a regressor ...")
                 read = reader.read(sample, blocks(script_args, student))
                 exact = {name: result.scores for name, result in results.items()}
@@ -159,7 +155,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     distilled.check(script_args.distill_floor)
     if script_args.distill_fit_only:
         return
-    notes = make_folder("output_dir", folder / "scored" / "notes")
+    notes = make(folder / "scored" / "notes")
     own_format = script_args.distill_shard_size, script_args.output_format
     shards = Shards(notes.parent, len(dataset), *own_format, regressors=file_hash(stored))
     exact = distilled.exact_scores(len(dataset))
@@ -172,6 +168,14 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
         return
     with FileLock(notes / "finish.lock"):
         finish(script_args, distilled, shards, dataset, samples, student)
+
+
+def check_output(script_args, columns: list[str]) -> None:
+    """Refuse names of scores that are taken, and files and links in the place of folders."""
+    check_columns(script_args.names, columns)
+    for name in FOLDERS:
+        if Path(script_args.output_dir, name).exists():
+            make(Path(script_args.output_dir, name))
 
 
 def check_columns(names: list[Any], there: list[str]) -> None:
@@ -211,6 +215,11 @@ def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         path.unlink()
     stored.unlink(missing_ok=True)
     return False
+
+
+def make(folder: Path) -> Path:
+    """A folder in `output_dir`, in which links are refused."""
+    return make_folder("output_dir", folder)
 
 
 def make_reader(script_args, student_args, student) -> FeatureReader:
