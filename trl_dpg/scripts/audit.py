@@ -10,6 +10,7 @@ dataset does that the control does not. The library side is [`trl_dpg.auditing.a
 Files in `output_dir`: `audit.html`, a page that loads no other file, with its figure `effects.png`; `summary.json`;
 and, if an unwanted effect was found, `scored.parquet`: the samples that are not empty, with a column
 `dpg_score_<name>` for each metric of the panel that has a gradient. `manifest.json` says what made the files.
+`audit.jsonl` and `audit_scores.jsonl` are the journals, from which the same command goes on if it was interrupted.
 
 The exit status is 0 if no unwanted effect was found, 3 if one was found, 2 for wrong usage, and 1 for a failure.
 """
@@ -44,7 +45,7 @@ from .usage import from_json, metric_entries
 
 FOUND = 3
 """The exit status if an unwanted effect was found."""
-FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed", "control")} | {
+FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed", "control", "overwrite")} | {
     "dataset": "dataset_name"
 }
 """What the library's arguments are called here, beside those of the student."""
@@ -90,6 +91,8 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         title (`str`, *optional*):
             Title of the page; the dataset's name by default.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier audit with other settings in `output_dir`.
     """
 
     dataset_name: str | None = field(
@@ -127,6 +130,7 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
     )
     output_dir: str = field(default="audit", metadata={"help": "Folder for the results."})
     title: str | None = field(default=None, metadata={"help": "Title of the page."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the results of other settings in `output_dir`."})
 
     def __post_init__(self):
         self.metrics = metric_entries("metrics", self.metrics)
@@ -185,6 +189,7 @@ def make_panel(script_args: AuditArguments, student) -> dict[str, Any]:
 
 
 def main(script_args: AuditArguments, student_args) -> None:
+    from trl_dpg.attribution.journal import JournalError
     from trl_dpg.auditing import audit
     from trl_dpg.metagradients.config import SettingsError
 
@@ -225,7 +230,11 @@ def main(script_args: AuditArguments, student_args) -> None:
                     script_args.settings(student_args.seed),
                     None if other is None else loader(student_args, other),
                     progress=True,
+                    journal=output_dir / "audit.jsonl",
+                    overwrite=script_args.overwrite,
                 )
+        except JournalError as error:
+            raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
     finish(script_args, student_args, result, output_dir, {"dataset": dataset, "control": control})
