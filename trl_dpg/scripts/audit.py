@@ -22,9 +22,9 @@ from typing import Any
 
 from ..files import write_json
 from ..redaction import redacted
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
+from ..rows import sample_columns
+from .arguments import MetricArguments, ReadingArguments, ToyWorldArguments, UsageError, at_least
 from .data import (
-    FORMATS,
     as_the_student_reads,
     check_model,
     check_no_training,
@@ -52,7 +52,7 @@ FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed"
 
 
 @dataclass
-class AuditArguments(MetricArguments, ToyWorldArguments):
+class AuditArguments(MetricArguments, ReadingArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg audit`.
 
@@ -83,10 +83,6 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
             Share of the rows with the highest scores that are removed, to check the scores by fresh students.
         other_student_model_name_or_path (`str`, *optional*):
             Path or Hub id of another start, on which effects that were found are tested again.
-        student_text (`str`, *optional*, defaults to `"all"`):
-            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
-        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
-            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         output_dir (`str`, *optional*, defaults to `"audit"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         title (`str`, *optional*):
@@ -120,14 +116,6 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
     other_student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another start, on which effects that were found are tested again."}
     )
-    student_text: str = field(
-        default="all",
-        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
-    )
-    unfinished_thoughts: str = field(
-        default="as_is",
-        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
-    )
     output_dir: str = field(default="audit", metadata={"help": "Folder for the results."})
     title: str | None = field(default=None, metadata={"help": "Title of the page."})
     overwrite: bool = field(default=False, metadata={"help": "Delete the results of other settings in `output_dir`."})
@@ -145,7 +133,6 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
         else:
             raise UsageError("--metrics is required without --default_panel: at least one metric, by a name.")
         super().__post_init__()
-        check_student_text(self.student_text, self.unfinished_thoughts)
         if self.dataset_name is None and self.toy_world is None:
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         at_least(3, num_parts=self.num_parts)
@@ -164,14 +151,13 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
 def load_samples(script_args: AuditArguments, flag: str, name: str, split: str):
     """The samples of a dataset as the student reads them, with the columns that it reads."""
     data = load_data(name, split=split, flag=flag)
-    columns = next((list(own) for own in FORMATS if set(own) <= set(data.column_names)), None)
+    columns = sample_columns(data.column_names)
     if columns is None:
         raise UsageError(
             f"--{flag} {name!r} has the columns {data.column_names}; expected `text`, `prompt` and `completion`, "
             "`messages`, or `input_ids`."
         )
-    kept = {*columns, "labels", "reasoning"} if columns == ["input_ids"] else {*columns, "reasoning"}
-    data = data.select_columns([column for column in data.column_names if column in kept])
+    data = data.select_columns([column for column in data.column_names if column in (*columns, "reasoning")])
     read = as_the_student_reads(data, script_args, flag, name)
     return read.select_columns([column for column in read.column_names if column != "reasoning"])
 

@@ -1,6 +1,5 @@
 """Loads the datasets and models that arguments name, and checks that they exist."""
 
-import glob
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -9,15 +8,16 @@ from string import Formatter
 from typing import Any
 
 from trl_dpg.files import check_links
+from trl_dpg.rows import FILE_FORMATS as FILE_FORMATS
+from trl_dpg.rows import FORMATS as FORMATS
+from trl_dpg.rows import read_rows
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError
 from .flags import in_flags
 
 
-FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # of samples
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say the number of processes."""
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 def load_data(
@@ -28,26 +28,10 @@ def load_data(
     flag: str = "dataset_name",
 ):
     """A split of a dataset. The name is a Hub id, or the path or pattern of local files (`data/*.jsonl`)."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix in FILE_FORMATS and not any(Path(file).is_file() for file in glob.glob(name)):
-        raise UsageError(f"--{flag}: there is no file {name!r}.")
     try:
-        if suffix in FILE_FORMATS:
-            data = load_dataset(FILE_FORMATS[suffix], data_files=name, split=split, streaming=streaming)
-        else:
-            data = load_dataset(name, name=config, split=split, streaming=streaming)
-    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
-        reason = ": ".join(str(part) for part in (error, error.__cause__) if part and str(part)) or repr(error)
-        raise UsageError(
-            f"--{flag}: {name!r} could not be read (split {split!r}). {reason} -- Give a Hub id, or a file (json, "
-            "jsonl, parquet, csv, txt)."
-        ) from error
-    if not streaming and len(data) == 0:
-        raise UsageError(f"--{flag}: {name!r} has no rows (split {split!r}).")
-    return data
+        return read_rows(name, config, split, streaming)
+    except ValueError as error:
+        raise UsageError(f"--{flag}: {error}") from error
 
 
 def fits(template: str, columns: Collection[str]) -> bool:
