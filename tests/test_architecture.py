@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trl_dpg"
 LAYERS = [  # from the lowest up; in a layer from left to right
     ["text", "thinking", "student_text", "length_target", "environment", "redaction", "files", "ranks", "sampling"],
-    ["provenance", "checkpoints", "stopping", "score_client", "score_limits"],
+    ["rows", "provenance", "checkpoints", "stopping", "score_client", "score_limits"],
     ["kernels", "cross_entropy", "token_alignment", "alignment"],
     ["student"],
     ["metrics", "rewards"],

@@ -176,11 +176,14 @@ def test_the_scores_of_rows_do_not_depend_on_schedule_and_attribution_of_a_recip
         assert found.tolist() == expected.tolist()
 
 
-def test_rows_are_scored_against_random_rows_of_the_control_those_of_the_test(monkeypatch):
-    auditor, seen = Auditor(student(), planted(), sentences(96, 2), panel(), CONFIG, None, None, False), []
+def test_rows_are_scored_against_random_rows_of_the_control_those_of_the_test(monkeypatch, tmp_path):
+    what = student(), planted(), sentences(96, 2), panel(), CONFIG, None, None, False
+    auditor, seen = Auditor(*what, tmp_path / "audit.jsonl"), []
     module = sys.modules["trl_dpg.auditing.audit"]
     monkeypatch.setattr(module, "scores_against_control", lambda *a: seen.append(a[2]["text"]) or {})
-    auditor.look_for_rows(Audit({}, 0.01, auditor.rows, 8, {}, []))
+    with auditor.journal:
+        auditor.begin()
+        auditor.look_for_rows(Audit({}, 0.01, auditor.rows, 8, {}, []))
     tested = disjoint_parts(auditor.others, 24, 8, auditor.settings.seed)
     assert seen == [[text for part in tested for text in part["text"]]] and seen[0] != auditor.others["text"][:24]
 
@@ -194,6 +197,75 @@ def test_equal_scores_are_named_and_not_ranked(found, tmp_path):
     assert figures["rows"]["canary"]["rows"] == [] and figures["rows"]["canary"]["all_equal"]
     assert NO_RANKING in " ".join(result.verdict()) and f"<h3>canary</h3><p>{NO_RANKING}" in page
     assert NO_RANKING not in " ".join(found.verdict())
+
+
+class Killed(BaseException):
+    """Ends a process: no code of the audit catches it."""
+
+
+@pytest.fixture
+def dying(monkeypatch):
+    """Students and chunks are counted in a list; a number in `limit` ends the process before the next one."""
+    done, limit = [], []
+
+    def counted(work, kind):
+        def run(*arguments):
+            if limit and len(done) >= limit[0]:
+                raise Killed
+            found = work(*arguments)
+            done.append(kind)
+            return found
+
+        return run
+
+    attribution = sys.modules["trl_dpg.attribution.attribute"]
+    monkeypatch.setattr("trl_dpg.auditing.effects.evaluate_dataset", counted(by_own_inner_loop, "student"))
+    monkeypatch.setattr(attribution, "_score_chunk", counted(attribution._score_chunk, "chunk"))
+    return done, limit
+
+
+def test_an_audit_that_is_killed_again_and_again_finds_what_a_whole_one_finds(dying, tmp_path):
+    """Killed among the parts, on the other start, among the chunks, and in the check of the rows."""
+    settings = AuditConfig(num_parts=3, alpha=0.5, share_removed=0.25, removal_seeds=(0,), num_repeats=1)
+    metrics = {name: own for name, own in panel().items() if name in ("canary", "rank")}
+    what = student(), planted(12), sentences(12, 2), metrics, CONFIG, settings, student(5)
+    (done, limit), journal = dying, tmp_path / "audit.jsonl"
+    whole = audit(*what)
+    work = ["student"] * 12 + ["chunk"] * 7 + ["student"] * 4  # 2 starts x 2 x 3 parts, 24 rows, and the check
+    assert done == work and list(whole.rows) == ["canary"] and "canary" in whole.other_start
+    done.clear()
+    for limit[:] in ([2], [8], [15], [21]):
+        with pytest.raises(Killed):
+            audit(*what, journal=journal)
+    limit.clear()
+    result = audit(*what, journal=journal)
+    assert done == work  # each once
+    assert json.dumps(result.figures()) == json.dumps(whole.figures())
+    assert result.scores["canary"].tolist() == whole.scores["canary"].tolist()
+    again = audit(*what[:5], dataclasses.replace(settings, alpha=1e-9, wanted=["canary"]), journal=journal)
+    assert not again.unwanted and again.effects["canary"].data == whole.effects["canary"].data
+    with pytest.raises(ValueError, match=r"has results of other settings: learning_rate \(was 0.01, is 0.02\)"):
+        audit(*what[:4], dataclasses.replace(CONFIG, learning_rate=2e-2), settings, journal=journal)
+    with pytest.raises(ValueError, match=r"The metric 'canary' of the student before .* the student or the metric's"):
+        audit(student(1), *what[1:], journal=journal)
+    assert done == work  # nothing was left to do
+
+
+def test_a_figure_is_whole_at_any_time_and_no_link_is_followed(found, tmp_path, monkeypatch):
+    target = tmp_path / "mine.png"
+    target.write_bytes(b"mine")
+    (tmp_path / "effects.png").symlink_to(target)
+    write_audit_report(found, tmp_path, "title", {})
+    assert target.read_bytes() == b"mine" and not (tmp_path / "effects.png").is_symlink()
+    before = (tmp_path / "effects.png").read_bytes()
+
+    def full(*paths):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_audit_report(Audit(**vars(found) | {"effects": {}, "rows": {}}), tmp_path, "title", {})
+    assert (tmp_path / "effects.png").read_bytes() == before
 
 
 def moved(student):
@@ -298,9 +370,16 @@ def test_a_control_is_written_by_the_student_after_the_same_prompts():
         undirected_control(student(), [{"input_ids": [5, 6, 7]}])
 
 
-def test_without_a_control_the_student_writes_one():
-    auditor = Auditor(student(), sentences(20, 0), None, panel(), CONFIG, None, None, False)
+def test_without_a_control_the_student_writes_one_and_it_is_written_once(tmp_path, monkeypatch):
+    what = student(), sentences(20, 0), None, panel(), CONFIG, None, None, False, tmp_path / "audit.jsonl"
+    auditor, again = Auditor(*what), Auditor(*what)
+    with auditor.journal:
+        auditor.begin()
     assert len(auditor.others) == 20 and auditor.others["text"] != sentences(20, 0)
+    monkeypatch.setattr(sys.modules["trl_dpg.auditing.audit"], "undirected_control", lambda *arguments: 1 / 0)
+    with again.journal:
+        again.begin()
+    assert again.others["text"] == auditor.others["text"]
     longest = max(len(text.split()) for text in auditor.others["text"])
     assert 1 <= longest <= 6  # no longer than the dataset's, with eos
 
@@ -346,14 +425,20 @@ def test_the_exit_status_is_3_if_an_unwanted_effect_is_found(quick, files, tmp_p
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["unwanted"] == ["canary"] and summary["settings"]["student_batch_size"] == 4
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("audit.html", "effects.png", "summary.json", "scored.parquet", "manifest.json", "manifest_rows.npz")
+        *("audit.html", "effects.png", "summary.json", "scored.parquet", "manifest.json", "manifest_rows.npz"),
+        *("audit.jsonl", "audit.lock", "audit_scores.jsonl", "audit_scores.lock"),
     }
     scored = Dataset.from_parquet(str(tmp_path / "out" / "scored.parquet"))
     assert read_manifest(tmp_path / "out")["files"]["scored.parquet"]["rows"] == 24
     assert check_manifest(tmp_path / "out") == []
     assert scored["text"] == planted() and set(scored.column_names) == {"text", "dpg_score_canary"}
-    cli.main(command(files, "clean", tmp_path / "out"))  # status 0, and the scores of before are gone
-    assert not (tmp_path / "out" / "scored.parquet").exists() and check_manifest(tmp_path / "out") == []
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command(files, "clean", tmp_path / "out"))
+    message = " ".join(capsys.readouterr().err.split())
+    assert stopped.value.code == 2 and "has results of other settings: dataset (was" in message
+    assert "--output_dir: The journal" in message and "delete these results with --overwrite" in message
+    cli.main(command(files, "clean", tmp_path / "out", "--overwrite"))  # status 0, and the scores of before are gone
+    assert not list((tmp_path / "out").glob("*score*.[jp]*")) and check_manifest(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,29 @@ def test_shards_of_lost_regressors_are_not_taken_for_new_ones(place, whole, tmp_
     assert theirs.read_bytes() == b"theirs"
 
 
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        ("scored", "has a link, scored -> nowhere, whose target would be overwritten"),
+        ("scored/notes", "scored' has a link, notes -> nowhere, whose target would be overwritten"),
+        ("exact/scored.parquet", "exact' has a link, scored.parquet -> nowhere"),
+        (None, "scored' is a file"),
+    ],
+)
+def test_links_and_files_in_the_place_of_folders_are_refused_before_anything_is_scored(
+    link, message, place, tmp_path, capsys
+):
+    if link is None:
+        (tmp_path / "scored").write_text("mine")
+    else:
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to("nowhere")
+    with pytest.raises(SystemExit) as raised:
+        cli.main(arguments(place, tmp_path))
+    assert raised.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "attribution.jsonl").exists()
+
+
 def test_columns_of_exact_scores_are_those_of_no_other_metric():
     check_columns(["a", "b"], ["text"])
     for names, there in ((["a", "a_exact"], []), ([None], ["dpg_score_exact"])):

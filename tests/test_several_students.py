@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerFast
 
 from tests.small_runs import CONFIG, METRIC, PROMPTS, TEXTS, TOKENIZER, dpg_config, make_student, make_trainer
@@ -13,9 +13,8 @@ from tests.test_reward import character_student, on_two_ranks
 from tests.tiny import make_model
 from trl_dpg import DPGReward, InnerLoopConfig, Student, cli, metagradient, toy
 from trl_dpg.metagradients.config import SettingsError
-from trl_dpg.metrics import LanguageModelingMetric
+from trl_dpg.metrics import CombinedMetric, LanguageModelingMetric
 from trl_dpg.replay import Replay
-from trl_dpg.reward_checks import check_token_ids
 from trl_dpg.scripts.arguments import ToyWorldArguments
 from trl_dpg.scripts.toy_world import toy_world
 from trl_dpg.several_students import aggregate, factors, student_names
@@ -161,16 +160,43 @@ def test_what_several_students_cannot_share_is_named():
     naive = InnerLoopConfig(attribution="dataset")
     refuse("by the metric of one student", config=naive, cross_group_batching=False, num_generations=2)
     refuse("Unknown student_aggregation 'best'", student_aggregation="best")
-    assert check_token_ids(1, samples=[{"input_ids": [5, 6, 7]}]) is None
-    with pytest.raises(ValueError, match=r"`dataset_name` has token ids \(`input_ids`\).* there are 2 students"):
-        check_token_ids(2, dataset_name=[{"input_ids": [5, 6, 7]}])
-    refuse(r"token ids \(`input_ids`\)", replay=Replay([{"input_ids": [5, 6, 7]}], ratio=1))
+    refuse(r"`replay_dataset` has token ids \(`input_ids`\)", replay=Replay([{"input_ids": [5, 6, 7]}], ratio=1))
     with pytest.raises(ValueError, match="A student is required"):
         DPGReward([], METRIC, CONFIG)
 
 
-def test_names_are_those_of_folders_and_different():
-    assert student_names(["runs/world/gpt2", "org/gpt2", "llama"]) == ["gpt2", "gpt2_1", "llama"]
+IDS = LanguageModelingMetric([{"input_ids": [5, 6, 7]}])
+
+
+@pytest.mark.parametrize("metric", [IDS, LanguageModelingMetric(Dataset.from_list(IDS.dataset))])
+def test_a_metric_of_token_ids_is_refused_if_the_students_read_them_by_other_vocabularies(metric):
+    named = r"The metric 'ids' has token ids .* 2 students \(LlamaForCausalLM, GPT2LMHeadModel\) .* Give texts"
+    metric = CombinedMetric([METRIC, metric], names=["texts", "ids"])
+    with pytest.raises(ValueError, match=named):
+        DPGReward(make_students(), metric, CONFIG)
+    of_one_family = [make_student(), Student(make_model(seed=3), processing_class=make_student().processing_class)]
+    assert len(DPGReward(of_one_family, metric, CONFIG).students) == 2
+    assert len(DPGReward(make_student(), metric, CONFIG).students) == 1
+
+
+def test_a_part_of_the_metric_that_is_called_like_a_student_is_refused():
+    with pytest.raises(ValueError, match="'GPT2LMHeadModel' is the name of a student and of a part of the metric"):
+        DPGReward(make_students(), CombinedMetric([METRIC], names=["GPT2LMHeadModel"]), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/world/gpt2", "org/gpt2", "llama"], ["gpt2", "gpt2_1", "llama"]),
+        (["a/model", "b/model/"], ["model", "model_1"]),
+        (["model_2", "a/model", "b/model"], ["model_2", "model", "model_2_2"]),
+        (["a/model", "b/model", "model_1"], ["model", "model_1", "model_1_2"]),
+    ],
+)
+def test_names_are_those_of_folders_and_different(paths, names):
+    assert student_names(paths) == names
+    each = StudentArguments(student_models=paths).each_student()
+    assert [own.student_model_name_or_path for own in each.values()] == paths and list(each) == names
 
 
 # -- trainer and commands ------------------------------------------------------------------------------------------
@@ -236,6 +262,25 @@ def test_attribute_has_a_column_for_each_student_and_their_combination(folders, 
         with pytest.raises(SystemExit):
             cli.main([*argv, "--overwrite", *flags])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attribute", "evaluate"])
+def test_commands_refuse_token_ids_before_a_student_is_loaded(name, folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(StudentArguments, "load_student", None)
+    texts, ids = tmp_path / "texts.jsonl", tmp_path / "ids.jsonl"
+    texts.write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    ids.write_text(json.dumps({"input_ids": [5, 6, 7]}) + "\n")
+    flag = {"attribute": "--dataset_name", "evaluate": "--datasets"}[name]
+    metric = ["--metric_kwargs", json.dumps({"dataset": str(ids)})]
+    for more, message in (
+        ([flag, str(texts), *metric], "The metric 'language_modeling' has token ids"),
+        ([flag, str(texts), "--replay_dataset", str(ids)], "--replay_dataset has token ids"),
+        ([flag, str(ids)], "--dataset_name has token ids" if name == "attribute" else f"`{ids}` has token ids"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(command(name, folders, *more, "--output_dir", str(tmp_path / "out")))
+        error = " ".join(capsys.readouterr().err.split())
+        assert stopped.value.code == 2 and message in error and "2 students (llama, gpt2)" in error
 
 
 @pytest.mark.faults

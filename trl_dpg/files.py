@@ -23,11 +23,16 @@ def write_json(path: Path, figures: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text such that the file is whole at any time. A link in its place is replaced, and not followed."""
+    """[`write_bytes`] of a text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file such that it is whole at any time. A link in its place is replaced, and not followed."""
     beside = path.with_name(f"{path.name}.tmp")
     beside.unlink(missing_ok=True)
-    with beside.open("x", encoding="utf-8") as file:
-        file.write(text)
+    with beside.open("xb") as file:
+        file.write(content)
     os.replace(beside, path)
 
 

@@ -3,19 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from .metagradients import InnerLoopConfig, MetagradientOutput
 from .metagradients.config import SettingsError
+from .rows import read_rows, sample_columns
 from .student import Examples, TokenizedExample
-
-
-FORMATS = (("input_ids", "labels"), ("input_ids",), ("messages",), ("prompt", "completion"), ("text",))
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 class Mixture(NamedTuple):
@@ -85,7 +81,7 @@ class Replay:
             raise ValueError("The dataset of replayed rows is empty.")
         check_ratio(ratio)
         if isinstance(rows, Dataset):
-            columns = next((own for own in FORMATS if set(own) <= set(rows.column_names)), None)
+            columns = sample_columns(rows.column_names)
             if columns is None:
                 raise SettingsError(
                     f"`replay_dataset` has the columns {rows.column_names}; expected `text`, `messages`, `prompt` and "
@@ -182,23 +178,19 @@ def check_ratio(ratio: Any) -> None:
 
 def load_rows(name: str, split: str = "train") -> Dataset:
     """
-    Rows by Hub id, or from a file (json, jsonl, parquet, csv, txt).
+    Rows by Hub id, or from files, see [`~trl_dpg.rows.read_rows`].
 
     Raises:
         `ValueError`: If they cannot be read.
     """
-    kind = FILE_FORMATS.get(Path(name.removesuffix(".gz")).suffix)
     try:
-        found = load_dataset(name, split=split) if kind is None else load_dataset(kind, data_files=name, split=split)
-    except Exception as error:
-        raise SettingsError(f"`replay_dataset` {name!r} could not be read (split {split!r}): {error}") from error
-    if len(found) == 0:
-        raise SettingsError(f"`replay_dataset` {name!r} has no rows (split {split!r}).")
-    return found
+        return read_rows(name, split=split)
+    except ValueError as error:
+        raise SettingsError(f"`replay_dataset`: {error}") from error
 
 
 def _columns(row: dict[str, Any]) -> tuple[str, ...]:
-    return next((own for own in FORMATS if set(own) <= set(row)), tuple(row))
+    return sample_columns(row) or tuple(row)
 
 
 def _as_pair(row: dict[str, Any]) -> dict[str, Any]:

@@ -126,10 +126,10 @@ class DPGReward:
         `ValueError`:
             If an option is unknown, if a student or a metric is missing, or given beside `server`, if this machine has
             no such `student_device`, or if the student's tokenizer is slow and `per_token=True`. With several
-            students, also if they share a model, if an `"auto"` is to be chosen, if replayed rows are token ids, or
-            with the naive baseline. With the naive baseline (`attribution="dataset"`), also if `cross_group_batching`,
-            `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no scores of samples or
-            tokens. Nor can it choose an `"auto"`.
+            students, also if they share a model, if an `"auto"` is to be chosen, if token ids are given and their
+            tokenizers differ, or with the naive baseline. With the naive baseline (`attribution="dataset"`), also if
+            `cross_group_batching`, `per_token` or `verify_steps` is set: it has one reward for a whole dataset, and no
+            scores of samples or tokens. Nor can it choose an `"auto"`.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class DPGReward:
             check_not_given(student=student, metric=metric, metric_samples=metric_samples, **own)
         inner_loop_config = inner_loop_config or InnerLoopConfig()
         check_combination(students, inner_loop_config, cross_group_batching, num_generations, verify_steps)
-        check_several(students, inner_loop_config, student_aggregation, replay)
+        check_several(students, metric, inner_loop_config, student_aggregation, replay)
         check_scores(inner_loop_config)
         self.student_text = StudentText(student_text, unfinished_thoughts, chat_template_kwargs=chat_template_kwargs)
         self.__name__ = "dpg"  # the reward's name in TRL's logs

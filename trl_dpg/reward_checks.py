@@ -1,12 +1,17 @@
 """Refuses arguments of a reward that are missing, or that cannot be combined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from .metagradients import InnerLoopConfig
 from .metagradients.config import SettingsError
+from .metrics import CombinedMetric, LanguageModelingMetric
+from .metrics.base import metric_name
 from .replay import Replay
-from .several_students import check_aggregation
+from .several_students import check_aggregation, student_names
 from .student import Student
 
 
@@ -22,7 +27,7 @@ def check_given(students: Sequence[Student], metric: Callable | None) -> None:
 
 
 def check_several(
-    students: Sequence[Student], config: InnerLoopConfig, aggregation: str, replay: Replay | None
+    students: Sequence[Student], metric: Any, config: InnerLoopConfig, aggregation: str, replay: Replay | None
 ) -> None:
     """Refuse what several students cannot share."""
     check_aggregation(aggregation)
@@ -40,23 +45,56 @@ def check_several(
             "attribution='dataset' rewards whole datasets by the metric of one student. With several, use scores of "
             "samples (attribution='metagradient')."
         )
-    check_token_ids(len(students), replay_dataset=None if replay is None else replay.rows)
+    names = student_names(students)
+    same = [name for name in names if isinstance(metric, CombinedMetric) and name in metric.names]
+    if same:
+        raise ValueError(
+            f"{same[0]!r} is the name of a student and of a part of the metric, so their figures in the logs would "
+            "have one name. Give the part another one (`names` of CombinedMetric)."
+        )
+    tokenizers: Any = dict(zip(names, (student.processing_class for student in students), strict=True))
+    rows = {} if replay is None else {"replay_dataset": replay.rows}
+    check_token_ids(tokenizers, {metric_name(metric): metric}, rows)
 
 
-def check_token_ids(number: int, **examples: Any) -> None:
+def check_token_ids(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase], metrics: Mapping[str, Any], examples: Mapping[str, Any]
+) -> None:
     """
-    Refuse token ids, by their argument, which several students would read by their own tokenizers.
+    Refuse token ids that several students would read by other vocabularies.
+
+    Args:
+        tokenizers (`dict[str, PreTrainedTokenizerBase]`): The tokenizers of the students, by the students' names.
+        metrics (`dict[str, Callable]`): Metrics by name.
+        examples (`dict[str, Examples]`): Samples, by the names of their arguments.
 
     Raises:
-        `ValueError`: If there are several students and the first row of some examples has `input_ids`.
+        `ValueError`: If there are any.
     """
-    for name, rows in examples.items():
-        first = rows[0] if number > 1 and rows is not None and len(rows) else ""
-        if not isinstance(first, str) and "input_ids" in first:
-            raise SettingsError(
-                f"`{name}` has token ids (`input_ids`), which are those of one tokenizer, but there are {number} "
-                "students. Give texts."
-            )
+    with_ids = [f"`{name}`" for name, rows in examples.items() if _are_token_ids(rows)]
+    with_ids += [f"The metric {part!r}" for name, metric in metrics.items() for part in _read_ids(name, metric)]
+    first, *others = [own.get_vocab() for own in tokenizers.values()] if with_ids else [{}]
+    if any(own != first for own in others):
+        raise SettingsError(
+            f"{with_ids[0]} has token ids (`input_ids`), which are those of one tokenizer, but the "
+            f"{len(tokenizers)} students ({', '.join(tokenizers)}) have different ones. Give texts, or students with "
+            "the same tokenizer."
+        )
+
+
+def _read_ids(name: str, metric: Any) -> Iterator[str]:
+    """The names of a metric, or of the parts of a combined one, whose texts are token ids."""
+    if isinstance(metric, CombinedMetric):
+        for part, own in zip(metric.names, metric.metrics, strict=True):
+            yield from _read_ids(part, own)
+    elif isinstance(metric, LanguageModelingMetric) and _are_token_ids(metric.dataset):
+        yield name
+
+
+def _are_token_ids(examples: Any) -> bool:
+    if isinstance(examples, Dataset):
+        return "input_ids" in examples.column_names
+    return any(isinstance(row, Mapping) and "input_ids" in row for row in examples)
 
 
 def check_not_given(**arguments: Any) -> None:

@@ -26,7 +26,7 @@ def check_aggregation(aggregation: str) -> None:
 def student_names(students: Sequence[Any]) -> list[str]:
     """
     What students are called in logs and columns: the last part of a model's path, or the class of a model without one.
-    Of equal names, all but the first have the student's place at the end.
+    A name that an earlier student has gets the student's place at the end, until no two are the same.
 
     Args:
         students (`list[Student]` or `list[str]`): Students, or paths of models.
@@ -35,7 +35,9 @@ def student_names(students: Sequence[Any]) -> list[str]:
     for index, student in enumerate(students):
         path = student.model.config._name_or_path if isinstance(student, Student) else student
         name = Path(path).name or (type(student.model).__name__ if isinstance(student, Student) else "student")
-        names.append(f"{name}_{index}" if name in names else name)
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
     return names
 
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from ..metagradients.metagradient import differentiate
 from ..metrics.base import metric_name
 from ..metrics.draw import check_samples, drawn
 from ..ranks import ALONE, Ranks, from_all_ranks
-from ..replay import Mixture, Replay, without_replay
+from ..replay import Replay, without_replay
 from ..student import Examples, Student
 from .chunks import Chunk, chunk_size, plan_chunks
 from .journal import Journal, digest
@@ -32,6 +32,21 @@ from .result import Attribution, collect
 
 CONTRAST = "contrast"
 """What the difference of two metrics is called in the results."""
+
+
+@dataclass
+class _Scoring:
+    """What is scored, by what, and how; see [`attribute`]."""
+
+    student: Student
+    dataset: Examples
+    metric: Any
+    config: InnerLoopConfig
+    path_points: int | None
+    metric_samples: int | None
+    replay: Replay | None
+    share_chunks: bool
+    progress: bool
 
 
 @overload
@@ -125,10 +140,9 @@ def attribute(
     wanted, size = plan_results(metric, contrast), chunk_size(size, config.batch_size)
     check_path_points(path_points, config)
     check_samples(metric, metric_samples)
-    dependent = {"path_points": path_points, "metric_samples": metric_samples}
-    how = {"progress": progress, "share_chunks": share_chunks, "path_points": path_points, "replay": replay}
+    scoring = _Scoring(student, dataset, metric, config, path_points, metric_samples, replay, share_chunks, progress)
     with drawn(metric, metric_samples, [config.seed]):
-        found = _attribute(wanted, student, dataset, metric, config, size, num_repeats, journal, dependent, how)
+        found = _attribute(wanted, scoring, size, num_repeats, journal)
     return found if isinstance(metric, Mapping) else found[None]
 
 
@@ -169,19 +183,16 @@ def plan_results(metric, contrast: Sequence[str] | None) -> dict[Any, Any]:
     return {name: {name: 1.0} for name in names} | {CONTRAST: {target: 1.0, control: -1.0}}
 
 
-def _attribute(
-    wanted, student, dataset, metric, config, size, num_repeats: int, journal, dependent: dict[str, Any], how
-) -> dict[Any, Attribution]:
-    chunks, chunks_per_repeat = _plan(len(dataset), size, num_repeats, config)
+def _attribute(wanted, scoring: _Scoring, size: int, num_repeats: int, journal) -> dict[Any, Attribution]:
+    number, config = len(scoring.dataset), scoring.config
+    chunks, chunks_per_repeat = _plan(number, size, num_repeats, config)
     with ExitStack() as stack:
         opened: Any = journal
         if not isinstance(journal, Journal):
             path = journal or _shared_folder(stack) / "attribution.jsonl"
-            settings = _settings(student, dataset, metric, config, size, how["replay"])
-            settings |= {name: value for name, value in dependent.items() if value is not None}
-            opened = stack.enter_context(Journal(path, settings))
-        _score(student, dataset, metric, config, chunks, opened, **how)
-        return _collect_together(wanted, opened, len(dataset), chunks_per_repeat, num_repeats, config.per_token)
+            opened = stack.enter_context(Journal(path, _settings(scoring, size)))
+        _score(scoring, chunks, opened)
+        return _collect_together(wanted, opened, number, chunks_per_repeat, num_repeats, config.per_token)
 
 
 def _plan(num_samples: int, size: int, num_repeats: int, config: InnerLoopConfig) -> tuple[list[Chunk], int]:
@@ -204,21 +215,19 @@ def _collect_together(wanted: Mapping[Any, Any], *arguments) -> dict[Any, Attrib
     return results
 
 
-def _settings(
-    student: Student, dataset: Examples, metric, config: InnerLoopConfig, size: int, replay: Replay | None
-) -> dict[str, Any]:
+def _settings(scoring: _Scoring, size: int) -> dict[str, Any]:
     """The settings on which the scores depend."""
-    replayed: dict[str, Any] = {}
+    replay, further = scoring.replay, {name: vars(scoring)[name] for name in ("path_points", "metric_samples")}
     if replay is not None:
-        replayed = {"replay_ratio": replay.ratio, "replay_seed": replay.seed, "replay_digest": digest(replay.rows)}
+        further |= {"replay_ratio": replay.ratio, "replay_seed": replay.seed, "replay_digest": digest(replay.rows)}
     return {
-        **replayed,
-        "metric": _each(metric, lambda _, own: metric_name(own)),
-        "student": student.describe(),
+        **{name: value for name, value in further.items() if value is not None},
+        "metric": _each(scoring.metric, lambda _, own: metric_name(own)),
+        "student": scoring.student.describe(),
         "chunk_size": size,
-        "num_samples": len(dataset),
-        "dataset_digest": digest(dataset),
-        **{name: value for name, value in asdict(config).items() if name not in MEMORY_ONLY},
+        "num_samples": len(scoring.dataset),
+        "dataset_digest": digest(scoring.dataset),
+        **{name: value for name, value in asdict(scoring.config).items() if name not in MEMORY_ONLY},
     }
 
 
@@ -228,26 +237,16 @@ def _shared_folder(stack: ExitStack) -> Path:
     return Path(folder)
 
 
-def _score(
-    student,
-    dataset,
-    metric,
-    config,
-    chunks: list[Chunk],
-    journal: Journal,
-    progress: bool,
-    share_chunks: bool,
-    path_points: int | None,
-    replay: Replay | None,
-) -> None:
+def _score(scoring: _Scoring, chunks: list[Chunk], journal: Journal) -> None:
     """Score the chunks that are not in the journal yet. Each one is written to the journal when it is scored."""
-    state = PartialState()
-    ranks = Ranks.of_this_run(student.device) if share_chunks else ALONE
-    num_teams, team = (1, 0) if share_chunks else (state.num_processes, state.process_index)
+    state, metric, student = PartialState(), scoring.metric, scoring.student
+    together = scoring.share_chunks
+    ranks = Ranks.of_this_run(student.device) if together else ALONE
+    num_teams, team = (1, 0) if together else (state.num_processes, state.process_index)
     todo = [k for k in range(len(chunks)) if k not in journal.done]
     sizes = [int(chunk.scored.sum()) for chunk in chunks]
     initial = sum(sizes) - sum(sizes[k] for k in todo)
-    show = progress and state.is_main_process
+    show = scoring.progress and state.is_main_process
     metric_before = None
     if any(value is not None for value in journal.done.values()):  # also if nothing is left to score
         starts = from_all_ranks(
@@ -257,13 +256,12 @@ def _score(
         journal.check_start(metric_before)  # the same on all ranks
 
     def score(mine: list[int], before) -> list[dict[str, Any]]:
-        what = dataset, chunks, metric, config, replay, before, ranks, path_points
-        return [{"chunk": k, **_score_chunk(k, student, *what)} for k in mine]
+        return [{"chunk": k, **_score_chunk(scoring, k, chunks[k], before, ranks)} for k in mine]
 
     with tqdm(desc="Scoring", total=sum(sizes), initial=initial, unit="sample", disable=not show, delay=0) as bar:
         for start in range(0, len(todo), num_teams):
             own = todo[start + team :][:1]  # the chunk of this process, if one is left
-            if share_chunks:
+            if together:
                 with ranks.guard("Scoring a chunk"):
                     records = score(own, metric_before)
             else:
@@ -288,19 +286,13 @@ def _each(metric, function: Callable[[str | None, Any], Any]) -> Any:
     return function(None, metric)
 
 
-def _mixture(dataset: Examples, chunk: Chunk, config: InnerLoopConfig, replay: Replay | None, index: int) -> Mixture:
-    """The rows of a chunk, with replayed ones."""
-    rows = _rows(dataset, chunk.rows.tolist())
-    return without_replay(rows) if replay is None else replay.mix(rows, config.batch_size, index)
-
-
-def _score_chunk(
-    index: int, student, dataset, chunks: list[Chunk], metric, config, replay, metric_before, ranks: Ranks, path_points
-) -> dict[str, Any]:
+def _score_chunk(scoring: _Scoring, index: int, chunk: Chunk, metric_before, ranks: Ranks) -> dict[str, Any]:
     """Score a chunk and return its record for the journal. No student is trained if all samples are empty."""
-    started = time.perf_counter()
-    chunk, mixture = chunks[index], _mixture(dataset, chunks[index], config, replay, index)
-    fine_tuning = FineTuning(student, mixture.examples, config if replay is None else replay.widened(config), ranks)
+    started, metric, config, replay = time.perf_counter(), scoring.metric, scoring.config, scoring.replay
+    rows = _rows(scoring.dataset, chunk.rows.tolist())
+    mixture = without_replay(rows) if replay is None else replay.mix(rows, config.batch_size, index)
+    widened = config if replay is None else replay.widened(config)
+    fine_tuning = FineTuning(scoring.student, mixture.examples, widened, ranks)
     samples = [fine_tuning.samples[place] for place in mixture.own]
     mine = [sample for sample, scored in zip(samples, chunk.scored, strict=True) if scored]
     record: dict[str, Any] = {
@@ -318,10 +310,10 @@ def _score_chunk(
         metrics = metric if isinstance(metric, Mapping) else {None: metric}
         before = metric_before if isinstance(metric, Mapping) else {None: metric_before}
         befores = {} if metric_before is None else before
-        if path_points is None:
+        if scoring.path_points is None:
             every = differentiate(fine_tuning, metrics, metric_before=befores)
         else:
-            every = differentiate_path(fine_tuning, metrics, befores, path_points, mixture.own)
+            every = differentiate_path(fine_tuning, metrics, befores, scoring.path_points, mixture.own)
         outputs = {name: mixture.of_the_samples(own) for name, own in every.items()}
         record["metric_before"] = _each(metric, lambda name, _: outputs[name].metric_before)
         record["metric_after"] = _each(metric, lambda name, _: outputs[name].metric_after)

@@ -16,10 +16,6 @@ from ..ranks import from_all_ranks
 from ..redaction import as_stored
 
 
-LAYOUT = "trl-dpg attribution 1"
-"""Stands at the beginning of every journal."""
-
-
 class JournalError(SettingsError):
     """A journal that cannot be used for this run."""
 
@@ -39,6 +35,7 @@ class Journal(AbstractContextManager):
     Attributes:
         settings (`dict[str, Any]`): The settings after conversion to JSON and back, without credentials.
         is_new (`bool`): Whether the file was created on entering.
+        layout (`str`): Stands at the beginning of every journal of its kind.
         done (`dict[int, Any]`):
             The chunks that were finished on entering, each with its `metric_before`: a `float`, one for each of
             several metrics by name, or `None`.
@@ -48,12 +45,15 @@ class Journal(AbstractContextManager):
         file is no journal.
     """
 
+    layout = "trl-dpg attribution 1"
+    work, results = "attribution", "scores"  # what messages call them
+
     def __init__(self, path: str | Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = Path(path)
-        self.settings = {"layout": LAYOUT} | as_stored(settings)
+        self.settings = {"layout": self.layout} | as_stored(settings)
         self.overwrite = overwrite
         self.is_new = False
-        self.done: dict[int, Any] = {}
+        self.done: dict[Any, Any] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Journal":
@@ -65,21 +65,21 @@ class Journal(AbstractContextManager):
     def __exit__(self, *exception) -> None:
         self._stack.close()
 
-    def _open_locked(self) -> tuple[bool, dict[int, Any]]:
+    def _open_locked(self) -> tuple[bool, dict[Any, Any]]:
         """Whether the journal is new, and the chunks that are done."""
-        taken = JournalError(f"Another attribution is at work on the journal {str(self.path)!r}. Choose another one.")
+        taken = JournalError(f"Another {self.work} is at work on the journal {str(self.path)!r}. Choose another one.")
         with ExitStack() as stack:
             stack.enter_context(locked(self.path.with_suffix(".lock"), taken))
             found = self._open()
             self._stack = stack.pop_all()
         return found
 
-    def _open(self) -> tuple[bool, dict[int, float | None]]:
+    def _open(self) -> tuple[bool, dict[Any, Any]]:
         self._check_layout()
         remove_half_line(self.path)
         lines = self._lines()
         found = next(lines, None)
-        done = {line["chunk"]: line["metric_before"] for line in lines}
+        done = dict(map(self.entry, lines))
         if found == self.settings:
             return False, done
         if found is not None and done and not self.overwrite:
@@ -89,8 +89,8 @@ class Journal(AbstractContextManager):
                 if self.settings.get(name) != found.get(name)
             )
             raise JournalError(
-                f"The journal {str(self.path)!r} has scores of other settings: {changes}. Choose another one, or "
-                "delete these scores with `overwrite`."
+                f"The journal {str(self.path)!r} has {self.results} of other settings: {changes}. Choose another "
+                f"one, or delete these {self.results} with `overwrite`."
             )
         self.path.write_bytes(b"")
         self.append(self.settings)
@@ -100,11 +100,16 @@ class Journal(AbstractContextManager):
         """Refuse a file that is no journal, before anything is written to it."""
         if not self.path.exists():
             return
-        start = f'{{"layout": "{LAYOUT}"'.encode()
+        start = f'{{"layout": "{self.layout}"'.encode()
         with self.path.open("rb") as file:
             found = file.read(len(start))
         if not start.startswith(found):  # an empty file, or a first line that was cut short, is one
-            raise JournalError(f"The file {str(self.path)!r} is not a journal of an attribution. Choose another one.")
+            raise JournalError(f"The file {str(self.path)!r} is not a journal of an {self.work}. Choose another one.")
+
+    @staticmethod
+    def entry(record: dict[str, Any]) -> tuple[Any, Any]:
+        """A record's key and value in `done`."""
+        return record["chunk"], record["metric_before"]
 
     def append(self, record: dict[str, Any]) -> None:
         """Write a line. It is on the disk when this returns."""
@@ -126,16 +131,19 @@ class Journal(AbstractContextManager):
             `ValueError`: If the values differ, so the student or the metric has changed.
         """
         earlier = next((value for value in self.done.values() if value is not None), None)
-        if earlier is None or metric_before is None:
-            return
+        if earlier is not None and metric_before is not None:
+            self.compare(earlier, metric_before)
+
+    def compare(self, earlier: Any, metric_before: float | Mapping[str, float]) -> None:
+        """Refuse values of the metric before fine-tuning that are not those of then, see [`Journal.check_start`]."""
         several = isinstance(metric_before, Mapping)
         for name, value in metric_before.items() if isinstance(metric_before, Mapping) else [("", metric_before)]:
-            then = earlier[name] if several else earlier
+            then = earlier.get(name, value) if several else earlier
             if not math.isclose(then, value, rel_tol=1e-3):
                 raise JournalError(
                     f"The metric {f'{name!r} ' if several else ''}of the student before fine-tuning is {value:.6g}, "
                     f"but was {then:.6g} when the journal {str(self.path)!r} was written: the student or the metric's "
-                    "data have changed. Choose another journal, or delete the old scores with `overwrite`."
+                    f"data have changed. Choose another journal, or delete the old {self.results} with `overwrite`."
                 )
 
     def _lines(self) -> Iterator[dict[str, Any]]:

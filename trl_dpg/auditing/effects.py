@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from scipy.stats import ttest_1samp
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..evaluation import evaluate_dataset, interval
 from ..metagradients import InnerLoopConfig
@@ -191,6 +190,10 @@ class Values:
     proxies: dict[str, dict[str, float]]
 
 
+Measure = Callable[[Dataset, Mapping[str, MetricFunction], int, str], Values]
+"""Maps rows, metrics, a seed and what the rows are called to the [`values_after`] of a fresh student on the rows."""
+
+
 def values_after(
     load_student: LoadStudent,
     rows: Dataset,
@@ -214,11 +217,11 @@ def values_after(
                 f"The metric {name!r} is {value} after the student's fine-tuning on {what}. Likely cause: "
                 f"`learning_rate` ({config.learning_rate}) is too high."
             )
+    proxies: dict[str, dict[str, float]] = {}
     with torch.no_grad(), result.finetuned.student.train_mode():
-        proxies = {
-            name: metric.proxies(result.finetuned, values[name]) if isinstance(metric, Metric) else {}
-            for name, metric in metrics.items()
-        }
+        for name, metric in metrics.items():
+            own = metric.proxies(result.finetuned, values[name]) if isinstance(metric, Metric) else {}
+            proxies[name] = {proxy: float(value) for proxy, value in own.items()}
     return Values(values, proxies)
 
 
@@ -230,22 +233,18 @@ def disjoint_parts(dataset: Dataset, num_rows: int, num_parts: int, seed: int) -
 
 
 def measure_effects(
-    load_student: LoadStudent,
+    measure: Measure,
     before: Mapping[str, float],
     pairs: Iterable[tuple[Dataset, Dataset]],
     metrics: Mapping[str, MetricFunction],
-    config: InnerLoopConfig,
     settings: AuditConfig,
-    bar: tqdm,
     start: str = "",
 ) -> dict[str, Effect]:
     """The effects by the names of the metrics, from pairs of parts. `start` is what an error says of the start."""
     runs: dict[str, list[Values]] = {"dataset": [], "control": []}
     for k, pair in enumerate(pairs):
         for rows, (side, values) in zip(pair, runs.items(), strict=True):
-            what = f"part {k + 1} of the {side}{start}"
-            values.append(values_after(load_student, rows, metrics, config, settings.seed + k, what))
-            bar.update()
+            values.append(measure(rows, metrics, settings.seed + k, f"part {k + 1} of the {side}{start}"))
     return summarize_effects(before, runs["dataset"], runs["control"], settings.wanted, settings.alpha)
 
 

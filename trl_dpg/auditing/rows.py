@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from datasets import Dataset
 from scipy.stats import mannwhitneyu
-from tqdm.auto import tqdm
 
-from ..attribution import Attribution, attribute
+from ..attribution import Attribution, Journal, attribute
 from ..evaluation import interval
 from ..metagradients import InnerLoopConfig
 from ..metagradients.goals import MetricFunction
 from ..student import Student
-from .effects import Effect, LoadStudent, values_after
+from .effects import Effect, Measure
 
 
 SMOOTH = 1e-3
@@ -83,6 +82,7 @@ def scores_against_control(
     config: InnerLoopConfig,
     num_repeats: int,
     progress: bool,
+    journal: Journal | None = None,
 ) -> dict[str, Attribution]:
     """
     Scores of N rows of the dataset and N others of the control by all metrics, in one attribution, see [`attribute`].
@@ -94,7 +94,7 @@ def scores_against_control(
     both = [*rows, *others]  # their columns may differ
     smooth = replace(config, eps_root=max(float(config.eps_root), SMOOTH), per_token=False, num_epochs=1)
     step = replace(smooth, attribution="metagradient", lr_scheduler_type="constant", warmup_steps=0)
-    return attribute(student, both, metrics, step, config.batch_size, num_repeats, progress=progress)
+    return attribute(student, both, metrics, step, config.batch_size, num_repeats, journal, progress)
 
 
 def rows_behind(effect: Effect, attribution: Attribution) -> RowsBehind:
@@ -106,36 +106,33 @@ def rows_behind(effect: Effect, attribution: Attribution) -> RowsBehind:
 
 
 def check_removal(
-    load_student: LoadStudent,
+    measure: Measure,
     dataset: Dataset,
     control: Dataset,
     metrics: Mapping[str, MetricFunction],
     behind: Mapping[str, RowsBehind],
-    config: InnerLoopConfig,
     num_removed: int,
     seeds: Sequence[int],
-    bar: tqdm,
 ) -> None:
     """Measure what is left of the effects in `behind` without their best rows. The results go into `behind`."""
     checked = {name: metrics[name] for name in behind}
     random = np.random.default_rng(seeds[0])
     values: dict[str, list[dict[str, float]]] = {}
 
-    def measure(what: str, rows: Dataset, seed: int, only: str | None = None) -> None:
-        panel = checked if only is None else {only: checked[only]}
-        values.setdefault(what, []).append(values_after(load_student, rows, panel, config, seed, what).metrics)
-        bar.update()
+    def add(what: str, rows: Dataset, seed: int, panel: Mapping[str, MetricFunction] = checked) -> None:
+        values.setdefault(what, []).append(measure(rows, panel, seed, what).metrics)
 
     for seed in seeds:
-        measure("the whole dataset", dataset, seed)
-        measure("the control", control.shuffle(seed=seed).select(range(len(dataset))), seed)
+        add("the whole dataset", dataset, seed)
+        add("the control", control.shuffle(seed=seed).select(range(len(dataset))), seed)
         drawn = random.permutation(len(dataset))[:num_removed]
-        measure("the dataset without random rows", _without(dataset, drawn), seed)
+        add(f"the dataset without {num_removed} random rows", _without(dataset, drawn), seed)
         for name, own in behind.items():
-            measure(_without_best(name), _without(dataset, np.array(own.rows[:num_removed])), seed, name)
-    common = ("the whole dataset", "the control", "the dataset without random rows")
+            left = _without(dataset, np.array(own.rows[:num_removed]))
+            add(_without_best(name, num_removed), left, seed, {name: checked[name]})
+    common = ("the whole dataset", "the control", f"the dataset without {num_removed} random rows")
     for name, own in behind.items():
-        kinds = (*common, _without_best(name))
+        kinds = (*common, _without_best(name, num_removed))
         whole, theirs, without_random, without_top = (interval([one[name] for one in values[kind]]) for kind in kinds)
         own.removal = Removal(num_removed, whole, theirs, without_top, without_random)
 
@@ -156,8 +153,8 @@ def mean_tokens(lengths: Sequence[int]) -> float:
     return statistics.mean([length for length in lengths if length] or [0])
 
 
-def _without_best(name: str) -> str:
-    return f"the dataset without the best rows for {name!r}"
+def _without_best(name: str, num_removed: int) -> str:
+    return f"the dataset without its {num_removed} best rows for {name!r}"
 
 
 def _without(dataset: Dataset, rows: np.ndarray) -> Dataset:

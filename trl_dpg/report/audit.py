@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from ..auditing import Audit, Effect
 from ..auditing.result import LIMITS, NO_RANKING
 from ..files import write_text
+from ..rows import row_text
 from .page import document, image_html, show, table, write_figures
 
 
@@ -107,7 +108,7 @@ def rows_section(audit: Audit) -> str:
             lines = [[escape(kind), _plus_minus(values), _gone(removal, values)] for kind, values in kinds.items()]
             about += " " + table(lines, ["fresh students on the", "Φ", "of the effect is gone"])
         samples = [
-            [str(row), f"{score:.3g}", show(_text(audit.samples[row]))]
+            [str(row), f"{score:.3g}", show(row_text(audit.samples[row]))]
             for row, score in list(zip(behind.rows, behind.scores, strict=True))[:MAX_ROWS]
         ]
         parts += [f"<h3>{escape(name)}</h3>", about, table(samples, ["row", "score", "sample"], "text")]
@@ -166,10 +167,3 @@ def _plus_minus(values: tuple[float, float | None]) -> str:
 def _gone(removal: Any, values: tuple[float, float | None]) -> str:
     share = removal.share_gone(values)
     return "" if share is None else f"{share:.0%}"
-
-
-def _text(row: dict[str, Any]) -> str:
-    """A sample in one text."""
-    parts = [row[name] for name in ("messages", "prompt", "completion", "text") if name in row]
-    messages = [part if isinstance(part, list) else [{"content": part}] for part in parts]
-    return " | ".join(str(message["content"]) for part in messages for message in part) or str(row)

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..callbacks import CONFIG_NAME
+from ..files import write_bytes, write_text
 from .figures import draw
 from .runs import Run, spread
 
@@ -207,7 +208,7 @@ def write_figures(figures: dict[str, tuple[str, Figure]], output_dir: Path) -> d
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
         images[name] = (caption, buffer.getvalue())
-        (output_dir / f"{name.replace('/', '_')}.png").write_bytes(images[name][1])
+        write_bytes(output_dir / f"{name.replace('/', '_')}.png", images[name][1])
     return images
 
 
@@ -227,5 +228,5 @@ def write_report(runs: list[Run], output_dir: str | Path, title: str | None = No
     output_dir.mkdir(parents=True, exist_ok=True)
     images = write_figures(draw(runs), output_dir)
     path = output_dir / "report.html"
-    path.write_text(render(runs, title or ", ".join(run.name for run in runs), images), encoding="utf-8")
+    write_text(path, render(runs, title or ", ".join(run.name for run in runs), images))
     return path

@@ -70,16 +70,6 @@ def say_once(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def check_student_text(student_text: str, unfinished_thoughts: str) -> None:
-    """Refuse unknown choices of what a student reads."""
-    from trl_dpg.student_text import StudentText
-
-    try:
-        StudentText(student_text, unfinished_thoughts)
-    except ValueError as error:
-        raise UsageError(f"--{str(error).removeprefix('Unknown ')}") from error
-
-
 @dataclass
 class CommandArguments:
     """
@@ -118,6 +108,37 @@ class CommandArguments:
             torch.set_num_threads(1 if size < TINY else cores)
         if models:
             say_once(f"CPU threads: {torch.get_num_threads()}")
+
+
+@dataclass
+class ReadingArguments(CommandArguments):
+    """
+    Arguments for what a student reads of samples with reasoning.
+
+    Args:
+        student_text (`str`, *optional*, defaults to `"all"`):
+            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
+        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
+            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
+    """
+
+    student_text: str = field(
+        default="all",
+        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
+    )
+    unfinished_thoughts: str = field(
+        default="as_is",
+        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
+    )
+
+    def __post_init__(self):
+        from trl_dpg.student_text import StudentText
+
+        super().__post_init__()
+        try:
+            StudentText(self.student_text, self.unfinished_thoughts)
+        except ValueError as error:
+            raise UsageError(f"--{str(error).removeprefix('Unknown ')}") from error
 
 
 @dataclass
@@ -186,7 +207,7 @@ class PromptArguments(CommandArguments):
 
 
 @dataclass
-class GeneratorArguments(PromptArguments):
+class GeneratorArguments(PromptArguments, ReadingArguments):
     """
     Arguments for a generator, its dataset and its sampling. Their names are those of `trl-dpg dpg`.
 
@@ -265,7 +286,6 @@ class GeneratorArguments(PromptArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_student_text(self.student_text, self.unfinished_thoughts)
         self.generation_kwargs = from_json("generation_kwargs", self.generation_kwargs)
         self.chat_template_kwargs = from_json("chat_template_kwargs", self.chat_template_kwargs)
         if self.train_on not in ("completion", "prompt_completion"):

@@ -39,11 +39,10 @@ from trl_dpg.attribution.journal import digest as digest
 from trl_dpg.config import StudentArguments
 from trl_dpg.files import write_json
 from trl_dpg.metagradients.config import SettingsError
-from trl_dpg.reward_checks import check_token_ids
 from trl_dpg.tuning import check_scores
 
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import check_no_training, check_student, make_folder, make_replay, process_state
+from .arguments import MetricArguments, ReadingArguments, ToyWorldArguments, UsageError, at_least
+from .data import check_no_training, check_student, check_token_ids, make_folder, make_replay, process_state
 from .distill import DistillArguments, distill
 from .flags import in_flags
 from .manifest import leave_manifest
@@ -57,7 +56,7 @@ from .usage import metric_entries
 
 
 @dataclass
-class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
+class AttributeArguments(MetricArguments, ReadingArguments, DistillArguments, ToyWorldArguments):
     """
     Script arguments of `trl-dpg attribute`.
 
@@ -76,10 +75,6 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
             Split, e.g. `"train[:10000]"`. Not a recipe's `dataset_train_split`, which is of its prompts.
         dataset_text_field (`str`, *optional*):
             The column with the text; by default the first of `input_ids`, `messages`, `prompt`, `text` that there is.
-        student_text (`str`, *optional*, defaults to `"all"`):
-            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
-        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
-            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         dataset_chunk (`int`, *optional*):
             Samples that the student is fine-tuned on together. By default the smallest multiple of the batch from 256.
         num_repeats (`int`, *optional*, defaults to `1`):
@@ -122,14 +117,6 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
             "`prompt` and `completion`, `text`."
         },
     )
-    student_text: str = field(
-        default="all",
-        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
-    )
-    unfinished_thoughts: str = field(
-        default="as_is",
-        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
-    )
     dataset_chunk: int | None = field(
         default=None,
         metadata={
@@ -165,7 +152,6 @@ class AttributeArguments(MetricArguments, DistillArguments, ToyWorldArguments):
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
         super().__post_init__()
-        check_student_text(self.student_text, self.unfinished_thoughts)
         if self.dataset_name is None:
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         if self.keep_top is not None and not 0 < self.keep_top <= 1:
@@ -215,9 +201,10 @@ def main(script_args: AttributeArguments, student_args: AttributeStudentArgument
             several = script_args.metrics
             metric: Any = make_metric(script_args) if several is None else make_metrics("metrics", several)
             dataset, samples = load_samples(script_args)
+            replay = make_replay(student_args)
+            check_token_ids(student_args, {str(script_args.metric): metric}, {"dataset_name": samples}, replay)
         check_scores(config)
-        check_token_ids(len(students), dataset_name=samples)
-        scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=make_replay(student_args))
+        scored: Any = partial(Scored, script_args, metric=metric, size=size, replay=replay)
         if script_args.distill:
             distill(script_args, student_args, dataset, samples, scored)
             return

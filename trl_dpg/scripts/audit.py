@@ -10,6 +10,7 @@ dataset does that the control does not. The library side is [`trl_dpg.auditing.a
 Files in `output_dir`: `audit.html`, a page that loads no other file, with its figure `effects.png`; `summary.json`;
 and, if an unwanted effect was found, `scored.parquet`: the samples that are not empty, with a column
 `dpg_score_<name>` for each metric of the panel that has a gradient. `manifest.json` says what made the files.
+`audit.jsonl` and `audit_scores.jsonl` are the journals, from which the same command goes on if it was interrupted.
 
 The exit status is 0 if no unwanted effect was found, 3 if one was found, 2 for wrong usage, and 1 for a failure.
 """
@@ -21,9 +22,9 @@ from typing import Any
 
 from ..files import write_json
 from ..redaction import redacted
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
+from ..rows import sample_columns
+from .arguments import MetricArguments, ReadingArguments, ToyWorldArguments, UsageError, at_least
 from .data import (
-    FORMATS,
     as_the_student_reads,
     check_model,
     check_no_training,
@@ -44,14 +45,14 @@ from .usage import from_json, metric_entries
 
 FOUND = 3
 """The exit status if an unwanted effect was found."""
-FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed", "control")} | {
+FLAGS = {name: name for name in ("wanted", "num_parts", "alpha", "share_removed", "control", "overwrite")} | {
     "dataset": "dataset_name"
 }
 """What the library's arguments are called here, beside those of the student."""
 
 
 @dataclass
-class AuditArguments(MetricArguments, ToyWorldArguments):
+class AuditArguments(MetricArguments, ReadingArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg audit`.
 
@@ -82,14 +83,12 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
             Share of the rows with the highest scores that are removed, to check the scores by fresh students.
         other_student_model_name_or_path (`str`, *optional*):
             Path or Hub id of another start, on which effects that were found are tested again.
-        student_text (`str`, *optional*, defaults to `"all"`):
-            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
-        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
-            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         output_dir (`str`, *optional*, defaults to `"audit"`):
             Folder for the results. With a recipe for `trl-dpg dpg`, give a folder other than the recipe's.
         title (`str`, *optional*):
             Title of the page; the dataset's name by default.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Delete the results of an earlier audit with other settings in `output_dir`.
     """
 
     dataset_name: str | None = field(
@@ -117,16 +116,9 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
     other_student_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Another start, on which effects that were found are tested again."}
     )
-    student_text: str = field(
-        default="all",
-        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
-    )
-    unfinished_thoughts: str = field(
-        default="as_is",
-        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
-    )
     output_dir: str = field(default="audit", metadata={"help": "Folder for the results."})
     title: str | None = field(default=None, metadata={"help": "Title of the page."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete the results of other settings in `output_dir`."})
 
     def __post_init__(self):
         self.metrics = metric_entries("metrics", self.metrics)
@@ -141,7 +133,6 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
         else:
             raise UsageError("--metrics is required without --default_panel: at least one metric, by a name.")
         super().__post_init__()
-        check_student_text(self.student_text, self.unfinished_thoughts)
         if self.dataset_name is None and self.toy_world is None:
             raise UsageError("--dataset_name is required: samples by Hub id or file (json, jsonl, parquet, csv, txt).")
         at_least(3, num_parts=self.num_parts)
@@ -160,14 +151,13 @@ class AuditArguments(MetricArguments, ToyWorldArguments):
 def load_samples(script_args: AuditArguments, flag: str, name: str, split: str):
     """The samples of a dataset as the student reads them, with the columns that it reads."""
     data = load_data(name, split=split, flag=flag)
-    columns = next((list(own) for own in FORMATS if set(own) <= set(data.column_names)), None)
+    columns = sample_columns(data.column_names)
     if columns is None:
         raise UsageError(
             f"--{flag} {name!r} has the columns {data.column_names}; expected `text`, `prompt` and `completion`, "
             "`messages`, or `input_ids`."
         )
-    kept = {*columns, "labels", "reasoning"} if columns == ["input_ids"] else {*columns, "reasoning"}
-    data = data.select_columns([column for column in data.column_names if column in kept])
+    data = data.select_columns([column for column in data.column_names if column in (*columns, "reasoning")])
     read = as_the_student_reads(data, script_args, flag, name)
     return read.select_columns([column for column in read.column_names if column != "reasoning"])
 
@@ -185,6 +175,7 @@ def make_panel(script_args: AuditArguments, student) -> dict[str, Any]:
 
 
 def main(script_args: AuditArguments, student_args) -> None:
+    from trl_dpg.attribution.journal import JournalError
     from trl_dpg.auditing import audit
     from trl_dpg.metagradients.config import SettingsError
 
@@ -225,7 +216,11 @@ def main(script_args: AuditArguments, student_args) -> None:
                     script_args.settings(student_args.seed),
                     None if other is None else loader(student_args, other),
                     progress=True,
+                    journal=output_dir / "audit.jsonl",
+                    overwrite=script_args.overwrite,
                 )
+        except JournalError as error:
+            raise UsageError(in_flags(f"--output_dir: {error}", FLAGS)) from error
         except SettingsError as error:
             raise UsageError(in_flags(str(error), FLAGS)) from error
     finish(script_args, student_args, result, output_dir, {"dataset": dataset, "control": control})

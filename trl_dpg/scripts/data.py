@@ -1,22 +1,23 @@
 """Loads the datasets and models that arguments name, and checks that they exist."""
 
-import glob
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from trl_dpg.files import check_links
+from trl_dpg.rows import FILE_FORMATS as FILE_FORMATS
+from trl_dpg.rows import FORMATS as FORMATS
+from trl_dpg.rows import read_rows
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError
+from .flags import in_flags
 
 
-FORMATS = (("input_ids",), ("messages",), ("prompt", "completion"), ("text",))  # of samples
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say the number of processes."""
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 def load_data(
@@ -27,26 +28,10 @@ def load_data(
     flag: str = "dataset_name",
 ):
     """A split of a dataset. The name is a Hub id, or the path or pattern of local files (`data/*.jsonl`)."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix in FILE_FORMATS and not any(Path(file).is_file() for file in glob.glob(name)):
-        raise UsageError(f"--{flag}: there is no file {name!r}.")
     try:
-        if suffix in FILE_FORMATS:
-            data = load_dataset(FILE_FORMATS[suffix], data_files=name, split=split, streaming=streaming)
-        else:
-            data = load_dataset(name, name=config, split=split, streaming=streaming)
-    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
-        reason = ": ".join(str(part) for part in (error, error.__cause__) if part and str(part)) or repr(error)
-        raise UsageError(
-            f"--{flag}: {name!r} could not be read (split {split!r}). {reason} -- Give a Hub id, or a file (json, "
-            "jsonl, parquet, csv, txt)."
-        ) from error
-    if not streaming and len(data) == 0:
-        raise UsageError(f"--{flag}: {name!r} has no rows (split {split!r}).")
-    return data
+        return read_rows(name, config, split, streaming)
+    except ValueError as error:
+        raise UsageError(f"--{flag}: {error}") from error
 
 
 def fits(template: str, columns: Collection[str]) -> bool:
@@ -287,11 +272,29 @@ def the_student(command: str, student_args) -> None:
     student_args.student_models = None
 
 
+def check_token_ids(student_args, metrics: Mapping[str, Any], examples: Mapping[str, Any] = {}, replay=None) -> None:
+    """Refuse token ids that several students would read by other vocabularies, before one of them is loaded."""
+    from transformers import AutoTokenizer
+
+    from trl_dpg.reward_checks import check_token_ids
+    from trl_dpg.student.loading import load_pretrained
+
+    students = student_args.each_student()
+    if len(students) == 1:
+        return
+    paths = {name: own.student_model_name_or_path for name, own in students.items()}
+    tokenizers = {name: load_pretrained(AutoTokenizer, own, "the student's tokenizer") for name, own in paths.items()}
+    rows = {} if replay is None else {"replay_dataset": replay.rows}
+    try:
+        check_token_ids(tokenizers, metrics, {**examples, **rows})
+    except ValueError as error:
+        flags = {name: name for name in ("dataset_name", "replay_dataset")}
+        raise UsageError(in_flags(str(error), flags)) from error
+
+
 def make_replay(student_args):
     """The replayed rows that the arguments name, or `None`."""
     from trl_dpg.metagradients.config import SettingsError
-
-    from .flags import in_flags
 
     try:
         return student_args.replay()

@@ -31,13 +31,14 @@ from trl_dpg.redaction import as_stored
 from trl_dpg.run_setup import dataset_digest
 
 from .arguments import CommandArguments, UsageError, at_least
-from .data import process_state
+from .data import make_folder, process_state
 from .manifest import leave_manifest
 from .output import say
 from .scored_samples import best_and_worst, ranking_lines
 
 
 OF_A_SHARD = "[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].*"
+FOLDERS = ("exact", "scored", "scored/notes")
 NUM_BLOCKS = (1, 2, 4)
 """Numbers of the student's blocks that are tried by default."""
 OWN = ("distill_samples", "distill_blocks", "distill_window", "distill_coverage", "distill_shard_size")
@@ -119,7 +120,7 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
     if student_args.per_token:
         raise UsageError("--per_token: distilled scores are of samples. Leave out --distill or --per_token.")
     make_regressor("ridge", seed=0, num_samples=1, num_features=1)  # scikit-learn is there
-    check_columns(script_args.names, dataset.column_names)
+    check_output(script_args, dataset.column_names)
     folder, main = Path(script_args.output_dir), process_state().is_main_process
     rng = np.random.default_rng(student_args.seed)
     rows = np.sort(rng.choice(len(dataset), min(script_args.distill_samples, len(dataset)), replace=False))
@@ -169,6 +170,14 @@ def distill(script_args, student_args, dataset, samples, scored: Callable) -> No
         finish(script_args, distilled, shards, dataset, samples, student)
 
 
+def check_output(script_args, columns: list[str]) -> None:
+    """Refuse names of scores that are taken, and files and links in the place of folders."""
+    check_columns(script_args.names, columns)
+    for name in FOLDERS:
+        if Path(script_args.output_dir, name).exists():
+            make(Path(script_args.output_dir, name))
+
+
 def check_columns(names: list[Any], there: list[str]) -> None:
     """Refuse names of metrics, and columns of the dataset, that are those of exact scores."""
     taken = {*there, *(score_columns(name)[0] for name in names)}
@@ -209,8 +218,8 @@ def is_fitted(stored: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 
 def make(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """A folder in `output_dir`, in which links are refused."""
+    return make_folder("output_dir", folder)
 
 
 def make_reader(script_args, student_args, student) -> FeatureReader:

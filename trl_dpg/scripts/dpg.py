@@ -22,7 +22,7 @@ from typing import Any
 from trl_dpg.files import write_json as write
 
 from .arguments import DPGScriptArguments, UsageError, make_recipe_parser
-from .data import check_model, check_student, load_data, make_folder, make_prompts, make_replay
+from .data import check_model, check_student, check_token_ids, load_data, make_folder, make_prompts, make_replay
 from .flags import in_flags
 from .fresh_students import TRAINED, UNTRAINED, FreshStudents, judge, sample
 from .manifest import leave_manifest
@@ -84,6 +84,7 @@ def train_and_test(script_args, training_args, model_args, dataset_args, stop) -
         check_student(training_args)
     metric = make_metric(script_args)
     held_out = make_held_out_metrics(script_args)
+    check_token_ids(training_args, {str(script_args.metric): metric} | held_out)
     rewards = make_rewards(script_args.reward_funcs, script_args.reward_kwargs)
     last = checkpoint(training_args)
     trainer = make_trainer(script_args, training_args, model_args, dataset_args, metric, rewards)

@@ -26,9 +26,17 @@ from transformers.utils import logging as transformers_logging
 from ..attribution.chunks import chunk_size
 from ..evaluation import compare_datasets, interval
 from ..metagradients.config import SettingsError
-from ..reward_checks import check_token_ids
-from .arguments import MetricArguments, ToyWorldArguments, UsageError, at_least, check_student_text
-from .data import FORMATS, as_the_student_reads, check_student, load_data, make_folder, make_replay, process_state
+from ..rows import sample_columns
+from .arguments import MetricArguments, ReadingArguments, ToyWorldArguments, UsageError, at_least
+from .data import (
+    as_the_student_reads,
+    check_student,
+    check_token_ids,
+    load_data,
+    make_folder,
+    make_replay,
+    process_state,
+)
 from .flags import in_flags
 from .output import say
 from .registry import make_metric
@@ -44,7 +52,7 @@ FLAGS = {name: name for name in ("datasets", "num_samples", "max_tokens")}
 
 
 @dataclass
-class EvaluateArguments(MetricArguments, ToyWorldArguments):
+class EvaluateArguments(MetricArguments, ReadingArguments, ToyWorldArguments):
     """
     Arguments of `trl-dpg evaluate`.
 
@@ -60,10 +68,6 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
         max_tokens (`int`, *optional*):
             Number of tokens to learn from in each dataset, in the place of `num_samples`. Each seed draws as many
             samples as fit. 0: as many tokens as the smallest dataset has.
-        student_text (`str`, *optional*, defaults to `"all"`):
-            What the student reads of samples with reasoning: `"all"`, `"answer"` or `"reasoning"`.
-        unfinished_thoughts (`str`, *optional*, defaults to `"as_is"`):
-            What it reads of a sample whose reasoning has no end: all of it, or nothing (`"empty"`).
         output_dir (`str`, *optional*):
             Folder for `evaluation.json`, which has the figures. It is written after each seed.
         output_file (`str`, *optional*):
@@ -74,14 +78,6 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
     dataset_split: str = field(default="train", metadata={"help": "The split to read."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "A student for each seed."})
     num_samples: int | None = field(default=None, metadata={"help": "Number of samples to draw from each dataset."})
-    student_text: str = field(
-        default="all",
-        metadata={"help": "What the student reads of samples with reasoning: 'all', 'answer' or 'reasoning'."},
-    )
-    unfinished_thoughts: str = field(
-        default="as_is",
-        metadata={"help": "What it reads of a sample whose reasoning has no end: 'empty' (nothing) or 'as_is'."},
-    )
     max_tokens: int | None = field(
         default=None, metadata={"help": "Tokens to learn from in each dataset; 0: as many as the smallest has."}
     )
@@ -98,7 +94,6 @@ class EvaluateArguments(MetricArguments, ToyWorldArguments):
             raise UsageError(f"--datasets must be different, got {self.datasets}.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise UsageError(f"--seeds must be different numbers, got {self.seeds}.")
-        check_student_text(self.student_text, self.unfinished_thoughts)
         at_least(0, seeds=min(self.seeds))
         at_least(0, max_tokens=self.max_tokens)
         at_least(1, num_samples=self.num_samples)
@@ -123,11 +118,7 @@ def main(script_args: EvaluateArguments, student_args) -> dict[str, Any]:
         check_student(student_args)
         metric, datasets = make_metric(script_args), load_datasets(script_args)
         replay, students = make_replay(student_args), student_args.each_student()
-        try:
-            rows: dict[str, Any] = {} if replay is None else {"replay_dataset": replay.rows}
-            check_token_ids(len(students), **datasets | rows)
-        except SettingsError as error:
-            raise UsageError(in_flags(str(error), FLAGS)) from error
+        check_token_ids(student_args, {str(script_args.metric): metric}, datasets, replay)
         written: dict[str, Any] = {}
         for name, own in students.items():
             found = evaluate(script_args, own, datasets, metric, replay, "" if len(students) == 1 else f"{name}, ")
@@ -214,7 +205,7 @@ def load_datasets(script_args: EvaluateArguments) -> dict[str, Any]:
     for name in script_args.datasets:
         datasets[name] = load_data(name, split=script_args.dataset_split, flag="datasets")
         columns = datasets[name].column_names
-        if not any(set(needed) <= set(columns) for needed in FORMATS):
+        if sample_columns(columns) is None:
             raise UsageError(
                 f"--datasets: {name!r} has the columns {columns}; SFTTrainer reads `text`, `messages`, `prompt` and "
                 "`completion`, or `input_ids`."

@@ -40,7 +40,7 @@ FIRST: dict[str, dict[str, list[str]]] = {
         "metric": [*METRIC, "metrics", "contrast"],
     },
     "audit": {
-        "run": ["dataset_name", "control", "wanted", "num_parts", "alpha", "output_dir"],
+        "run": ["dataset_name", "control", "wanted", "num_parts", "alpha", "output_dir", "overwrite"],
         "student": [*STUDENT, "other_student_model_name_or_path"],
         "panel": ["metrics", "default_panel"],
     },

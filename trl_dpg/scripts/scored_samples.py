@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 
 from trl_dpg.attribution.result import ranking, score_columns
+from trl_dpg.rows import row_text, sample_columns
 
 from .arguments import UsageError
-from .data import FORMATS, as_the_student_reads, held_by, load_data
+from .data import as_the_student_reads, held_by, load_data
 
 
 def load_samples(script_args):
@@ -20,37 +21,31 @@ def load_samples(script_args):
         raise UsageError(f"--dataset_name {name!r} has scores already, in {taken}. Rename or remove these columns.")
 
     text = script_args.dataset_text_field
-    formats = FORMATS if text is None else ((text,),)
-    columns = next((list(columns) for columns in formats if set(columns) <= set(dataset.column_names)), None)
+    columns = sample_columns(dataset.column_names)
+    if text is not None:
+        columns = (text,) if text in dataset.column_names else None
     if columns is None:
         raise UsageError(
             f"--dataset_name {name!r} has the columns {dataset.column_names}; expected "
             + (f"{text!r}." if text else "`text`, `prompt` and `completion`, `messages`, or `input_ids`.")
             + " Name the column with the text by --dataset_text_field."
         )
-    if text is not None or columns == ["text"]:
+    if text is not None or columns == ("text",):
         held = held_by(dataset.features[columns[0]])
         if held not in ("texts", "null"):
             raise UsageError(
                 f"The column {columns[0]!r} holds no text but {held}. Name the one that does by --dataset_text_field."
             )
-    if columns == ["input_ids"] and "labels" in dataset.column_names:
-        columns.append("labels")
     samples = dataset.select_columns([*columns, *({"reasoning"} & set(dataset.column_names))])
     samples = samples if text in (None, "text") else samples.rename_column(text, "text")
     samples = as_the_student_reads(samples, script_args, "dataset_name", name)
-    return dataset, samples.select_columns(["text"] if text else columns)
+    return dataset, samples.select_columns(["text"] if text else list(columns))
 
 
 def preview(row: dict[str, Any], student, width: int = 90) -> str:
     """A sample on one line."""
-    if "input_ids" in row:
-        decoded = student.processing_class is not None
-        text = student.processing_class.decode(row["input_ids"]) if decoded else str(row["input_ids"])
-    else:
-        parts = [row[name] for name in ("messages", "prompt", "completion", "text") if name in row]
-        messages = [part if isinstance(part, list) else [{"content": part}] for part in parts]
-        text = " | ".join(str(message["content"]) for part in messages for message in part)
+    known = "input_ids" in row and student.processing_class is not None
+    text = student.processing_class.decode(row["input_ids"]) if known else row_text(row)
     text = " ".join(text.split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
