@@ -1,21 +1,27 @@
-"""
+r"""
 What do ten metrics cost, over one metric and over ten calls?
 
 Seconds of `metagradient`: medians of interleaved repetitions in one process, with metrics that cost nothing. The ten
-calls are ten times the seconds of one. Model and flags are those of `metagradient_vs_sft.py`.
+calls are ten times the seconds of one. Model and flags are those of `metagradient_vs_sft.py`. With `--real`, the
+student is SmolLM2-135M-Instruct, and each metric is language modelling on ten paragraphs, cut off like a sample.
 
     python benchmarks/many_metrics.py
     python benchmarks/many_metrics.py --threads 1 --cpu-seconds --kinds lora --steps 8 --repeat 5
+    python benchmarks/many_metrics.py --real --number 5 --kinds lora --steps 1 --budgets kept --rank 8 --length 32 \
+        --batch 200 --micro-batch 10 --threads 1 --cpu-seconds --repeat 1
 """
 
 import argparse
 import statistics
+import tempfile
+from itertools import cycle, islice
 
 import torch
 from _side_by_side import add_model_arguments
-from metagradient_vs_sft import make_model, timed
+from metagradient_vs_sft import make_model, real_world, timed
 
 from trl_dpg import InnerLoopConfig, Student, metagradient
+from trl_dpg.metrics import LanguageModelingMetric
 
 
 def make_metrics(number):
@@ -23,31 +29,45 @@ def make_metrics(number):
     return {f"metric {k}": lambda student, k=k: student.theta[1000 * k : 1000 * (k + 1)].sum() for k in range(number)}
 
 
+def make_real_metrics(args, paragraphs):
+    return {
+        f"metric {k}": LanguageModelingMetric(paragraphs[10 * k : 10 * k + 10], max_length=args.length)
+        for k in range(args.number)
+    }
+
+
 def main(args):
     torch.set_num_threads(args.threads)
-    size = f"{args.layers} x {args.hidden}, vocabulary {args.vocab}"
+    size = "SmolLM2-135M-Instruct" if args.real else f"{args.layers} x {args.hidden}, vocabulary {args.vocab}"
     print(f"torch {torch.__version__}, {args.device}, {args.threads} threads; {size},")
     print(
         f"sequence {args.length}, {args.batch} samples a step, float32; {args.number} metrics; {args.repeat} times\n"
     )
     print("| student | T | graphs | one metric, s | all / one | all / calls |")
     print("|---|---|---|---|---|---|")
-    for kind in args.kinds.split(","):
-        student = Student(make_model(args, kind))
-        for steps in map(int, args.steps.split(",")):
-            rows = torch.randint(0, args.vocab, (steps * args.batch, args.length)).tolist()
-            for budget in args.budgets.split(","):
-                compare(args, kind, student, [{"input_ids": row} for row in rows], steps, budget)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, ids = real_world(temporary) if args.real else (None, [])
+        paragraphs = [{"input_ids": own} for own in ids]
+        metrics = make_real_metrics(args, paragraphs) if args.real else make_metrics(args.number)
+        for kind in args.kinds.split(","):
+            student = Student(make_model(args, kind, folder))
+            for steps in map(int, args.steps.split(",")):
+                number = steps * args.batch
+                rows = torch.randint(0, args.vocab, (number, args.length)).tolist()
+                random = [{"input_ids": row} for row in rows]
+                cut = [{"input_ids": own[: args.length]} for own in islice(cycle(ids), number)]
+                for budget in args.budgets.split(","):
+                    compare(args, kind, student, cut or random, metrics, steps, budget)
 
 
-def compare(args, kind, student, samples, steps, budget):
+def compare(args, kind, student, samples, metrics, steps, budget):
     config = InnerLoopConfig(
         batch_size=args.batch,
+        micro_batch_size=args.micro_batch,
         learning_rate=1e-6,
         memory_budget="auto" if budget == "kept" else 0,
         attribution=args.attribution,
     )
-    metrics = make_metrics(args.number)
 
     def one(samples=samples):
         metagradient(student, samples, metrics["metric 0"], config, metric_before=0.0)
@@ -67,6 +87,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser, steps="1,8")
     parser.add_argument("--number", type=int, default=10, help="of metrics")
+    parser.add_argument("--real", action="store_true", help="SmolLM2-135M-Instruct, and metrics of real texts")
+    parser.add_argument("--micro-batch", type=int, help="samples of a micro-batch; by default a whole step")
     parser.add_argument("--budgets", default="kept,recomputed", help="whether graphs are kept")
     parser.add_argument("--attribution", default="metagradient", choices=("metagradient", "first_order"))
     main(parser.parse_args())
