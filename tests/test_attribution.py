@@ -140,15 +140,18 @@ def test_a_journal_is_open_once(student, tmp_path):
             attribute(student, TEXTS[:4], METRIC, CONFIG, journal=tmp_path / "attribution.jsonl")
 
 
-def test_token_scores_sum_to_the_scores_and_are_written(student, tmp_path):
+def test_token_scores_sum_to_the_scores_and_are_written_through_no_link(student, tmp_path):
     dataset = Dataset.from_dict({"text": [*TEXTS, ""]})
     config = InnerLoopConfig(batch_size=4, learning_rate=1e-2, eps_root=1e-6, per_token=True)
     result = attribute(student, dataset, METRIC, config, size=8)
     offsets = result.token_offsets
     sums = [result.token_scores[a:b].sum() for a, b in itertools.pairwise(offsets)]
     np.testing.assert_allclose(sums, result.scores, atol=1e-6)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "scored.parquet.tmp").symlink_to(tmp_path / "mine")
     files = result.write(dataset, tmp_path, rows=result.top(0.5))
     assert [file.name for file in files] == ["scored.parquet", "top.parquet"]
+    assert (tmp_path / "mine").read_text() == "mine" and not files[0].is_symlink()
     scored = load_dataset("parquet", data_files=str(files[0]), split="train")
     assert scored["dpg_score"] == result.scores.tolist() and scored["dpg_token_scores"][-1] == []
 

@@ -216,6 +216,8 @@ def write(
         masks["top"] = np.isin(np.arange(len(dataset)), rows)
     files = [output_dir / f"{name}.{output_format}" for name in masks]
     parts = [file.with_name(f"{file.name}.tmp") for file in files]
+    for part in parts:
+        part.unlink(missing_ok=True)  # it may be a link
     writer_type = pq.ParquetWriter if output_format == "parquet" else JSONLinesWriter
     writers = [writer_type(part, schema) for part in parts]
     arrow = dataset.with_format("arrow")
