@@ -136,6 +136,7 @@ def test_an_error_on_one_rank_is_raised_on_all(four):
         assert all(other[name] == first[name] for other in (second, *others)) and word in first[name], name
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("where", ["in the metric", "on the host", "in an exchange"])
 def test_all_ranks_halve_the_micro_batch_if_one_is_out_of_memory(where, four):
     for rank in four:
