@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 
 
+EKFAC = ["--method", "kfac", "--hessian_cfg.ev_correction", "true", "--hessian_dtype", "fp32"]
+
+
 def magic(settings):
     """bergson's MAGIC: the metagradient of the same fine-tuning."""
     import torch
@@ -31,7 +34,7 @@ def command(name, settings):
         1024,
     ]
     flags += ["--query.dataset", folder / "queries.jsonl", "--query.aggregation", "mean", "--overwrite", "true"]
-    extra = ["--target_downweight_components", 100] if name == "trackstar" else []
+    extra = {"trackstar": ["--target_downweight_components", 100], "ekfac": EKFAC}[name]
     subprocess.run([sys.executable, "-m", "bergson", name, run, *map(str, [*flags, *extra])], check=True)
     from bergson.data import load_scores
 
