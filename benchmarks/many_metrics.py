@@ -52,12 +52,11 @@ def main(args):
         for kind in args.kinds.split(","):
             student = Student(make_model(args, kind, folder))
             for steps in map(int, args.steps.split(",")):
-                number = steps * args.batch
-                rows = torch.randint(0, args.vocab, (number, args.length)).tolist()
-                random = [{"input_ids": row} for row in rows]
-                cut = [{"input_ids": own[: args.length]} for own in islice(cycle(ids), number)]
+                size = steps * args.batch, args.length
+                rows = islice(cycle(ids), size[0]) if args.real else torch.randint(0, args.vocab, size).tolist()
+                samples = [{"input_ids": row[: args.length]} for row in rows]
                 for budget in args.budgets.split(","):
-                    compare(args, kind, student, cut or random, metrics, steps, budget)
+                    compare(args, kind, student, samples, metrics, steps, budget)
 
 
 def compare(args, kind, student, samples, metrics, steps, budget):

@@ -28,11 +28,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file such that it is whole at any time. A link in its place is replaced, and not followed."""
+    """Write a file such that it is whole at any time, see [`written_whole`]."""
+    with written_whole(path) as beside, beside.open("xb") as file:
+        file.write(content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """
+    Context in which a file is written beside its place, under the name that it yields.
+
+    The file gets its own name at the end, if there was no error. So it is whole at any time. A link at either name is
+    replaced, and not followed.
+    """
     beside = path.with_name(f"{path.name}.tmp")
     beside.unlink(missing_ok=True)
-    with beside.open("xb") as file:
-        file.write(content)
+    yield beside
     os.replace(beside, path)
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from .environment import environment
-from .files import write_json, write_text
+from .files import write_json, write_text, written_whole
 from .redaction import as_stored
 
 
@@ -74,11 +74,9 @@ def write_manifest(folder: str | Path, command: str, settings: Mapping[str, Any]
         "settings": stored,
         "files": files,
     }
-    (folder / f"{ROW_HASHES}.tmp").unlink(missing_ok=True)  # it may be a link
-    with (folder / f"{ROW_HASHES}.tmp").open("xb") as file:
+    with written_whole(folder / ROW_HASHES) as beside, beside.open("xb") as file:
         arrays: dict[str, Any] = {str(number): values for number, values in enumerate(rows.values())}
         np.savez(file, **arrays)
-    (folder / f"{ROW_HASHES}.tmp").replace(folder / ROW_HASHES)
     write_json(folder / MANIFEST, manifest)
     show_in_card(folder)
     return manifest

@@ -1,6 +1,5 @@
 """Keeps every rollout of a training: prompts, completions, scores and steps, as Parquet files."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import TrainerCallback
+
+from .files import written_whole
 
 
 FOLDER = "rollouts"
@@ -56,7 +57,6 @@ class RolloutWriter(TrainerCallback):
         stem = f"step_{step:06d}_rank_{PartialState().process_index}"
         names = (f"{stem}{f'_{k}' if k else ''}.parquet" for k in range(10**6))
         path = next(path for path in map(self.folder.joinpath, names) if not path.exists())
-        part = path.with_name(f"{path.name}.tmp")
-        Dataset.from_dict(columns).to_parquet(part)
-        os.replace(part, path)
+        with written_whole(path) as part:
+            Dataset.from_dict(columns).to_parquet(part)
         return path

@@ -1,13 +1,13 @@
 """The file of fitted regressors, from which any process can score a part of the dataset."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..files import written_whole
 from .distil import Distillation, Regressor
 
 
@@ -55,11 +55,8 @@ class Distilled:
         arrays: dict[str, Any] = {"described": np.array(text), "rows": self.rows}
         for index, (name, own) in enumerate(self.regressors.items()):
             arrays |= {f"{kind}_{index}": vars(own)[kind] for kind in ARRAYS} | {f"exact_{index}": self.exact[name]}
-        beside = path.with_name(f"{path.name}.tmp")
-        beside.unlink(missing_ok=True)  # it may be a link
-        with beside.open("xb") as file:
+        with written_whole(path) as beside, beside.open("xb") as file:
             np.savez(file, **arrays)
-        os.replace(beside, path)
 
     @classmethod
     def load(cls, path: Path) -> "Distilled":

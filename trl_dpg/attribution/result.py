@@ -1,8 +1,8 @@
 """The result of an attribution: scores, the reliability of their ranking, and files with the best samples."""
 
 import json
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 
+from ..files import written_whole
 from ..metagradients.config import SettingsError
 from .journal import Journal
 from .reliability import RELIABLE, rank_correlation, reliability, repeats_needed
@@ -215,21 +216,17 @@ def write(
     if rows is not None:
         masks["top"] = np.isin(np.arange(len(dataset)), rows)
     files = [output_dir / f"{name}.{output_format}" for name in masks]
-    parts = [file.with_name(f"{file.name}.tmp") for file in files]
-    for part in parts:
-        part.unlink(missing_ok=True)  # it may be a link
     writer_type = pq.ParquetWriter if output_format == "parquet" else JSONLinesWriter
-    writers = [writer_type(part, schema) for part in parts]
     arrow = dataset.with_format("arrow")
-    for start in range(0, len(dataset), ROWS_PER_WRITE):
-        piece = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
-        columns = [column for result in results.values() for column in result.columns(piece)]
-        table = pa.table([*arrow[piece].columns, *columns], names=schema.names).cast(schema)
-        for writer, mask in zip(writers, masks.values(), strict=True):
-            writer.write_table(table.filter(pa.array(mask[piece])))
-    for writer, part, file in zip(writers, parts, files, strict=True):
-        writer.close()
-        os.replace(part, file)
+    with ExitStack() as stack:
+        parts = [stack.enter_context(written_whole(file)) for file in files]
+        writers = [stack.enter_context(closing(writer_type(part, schema))) for part in parts]
+        for start in range(0, len(dataset), ROWS_PER_WRITE):
+            piece = slice(start, min(start + ROWS_PER_WRITE, len(dataset)))
+            columns = [column for result in results.values() for column in result.columns(piece)]
+            table = pa.table([*arrow[piece].columns, *columns], names=schema.names).cast(schema)
+            for writer, mask in zip(writers, masks.values(), strict=True):
+                writer.write_table(table.filter(pa.array(mask[piece])))
     return files
 
 

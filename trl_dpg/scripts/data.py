@@ -8,8 +8,6 @@ from string import Formatter
 from typing import Any
 
 from trl_dpg.files import check_links
-from trl_dpg.rows import FILE_FORMATS as FILE_FORMATS
-from trl_dpg.rows import FORMATS as FORMATS
 from trl_dpg.rows import read_rows
 
 from .arguments import GeneratorArguments, PromptArguments, UsageError

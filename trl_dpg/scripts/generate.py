@@ -14,13 +14,13 @@ was stopped, the same command goes on from there. vLLM samples all texts at once
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ..files import written_whole
 from ..ranks import from_all_ranks
 from ..redaction import redacted
 from .arguments import SAMPLING, GeneratorArguments, ToyWorldArguments, UsageError, at_least
@@ -138,9 +138,8 @@ def write(script_args: GenerateArguments, output_dir: Path, rows: list, texts: l
         print(line)
         if script_args.student_text == "answer":
             dataset = dataset.add_column("reasoning", reasoning)
-    part = output_dir / "train.parquet.tmp"
-    dataset.to_parquet(part)
-    os.replace(part, output_dir / "train.parquet")
+    with written_whole(output_dir / "train.parquet") as part:
+        dataset.to_parquet(part)
     dataset_card(script_args, len(texts), line).save(output_dir / "README.md")
     print(f"{len(texts)} texts: {output_dir / 'train.parquet'}")
 

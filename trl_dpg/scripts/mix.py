@@ -16,7 +16,6 @@ Files in `output_dir`:
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,9 +23,11 @@ from typing import Any
 
 from trl import TrlParser
 
+from ..files import write_json, written_whole
 from ..redaction import redacted
+from ..rows import FILE_FORMATS
 from .arguments import UsageError, at_least, from_json
-from .data import FILE_FORMATS, check_no_training, load_data, make_folder, one_process
+from .data import check_no_training, load_data, make_folder, one_process
 from .flags import in_flags
 from .lengths import FLAGS as LENGTH_FLAGS
 from .lengths import load_tokenizer, measure_data
@@ -169,7 +170,6 @@ class MixArguments(RewriteArguments):
 
 
 def main(script_args: MixArguments) -> None:
-    from trl_dpg.files import write_json
     from trl_dpg.practice.lengths.rows import DataError
     from trl_dpg.practice.mixing import Sources, mix
 
@@ -267,12 +267,11 @@ def read_benchmarks(script_args: MixArguments) -> list[str]:
 
 def write_dataset(dataset, path: Path) -> None:
     """Write the mixture such that the file is whole at any time."""
-    part = path.with_name(f"{path.name}.tmp")
-    if path.suffix == ".parquet":
-        dataset.to_parquet(part)
-    else:
-        dataset.to_json(part, force_ascii=False)
-    os.replace(part, path)
+    with written_whole(path) as part:
+        if path.suffix == ".parquet":
+            dataset.to_parquet(part)
+        else:
+            dataset.to_json(part, force_ascii=False)
 
 
 def render(figures: dict[str, Any]) -> str:

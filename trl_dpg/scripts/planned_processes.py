@@ -20,10 +20,10 @@ def accelerate_settings(name: str | None) -> dict[str, Any]:
         name (`str` or `None`): A name of TRL's (`multi_gpu`, `zero1`, `zero2`, `zero3`, `fsdp1`, `fsdp2`), or a file
             of `accelerate config`. `None`: no config.
     """
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
     if name is None:
         return {}
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
     try:
         _, path = resolve_accelerate_config_argument(["--accelerate_config", name])
     except ValueError as error:

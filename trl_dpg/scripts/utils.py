@@ -1,5 +1,6 @@
 """The old import path of `arguments`, `data`, `registry` and `toy_world`."""
 
+from ..rows import FILE_FORMATS, FORMATS
 from .arguments import (
     DTYPES,
     METRICS,
@@ -15,8 +16,6 @@ from .arguments import (
     from_json,
 )
 from .data import (
-    FILE_FORMATS,
-    FORMATS,
     check_model,
     check_student,
     load_data,

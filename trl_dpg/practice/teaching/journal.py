@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
-from ...files import append_line, json_line, locked, remove_half_line, write_json
+from ...files import append_line, json_line, locked, remove_half_line, write_json, written_whole
 from ...metagradients.config import SettingsError
 from ...redaction import redacted
 from .tally import Tally
@@ -136,14 +136,12 @@ class Journal(AbstractContextManager):
 
     def rewrite(self, path: Path, records: Iterator[dict[str, Any]]) -> None:
         """Write a whole file anew, such that it is whole at any time."""
-        beside = path.with_name(f"{path.name}.tmp")
         places, place = {}, 0
-        with beside.open("wb") as file:
+        with written_whole(path) as beside, beside.open("xb") as file:
             for record in records:
                 places[record["key"]] = place
                 place += file.write(json_line(record))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
         if path == self.samples:
             self.done = places
