@@ -8,7 +8,7 @@ student is SmolLM2-135M-Instruct, and each metric is language modelling on ten p
     python benchmarks/many_metrics.py
     python benchmarks/many_metrics.py --threads 1 --cpu-seconds --kinds lora --steps 8 --repeat 5
     python benchmarks/many_metrics.py --real --number 5 --kinds lora --steps 1 --budgets kept --rank 8 --length 32 \
-        --batch 200 --micro-batch 10 --threads 1 --cpu-seconds --repeat 1
+        --batch 200 --micro-batch 10 --threads 1 --cpu-seconds --repeat 2
 """
 
 import argparse
